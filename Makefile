@@ -1,0 +1,58 @@
+# make demo, make test: each sets up .venv from nothing first. Nothing outside this folder is changed.
+PYTHON ?= python3
+VENV   ?= .venv
+# More options for pip, for example where to find a CPU build of torch.
+PIP_FLAGS ?=
+# More options for pytest, for example: make test PYTEST_FLAGS='-m "" -k kronecker'
+PYTEST_FLAGS ?=
+DEMO_FLAGS ?=
+WORKERS ?= 2
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep -E '^torch==' constraints.txt)
+
+.PHONY: help setup test test-all lint format types docs demo bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch goes first and alone, at the pinned version, so that no other package decides which build is taken.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) $(TORCH)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+setup: $(STAMP)  ## make the virtual environment
+
+test: $(STAMP)  ## run the test suite (two processes)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+
+test-all: $(STAMP)  ## run it with the slow tests
+	$(BIN)/python -m pytest -n $(WORKERS) -m '' $(PYTEST_FLAGS)
+
+lint: $(STAMP)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)  ## mypy --strict over src/
+	$(BIN)/mypy
+
+docs: $(STAMP)  ## build the documentation, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+demo: $(STAMP)  ## train, fit several posteriors, print a table, write pictures to demo_out/
+	$(BIN)/python examples/demo.py $(DEMO_FLAGS)
+
+bench: $(STAMP)  ## every script in benchmarks/
+	set -e; for script in benchmarks/*.py; do case $$script in */_*) continue;; esac; \
+	  echo "== $$script"; $(BIN)/python $$script; done
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) site demo_out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
