@@ -1,0 +1,224 @@
+"""Train a small CNN, fit several Laplace posteriors, compare them in one table, draw four pictures.
+
+    python examples/demo.py [--data-dir DIR] [--out DIR]
+
+Without --data-dir the data are scikit-learn's digits. DIR (or DIR/fashion-mnist) may hold the four IDX .gz
+files of Fashion-MNIST; KMNIST or MNIST beside it serves as out-of-distribution data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+import _pictures as pictures
+import regression
+from _data import Images, digits, fashion_mnist
+from curvlin_nn import Laplace
+
+Array = NDArray[np.floating]
+Predict = Callable[[Tensor], Tensor]
+ValueT = TypeVar("ValueT")
+FULL_LIMIT = 2_500  # parameters: above this the D x D matrix of "full" is not worth a demo's time
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, with the probabilities the pictures are drawn from."""
+
+    name: str
+    fit_seconds: float
+    predict_seconds: float
+    log_marginal_likelihood: float | None
+    probabilities: Array
+    probabilities_ood: Array
+    accuracy: float
+    nll: float
+    ece: float
+    brier: float
+    auroc: float
+
+
+def main() -> None:
+    options = parse_arguments()
+    started = time.perf_counter()
+    torch.manual_seed(options.seed)
+    data = fashion_mnist(options.data_dir) if options.data_dir else digits()
+    train_loader = DataLoader(TensorDataset(data.x_train, data.y_train), batch_size=256)
+
+    model = build_model(data)
+    _, seconds = timed(lambda: train(model, data, epochs=10 if options.data_dir else 80))
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{data.name}: {data.n_classes} classes, {len(data.x_train)} images to train, {len(data.x_test)} to test\n"
+        f"out of distribution: {data.ood_name}, {len(data.x_ood)} images\n"
+        f"CNN with {n_parameters} parameters, trained in {seconds:.1f} s\n"
+    )
+
+    rows = [evaluate("MAP", softmax_of(model), data, fit_seconds=seconds)]
+    fitted: dict[str, Laplace] = {}
+    for weights, structure in choices(n_parameters):
+        name = f"{weights.replace('_', ' ')}, {structure}"
+        la, seconds = timed(lambda w=weights, s=structure: fit(model, train_loader, w, s))
+        row = evaluate(name, la, data, fit_seconds=seconds)
+        rows.append(replace(row, log_marginal_likelihood=float(la.log_marginal_likelihood())))
+        fitted[name] = la
+    print(table(rows))
+
+    shown = {"MAP": rows[0], "Laplace, all weights, kron": next(r for r in rows if r.name == "all, kron")}
+    draw(options.out, shown, data, fitted["all, kron"])
+    regression.draw(options.out / "regression.png")
+    names = ", ".join(sorted(p.name for p in options.out.glob("*.png")))
+    print(f"\npictures in {options.out}: {names}\ntotal {time.perf_counter() - started:.0f} s")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST; default: digits")
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def build_model(data: Images) -> nn.Sequential:
+    """Two convolutions and a linear layer, with a first stride that brings 28x28 down to about 8x8."""
+    small = data.x_train.shape[-1] <= 8
+    first = nn.Conv2d(1, 8, 3, padding=1) if small else nn.Conv2d(1, 16, 5, stride=3, padding=1)
+    channels = 8 if small else 16
+    return nn.Sequential(
+        first,
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * 4, data.n_classes),
+    )
+
+
+def train(model: nn.Module, data: Images, epochs: int, weight_decay: float = 1e-4) -> None:
+    """Adam with a cosine schedule."""
+    loader = DataLoader(TensorDataset(data.x_train, data.y_train), batch_size=64, shuffle=True)
+    optimiser = torch.optim.Adam(model.parameters(), lr=5e-3, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * len(loader))
+    for _ in range(epochs):
+        for x, y in loader:
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimiser.step()
+            schedule.step()
+    model.eval()
+
+
+def choices(n_parameters: int) -> list[tuple[str, str]]:
+    """The posteriors to compare: which weights, which structure of the curvature."""
+    all_weights = ["full"] if n_parameters <= FULL_LIMIT else []
+    return [("last_layer", "full"), ("last_layer", "kron")] + [
+        ("all", structure) for structure in [*all_weights, "kron", "diag"]
+    ]
+
+
+def fit(model: nn.Module, loader: DataLoader, weights: str, structure: str) -> Laplace:
+    """A posterior with the prior precision that maximises its marginal likelihood."""
+    la = Laplace(model, "classification", subset_of_weights=weights, hessian_structure=structure)
+    la.fit(loader)
+    la.optimize_prior_precision()
+    return la
+
+
+def evaluate(name: str, predict: Predict, data: Images, fit_seconds: float) -> Row:
+    """Predict the test and the out-of-distribution images, and score the predictions."""
+    p, predict_seconds = timed(lambda: in_batches(predict, data.x_test))
+    p_ood = in_batches(predict, data.x_ood)
+    y = data.y_test.numpy()
+    score = np.concatenate([entropy(p), entropy(p_ood)])
+    is_ood = np.concatenate([np.zeros(len(p)), np.ones(len(p_ood))])
+    ece = multiclass_calibration_error(torch.from_numpy(p), data.y_test, data.n_classes, n_bins=15)
+    return Row(
+        name=name,
+        fit_seconds=fit_seconds,
+        predict_seconds=predict_seconds,
+        log_marginal_likelihood=None,
+        probabilities=p,
+        probabilities_ood=p_ood,
+        accuracy=float(accuracy_score(y, p.argmax(1))),
+        nll=float(log_loss(y, p, labels=np.arange(data.n_classes))),
+        ece=float(ece),
+        brier=float(brier_score_loss(y, p, labels=np.arange(data.n_classes), scale_by_half=False)),
+        auroc=float(roc_auc_score(is_ood, score)),
+    )
+
+
+def in_batches(predict: Predict, x: Tensor, size: int = 500) -> Array:
+    with torch.no_grad():
+        p = torch.cat([predict(part) for part in x.split(size)]).double()
+    return (p / p.sum(1, keepdim=True)).numpy()
+
+
+def softmax_of(model: nn.Module) -> Predict:
+    return lambda x: model(x).softmax(-1)
+
+
+def entropy(p: Array) -> Array:
+    return -(p * np.log(np.maximum(p, np.finfo(p.dtype).tiny))).sum(1)
+
+
+def timed(action: Callable[[], ValueT]) -> tuple[ValueT, float]:
+    begin = time.perf_counter()
+    value = action()
+    return value, time.perf_counter() - begin
+
+
+def table(rows: Iterable[Row]) -> str:
+    columns = ("fit s", "predict s", "log marglik", "acc %", "NLL", "ECE %", "Brier", "AUROC")
+    lines = ["method".ljust(18) + "".join(name.rjust(len(name) + 3) for name in columns)]
+    lines.append("-" * len(lines[0]))
+    for row in rows:
+        evidence = row.log_marginal_likelihood
+        cells = (
+            f"{row.fit_seconds:.2f}",
+            f"{row.predict_seconds:.3f}",
+            "-" if evidence is None else f"{evidence:.1f}",
+            f"{100 * row.accuracy:.1f}",
+            f"{row.nll:.3f}",
+            f"{100 * row.ece:.1f}",
+            f"{row.brier:.3f}",
+            f"{row.auroc:.3f}",
+        )
+        padded = (cell.rjust(len(name) + 3) for cell, name in zip(cells, columns, strict=True))
+        lines.append(row.name.ljust(18) + "".join(padded))
+    return "\n".join(lines)
+
+
+def draw(out: Path, shown: dict[str, Row], data: Images, la: Laplace) -> None:
+    pictures.reliability(
+        out / "reliability.png",
+        {name: row.probabilities for name, row in shown.items()},
+        data.y_test.numpy(),
+        {name: row.ece for name, row in shown.items()},
+    )
+    pictures.entropies(
+        out / "entropy.png",
+        {name: entropy(row.probabilities) for name, row in shown.items()},
+        {name: entropy(row.probabilities_ood) for name, row in shown.items()},
+        {name: row.auroc for name, row in shown.items()},
+        data.n_classes,
+        data.ood_name,
+    )
+
+
+if __name__ == "__main__":
+    main()
