@@ -1,0 +1,58 @@
+"""Where the samples of a batch stand among the positions of a layer's output.
+
+Layers may see samples along axis 0, along another axis, or flattened together with something else (time steps,
+patches) with either varying faster. The layout is found by a probe: a cotangent that is non-zero for one sample
+must reach that sample's positions and no others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Samples along one axis of the positions.
+
+    Attributes:
+        axis: the axis that holds the samples, alone or flattened with something else.
+        sample_first: where flattened, whether the sample index varies slowest.
+    """
+
+    axis: int
+    sample_first: bool
+
+    def fits(self, positions: tuple[int, ...], n_samples: int) -> bool:
+        """Whether positions of this shape can hold that many samples in this way."""
+        if self.axis >= len(positions) or positions[self.axis] % n_samples:
+            return False
+        return self.sample_first or positions[self.axis] > n_samples
+
+    def split(self, tensor: Tensor, n_samples: int, before: int) -> Tensor:
+        """``(*before, *positions, last)`` as ``(*before, N, S, last)``, with S positions per sample."""
+        axis = before + self.axis
+        if self.sample_first:
+            unflattened = tensor.unflatten(axis, (n_samples, -1))
+        else:
+            unflattened = tensor.unflatten(axis, (-1, n_samples)).transpose(axis, axis + 1)
+        return unflattened.movedim(axis, before).flatten(before + 1, -2)
+
+
+SINGLE = Layout(0, True)
+"""One sample owns every position."""
+
+
+def candidates(positions: tuple[int, ...], n_samples: int) -> list[Layout]:
+    """Every layout that positions of this shape allow, the most common first."""
+    layouts = [Layout(axis, first) for axis in range(len(positions)) for first in (True, False)]
+    return [layout for layout in layouts if layout.fits(positions, n_samples)]
+
+
+def reaches_only(layout: Layout, reached: Bool[Tensor, "*positions"], sample: int, n_samples: int) -> bool:
+    """Whether the positions that a probe of `sample` reached all belong to it under `layout`."""
+    by_sample = layout.split(reached[..., None], n_samples, 0).any(dim=(1, 2))
+    by_sample[sample] = False
+    return not bool(by_sample.any())

@@ -1,0 +1,200 @@
+"""Captures: the factored per-sample Jacobian of a model, block by block, from one forward and one backward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlin_nn.capture.checks import check_complete, find_layouts
+from curvlin_nn.capture.graph import Graph, Signature, named_pieces
+from curvlin_nn.capture.intercept import Interceptor
+from curvlin_nn.capture.layout import SINGLE, Layout
+from curvlin_nn.capture.state import evaluation_mode, forward, random_state, random_state_kept
+from curvlin_nn.errors import OutputError, StochasticModelError, UnsupportedUseError
+from curvlin_nn.parameters import ParameterSpace
+
+
+@dataclass(frozen=True)
+class Block:
+    """A contiguous part of one parameter's per-sample Jacobian: rows ``sum_s left_s (x) right_s``.
+
+    Attributes:
+        parameter: the name of the parameter.
+        start: where the part begins in the flat vector of the parameter space.
+        left: ``(N, V, S, out)``.
+        right: ``(N, S, in)``; None stands for the number one, with S already summed (``S = in = 1``).
+    """
+
+    parameter: str
+    start: int
+    left: Float[Tensor, "N V S out"]
+    right: Float[Tensor, "N S in"] | None
+
+    @property
+    def size(self) -> int:
+        """The number of coordinates."""
+        return self.left.shape[-1] * (1 if self.right is None else self.right.shape[-1])
+
+    @property
+    def span(self) -> range:
+        """The coordinates."""
+        return range(self.start, self.start + self.size)
+
+
+@dataclass(frozen=True)
+class Captures:
+    """What one batch says about the chosen parameters, for given columns.
+
+    Attributes:
+        n_samples: N, the samples of the batch.
+        blocks: the parts of all chosen parameters in flat order, without gaps.
+    """
+
+    n_samples: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One forward pass, ready to be asked for captures."""
+
+    _space: ParameterSpace
+    _graph: Graph
+    _layouts: tuple[Layout, ...]
+
+    @property
+    def outputs(self) -> Float[Tensor, "N C"]:
+        """The model's outputs, detached."""
+        return self._graph.outputs.detach()
+
+    def captures(self, columns: Float[Tensor, "V N C"]) -> Captures:
+        """The rows ``column^T J`` of every sample and column; unit columns give the Jacobian itself."""
+        n_samples = len(self.outputs)
+        parts: dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]] = {}
+        for use, layout, gradient in zip(
+            self._graph.uses, self._layouts, self._graph.gradients(columns), strict=True
+        ):
+            for name, piece in named_pieces(use, gradient):
+                left = layout.split(piece.left, n_samples, 1).movedim(0, 1)
+                if piece.right is None:
+                    part = left.sum(2, keepdim=True), None
+                else:
+                    part = left, layout.split(piece.right.detach(), n_samples, 0)
+                parts.setdefault((name, piece.start), []).append(part)
+        return Captures(n_samples, tuple(self._blocks(parts, columns)))
+
+    def _blocks(
+        self, parts: dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]], columns: Tensor
+    ) -> Iterator[Block]:
+        for name, shape, span in zip(self._space.names, self._space.shapes, self._space.spans.values(), strict=True):
+            starts = sorted(start for parameter, start in parts if parameter == name)
+            blocks = [_merge(name, span.start + start, parts[name, start]) for start in starts]
+            if not blocks:
+                blocks = [_zero_block(name, span.start, shape, columns)]
+            if sum(block.size for block in blocks) != len(span):
+                raise UnsupportedUseError(name, "is used in parts of different shapes")
+            yield from blocks
+
+
+class Recorder:
+    """Runs a model in evaluation mode and records how the chosen parameters are used.
+
+    The model comes back as it was, whatever happens. The first batch is checked: no random numbers drawn, every use
+    captured, samples independent; a later batch is checked again if the forward pass takes another course.
+
+    Args:
+        model: maps one argument to outputs of shape ``(N, C)``.
+        space: the chosen parameters.
+    """
+
+    def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
+        self.model, self.space = model, space
+        self._complete: set[Signature] = set()
+        self._layouts: dict[Signature, tuple[Layout, ...]] = {}
+
+    def __call__(self, x: Any, where: str = "the input") -> Recording:
+        """One forward pass.
+
+        Args:
+            x: what the model takes.
+            where: what to call this input in error messages.
+
+        Raises:
+            OutputError: if the outputs are not finite, or not of shape ``(N, C)``.
+            UnsupportedUseError: if a chosen parameter is used in a way that no layer rule covers.
+            CouplingError: if samples influence each other.
+            StochasticModelError: if the model draws random numbers.
+            ModifiedInputError: if a layer's input is changed in place after its use.
+        """
+        leaves = {name: p.requires_grad_() for name, p in self.space.tensors(self.model).items()}
+        device = next(iter(leaves.values())).device
+        with evaluation_mode(self.model), random_state_kept(device), torch.enable_grad():
+            before = random_state(device)
+            with Interceptor(leaves) as interceptor:
+                outputs = forward(self.model, leaves, x)
+            if not all(map(torch.equal, before, random_state(device))):
+                raise StochasticModelError(
+                    f"the model drew random numbers on {where}, expected the same outputs each time in evaluation "
+                    "mode; is dropout applied with training=True?"
+                )
+            graph = Graph(leaves, tuple(interceptor.uses), _checked(outputs, where))
+            graph.check_untouched()
+            return Recording(self.space, graph, self._verified_layouts(graph))
+
+    def _verified_layouts(self, graph: Graph) -> tuple[Layout, ...]:
+        signature = graph.signature
+        if signature not in self._complete:
+            check_complete(graph)
+            self._complete.add(signature)
+        if len(graph.outputs) == 1:
+            return (SINGLE,) * len(graph.uses)
+        if signature in self._layouts:
+            return self._layouts[signature]
+        layouts, certain = find_layouts(graph)
+        if certain:
+            self._layouts[signature] = layouts
+        return layouts
+
+
+def _checked(outputs: Any, where: str) -> Tensor:
+    if not isinstance(outputs, Tensor):
+        raise OutputError(f"model outputs on {where} must be a tensor (N, C), found {type(outputs).__name__}")
+    if outputs.ndim != 2 or 0 in outputs.shape:
+        raise OutputError(
+            f"model outputs on {where} must have shape (N, C) with N, C >= 1, found {tuple(outputs.shape)}; "
+            "wrap the model so that it returns one row of outputs per sample"
+        )
+    if not bool(torch.isfinite(outputs).all()):
+        raise OutputError(f"model outputs on {where} must be finite, found NaN or Inf")
+    if not outputs.requires_grad:
+        raise OutputError(f"model outputs on {where} depend on none of the chosen parameters")
+    return outputs
+
+
+def _merge(name: str, start: int, uses: list[tuple[Tensor, Tensor | None]]) -> Block:
+    """All uses of one part of a parameter: their Jacobians add, so their positions stand side by side."""
+    if len({(left.shape[-1], None if right is None else right.shape[-1]) for left, right in uses}) > 1:
+        raise UnsupportedUseError(name, "is used in parts of different shapes")
+    if len(uses) == 1:
+        return Block(name, start, *uses[0])
+    lefts = [left for left, _ in uses]
+    rights = [right for _, right in uses if right is not None]
+    if not rights:
+        return Block(name, start, torch.stack(lefts).sum(0), None)
+    return Block(name, start, torch.cat(lefts, dim=2), torch.cat(rights, dim=1))
+
+
+def _zero_block(name: str, start: int, shape: torch.Size, columns: Tensor) -> Block:
+    """A parameter without influence on these outputs."""
+    n_columns, n_samples, _ = columns.shape
+    zero = columns.new_zeros(())
+    left = zero.expand(n_samples, n_columns, 1, shape[0] if shape else 1)
+    if len(shape) < 2:
+        return Block(name, start, left, None)
+    return Block(name, start, left, zero.expand(n_samples, 1, math.prod(shape[1:])))

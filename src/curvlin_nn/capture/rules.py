@@ -1,0 +1,85 @@
+"""Layer rules: how the use of parameters by one function becomes rows of the Jacobian.
+
+A rule covers one layer family and lives in one file, which registers it. For a layer with output y and a
+cotangent g of y, the Jacobian-transpose product of every parameter of the layer is a sum over positions of
+outer products: ``left (x) right`` with left made from g and right from the layer's input.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """A recognised call.
+
+    Attributes:
+        input: the layer's input.
+        roles: the tensors that stand in the parameter roles, ``"weight"`` or ``"bias"``.
+        options: what else the rule needs, such as a stride.
+    """
+
+    input: Tensor
+    roles: Mapping[str, Tensor]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous part of one parameter, as ``sum over positions of left (x) right`` in row-major order.
+
+    Attributes:
+        role: the role of the parameter in the call.
+        start: where the part begins within the flattened parameter.
+        left: one entry per column and position, ``(V, *positions, out)``.
+        right: ``(*positions, in)``; None stands for the number one (``in = 1``).
+    """
+
+    role: str
+    start: int
+    left: Float[Tensor, "V *positions out"]
+    right: Float[Tensor, "*positions in"] | None
+
+
+class LayerRule(ABC):
+    """One layer family.
+
+    Attributes:
+        functions: the torch functions it covers, as `torch.overrides.TorchFunctionMode` sees them.
+        batched_columns: whether columns are fastest sent backward all at once (matrix products) or one by one.
+    """
+
+    functions: ClassVar[tuple[Callable[..., Any], ...]]
+    batched_columns: ClassVar[bool]
+
+    @abstractmethod
+    def bind(self, *args: Any, **kwargs: Any) -> Call:
+        """The call with its arguments named; takes the arguments of the function."""
+
+    def by_position(self, gradient: Float[Tensor, "V *output"]) -> Float[Tensor, "V *positions out"]:
+        """The gradient with its feature axis last; what stands before are positions."""
+        return gradient
+
+    @abstractmethod
+    def pieces(self, call: Call, gradient: Float[Tensor, "V *output"]) -> Iterator[Piece]:
+        """The parts of every parameter in a role, from the gradients of the call's output."""
+
+
+RULES: dict[Callable[..., Any], LayerRule] = {}
+"""The rule of each function; filled by `register`."""
+
+
+def register(rule: type[LayerRule]) -> type[LayerRule]:
+    """Class decorator that enters a layer rule for all its functions."""
+    for function in rule.functions:
+        if function in RULES:
+            raise ValueError(f"a layer rule for {function.__name__} is already registered")
+        RULES[function] = rule()
+    return rule

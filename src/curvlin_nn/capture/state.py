@@ -1,0 +1,51 @@
+"""Running a user's model without leaving a trace on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside, and in the mode it had outside.
+
+    The flags are set directly: `nn.Module.eval` may be overridden to do more than set a flag.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Torch's default generators come back as they were (on the CPU, and on `device` if that is a GPU)."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """The state of torch's default generators, to compare."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def forward(model: nn.Module, parameters: Mapping[str, Tensor], x: Any) -> Any:
+    """The model's output at the given parameters, the other ones detached and the buffers copied.
+
+    The model's own tensors are never handed to it, so that nothing can accumulate gradients or be changed in place.
+    """
+    tensors: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
+    tensors |= {name: b.clone() for name, b in model.named_buffers()}
+    return functional_call(model, tensors | dict(parameters), (x,))

@@ -1,0 +1,72 @@
+"""The errors of curvlin_nn: one line that names what was found, what was expected, and the mend."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConvergenceError",
+    "CouplingError",
+    "DataError",
+    "ModifiedInputError",
+    "NoFiniteOptimumError",
+    "NotFittedError",
+    "OutputError",
+    "StaleModelError",
+    "StochasticModelError",
+    "UnsupportedError",
+    "UnsupportedUseError",
+]
+
+
+class UnsupportedError(ValueError):
+    """An option, structure or model that is not served; the message says what is."""
+
+
+class UnsupportedUseError(UnsupportedError):
+    """A parameter takes part in the model in a way that no layer rule covers.
+
+    Attributes:
+        parameter: the name of the parameter.
+    """
+
+    def __init__(self, parameter: str, found: str) -> None:
+        self.parameter = parameter
+        super().__init__(
+            f"parameter {parameter!r} {found}, expected uses through "
+            "torch.nn.functional.linear or conv2d (modules included) only; leave it out with subset_of_weights"
+        )
+
+
+class CouplingError(ValueError):
+    """Samples of a batch influence each other's outputs, so that no per-sample curvature exists."""
+
+
+class StochasticModelError(ValueError):
+    """The model draws random numbers in evaluation mode, so that its outputs are not a function of its input."""
+
+
+class ModifiedInputError(ValueError):
+    """A layer's input was changed in place after the layer used it."""
+
+
+class StaleModelError(RuntimeError):
+    """The model's parameters are no longer the ones the posterior was fitted around."""
+
+
+class NotFittedError(RuntimeError):
+    """A posterior was asked for before `fit`."""
+
+
+class DataError(ValueError):
+    """A batch that cannot be used: its targets, or a loader that yields nothing."""
+
+
+class OutputError(ValueError):
+    """Model outputs of the wrong shape, or not finite."""
+
+
+class NoFiniteOptimumError(ValueError):
+    """The log marginal likelihood has no maximum at finite hyperparameters."""
+
+
+class ConvergenceError(RuntimeError):
+    """An iteration did not reach its tolerance."""

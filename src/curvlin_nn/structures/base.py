@@ -1,0 +1,45 @@
+"""What a curvature structure is: it reduces a stream of captures to a precision operator.
+
+States are sums over data, never means, so that states of disjoint data merge.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, TypeVar
+
+from curvlin.precision.base import PrecisionOperator
+from curvlin_nn.capture import Captures
+from curvlin_nn.parameters import ParameterSpace
+
+SelfT = TypeVar("SelfT", bound="Structure")
+
+
+class Structure(ABC):
+    """The running state of one structure over one space of parameters.
+
+    Attributes:
+        name: the name it is registered under.
+        passes: how many times it needs to see the data.
+    """
+
+    name: ClassVar[str]
+    passes: ClassVar[int] = 1
+
+    def __init__(self, space: ParameterSpace) -> None:
+        self.space = space
+
+    def begin(self, pass_index: int) -> None:  # noqa: B027 - structures of one pass have nothing to prepare
+        """Called before pass `pass_index` over the data, counted from zero."""
+
+    @abstractmethod
+    def update(self, captures: Captures) -> None:
+        """Add one batch."""
+
+    @abstractmethod
+    def merge(self: SelfT, other: SelfT) -> None:
+        """Add the state of other data, over the same parameters."""
+
+    @abstractmethod
+    def finish(self) -> PrecisionOperator:
+        """The curvature of everything seen, over the flat parameters; the state stays as it is."""

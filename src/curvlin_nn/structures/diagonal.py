@@ -1,0 +1,51 @@
+"""The diagonal: one number per parameter. Costs P memory and N P work without weight sharing."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlin import Diagonal as DiagonalOperator
+from curvlin_nn.capture import Block, Captures
+from curvlin_nn.parameters import ParameterSpace
+from curvlin_nn.structures.base import Structure
+from curvlin_nn.structures.registry import register
+
+
+@register
+class Diagonal(Structure):
+    """``diag(H) = sum_nv (row_nv)^2``, exact under weight sharing."""
+
+    name = "diag"
+
+    def __init__(self, space: ParameterSpace) -> None:
+        super().__init__(space)
+        self._diagonal: Tensor | None = None
+
+    def update(self, captures: Captures) -> None:
+        """See `Structure.update`."""
+        total = torch.cat([_squares(block) for block in captures.blocks])
+        self._diagonal = total if self._diagonal is None else self._diagonal + total
+
+    def merge(self, other: Diagonal) -> None:
+        """See `Structure.merge`."""
+        if other._diagonal is not None:
+            self._diagonal = other._diagonal if self._diagonal is None else self._diagonal + other._diagonal
+
+    def finish(self) -> DiagonalOperator:
+        """See `Structure.finish`."""
+        assert self._diagonal is not None
+        return DiagonalOperator(self._diagonal)
+
+
+def _squares(block: Block) -> Float[Tensor, " size"]:
+    left, right = block.left, block.right
+    if right is None:
+        return left.square().sum((0, 1, 2))
+    if left.shape[2] == 1:  # one outer product per row: the columns fold before anything of size out x in
+        return (left.squeeze(2).square().sum(1).mT @ right.squeeze(1).square()).flatten()
+    total = left.new_zeros(left.shape[-1], right.shape[-1])
+    for left_n, right_n in zip(left, right, strict=True):  # one sample's rows at a time stay in cache
+        total += (left_n.mT @ right_n).square().sum(0)
+    return total.flatten()

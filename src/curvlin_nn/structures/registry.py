@@ -1,0 +1,49 @@
+"""Structures by name, those of other packages included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+
+from curvlin_nn.errors import UnsupportedError
+from curvlin_nn.parameters import ParameterSpace
+from curvlin_nn.structures.base import Structure
+
+ENTRY_POINTS = "curvlin.structures"
+"""The entry-point group under which other packages offer subclasses of `Structure`, by name."""
+
+StructureFactory = Callable[[ParameterSpace], Structure]
+
+_STRUCTURES: dict[str, type[Structure]] = {}
+
+
+def register(structure: type[Structure]) -> type[Structure]:
+    """Class decorator that enters a structure under its name."""
+    if structure.name in _STRUCTURES:
+        raise ValueError(f"a structure named {structure.name!r} is already registered")
+    _STRUCTURES[structure.name] = structure
+    return structure
+
+
+def available() -> list[str]:
+    """The names that `resolve` knows."""
+    return sorted({*_STRUCTURES, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+
+
+def resolve(structure: str | StructureFactory) -> StructureFactory:
+    """What makes the state of a structure: looked up by name, or given.
+
+    Raises:
+        UnsupportedError: if no structure has that name.
+    """
+    if not isinstance(structure, str):
+        return structure
+    if structure in _STRUCTURES:
+        return _STRUCTURES[structure]
+    for point in entry_points(group=ENTRY_POINTS, name=structure):
+        loaded: StructureFactory = point.load()
+        return loaded
+    raise UnsupportedError(
+        f"hessian_structure={structure!r} is not supported; expected one of {', '.join(map(repr, available()))} "
+        "or a curvlin_nn.structures.Structure class"
+    )
