@@ -1,0 +1,58 @@
+"""Checks of arguments, with the one-line messages that users read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvlin._tree import is_concrete
+
+
+def floating(name: str, value: object, *, ndim: int = 0, like: Tensor | None = None) -> Tensor:
+    """`value` as a floating, finite tensor of at least `ndim` dimensions (and `like`'s dtype and device)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, found {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, found {value.dtype}; convert it with .double()")
+    if value.ndim < ndim:
+        raise ValueError(f"{name} must have at least {ndim} dimensions, found shape {tuple(value.shape)}")
+    if like is not None:
+        same_kind(name, value, like)
+    if is_concrete(value) and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} must be finite, found NaN or Inf")
+    return value
+
+
+def same_kind(name: str, value: Tensor, like: Tensor) -> None:
+    """`value` has `like`'s dtype and device."""
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name} must have dtype {like.dtype}, found {value.dtype}; convert it with .to()")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, found {value.device}; move it with .to()")
+
+
+def square(name: str, value: object, *, like: Tensor | None = None) -> Tensor:
+    """`value` as a floating square matrix (or a batch of them) with at least one row."""
+    matrix = floating(name, value, ndim=2, like=like)
+    if matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"{name} must be square, found shape {tuple(matrix.shape)}")
+    if matrix.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one row, found shape {tuple(matrix.shape)}")
+    return matrix
+
+
+def symmetric(name: str, value: object, *, like: Tensor | None = None) -> Tensor:
+    """`value` symmetrised; asymmetry beyond rounding is refused, not averaged away."""
+    matrix = square(name, value, like=like)
+    if is_concrete(matrix):
+        # What a product such as X^T X of this size and dtype may show, relative to the largest entry.
+        gap = (matrix - matrix.mT).detach().abs().amax(dim=(-2, -1))
+        scale = matrix.detach().abs().amax(dim=(-2, -1))
+        limit = 8 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * scale
+        if bool((gap > limit).any()):
+            worst = float((gap / scale).max())
+            raise ValueError(
+                f"{name} must be symmetric, found asymmetry {worst:.1e} of its largest entry; "
+                "pass (matrix + matrix.mT) / 2 if that is meant"
+            )
+    return (matrix + matrix.mT) / 2

@@ -1,0 +1,202 @@
+"""Immutable objects over tensors, registered as pytrees: what every operator, feature map and Gaussian is.
+
+A subclass is a frozen dataclass whose fields are tensors, `None`, other `Tree` objects, or tuples of
+these. A tensor field declares how many trailing dimensions are its own (`tensor_field(2)` for a matrix); what
+stands left of them is batch. Static fields (`static_field()`) are hashable and live in the pytree context.
+Unflattening bypasses validation, so that `torch.func` may put gradients, tangents and wrapped tensors in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+SelfT = TypeVar("SelfT", bound="Tree")
+TensorMap = Callable[[Tensor, int], Tensor]
+
+
+def tensor_field(ndim: int, default: Any = dataclasses.MISSING) -> Any:
+    """A field of tensors (or tuples of them, or trees) whose own dimensions are the last `ndim`."""
+    return dataclasses.field(default=default, metadata={"ndim": ndim})
+
+
+def static_field(default: Any = dataclasses.MISSING) -> Any:
+    """A hashable field that is structure, not data."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+class Tree:
+    """Base of all immutable tensor objects; see the module docstring."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        pytree.register_pytree_node(
+            cls,
+            lambda obj: ([t for t, _ in obj._tensors()], obj._structure()),
+            lambda tensors, structure: build(structure, tensors),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            to_dumpable_context=repr,
+            from_dumpable_context=_refuse_load,
+        )
+
+    def _structure(self) -> Structure:
+        """Everything but the tensors, hashable: equal structures mean objects of the same kind and make."""
+        cls = type(self)
+        parts = tuple(_structure_of(getattr(self, f.name)) for f in _data_fields(cls))
+        static = tuple(getattr(self, f.name) for f in _static_fields(cls))
+        return Structure(cls, static, parts, self.__dict__.get("_inherited_resolution", 0.0))
+
+    @classmethod
+    def _make(cls: type[SelfT], values: Iterable[Any], structure: Structure) -> SelfT:
+        """An object with these field values, without validation."""
+        obj = object.__new__(cls)
+        for f, value in zip(_data_fields(cls), values, strict=True):
+            object.__setattr__(obj, f.name, value)
+        for f, value in zip(_static_fields(cls), structure.static, strict=True):
+            object.__setattr__(obj, f.name, value)
+        if structure.resolution:
+            object.__setattr__(obj, "_inherited_resolution", structure.resolution)
+        return obj
+
+    def _map(self: SelfT, fn: TensorMap) -> SelfT:
+        """The same structure with `fn(tensor, own_ndim)` in the place of every tensor."""
+        result: SelfT = build(self._structure(), [fn(t, n) for t, n in self._tensors()])
+        return result
+
+    def _tensors(self) -> Iterator[tuple[Tensor, int]]:
+        """Every tensor with the number of dimensions that are its own, in pytree order."""
+        for f in _data_fields(type(self)):
+            yield from _iterate(getattr(self, f.name), f.metadata["ndim"])
+
+    def to(self: SelfT, *args: Any, **kwargs: Any) -> SelfT:
+        """`Tensor.to` of every tensor."""
+        tensors = [t.to(*args, **kwargs) for t, _ in self._tensors()]
+        structure = self._structure()
+        if tensors[0].dtype != self.dtype:
+            structure = structure.with_resolution(torch.finfo(self.dtype).eps)
+        result: SelfT = build(structure, tensors)
+        return result
+
+    def detach(self: SelfT) -> SelfT:
+        """`Tensor.detach` of every tensor."""
+        return self._map(lambda t, _: t.detach())
+
+    def expand(self: SelfT, batch_shape: tuple[int, ...] | torch.Size) -> SelfT:
+        """Every tensor with its batch dimensions expanded to `batch_shape`, as `torch.vmap` needs them."""
+        return self._map(lambda t, n: t.expand(*batch_shape, *t.shape[t.ndim - n :]))
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The shape of the batch: the broadcast of what each tensor has left of its own dimensions."""
+        return torch.broadcast_shapes(*(t.shape[: t.ndim - n] for t, n in self._tensors()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensors (all share one)."""
+        return next(self._tensors())[0].dtype
+
+    @property
+    def resolution(self) -> float:
+        """The relative rounding of the numbers held: eps of the dtype in which they were given.
+
+        It survives a later cast to a wider dtype, so that what float32 rounding made of a zero eigenvalue is
+        recognised as zero when a factorisation runs in float64.
+        """
+        inherited: float = self.__dict__.get("_inherited_resolution", 0.0)
+        return max(inherited, torch.finfo(self.dtype).eps)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensors (all share one)."""
+        return next(self._tensors())[0].device
+
+    def _needs_grad(self) -> bool:
+        """Whether a derivative with respect to some tensor may be asked for."""
+        tensors = [t for t, _ in self._tensors()]
+        return any(needs_grad(t) for t in tensors)
+
+    def _is_concrete(self) -> bool:
+        """Whether values may be looked at (not inside `torch.func` transforms or `torch.compile`)."""
+        return all(is_concrete(t) for t, _ in self._tensors())
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What is left of a `Tree` when its tensors are taken out."""
+
+    cls: type
+    static: tuple[Any, ...]
+    parts: tuple[Any, ...]
+    resolution: float = 0.0
+
+    def with_resolution(self, resolution: float) -> Structure:
+        """The same structure, of numbers that are known to this relative accuracy at best."""
+        return dataclasses.replace(
+            self, parts=_coarsen(self.parts, resolution), resolution=max(self.resolution, resolution)
+        )
+
+
+def build(structure: Structure, tensors: Iterable[Any]) -> Any:
+    """The object of this structure on these tensors, without validation."""
+    return _fill(structure, iter(tensors))
+
+
+def _coarsen(part: Any, resolution: float) -> Any:
+    if isinstance(part, Structure):
+        return part.with_resolution(resolution)
+    return tuple(_coarsen(p, resolution) for p in part) if isinstance(part, tuple) else part
+
+
+def _structure_of(value: Any) -> Any:
+    if isinstance(value, Tree):
+        return value._structure()
+    if isinstance(value, tuple):
+        return tuple(_structure_of(v) for v in value)
+    return value is not None
+
+
+def _fill(part: Any, tensors: Iterator[Any]) -> Any:
+    if isinstance(part, Structure):
+        return part.cls._make([_fill(p, tensors) for p in part.parts], part)  # type: ignore[attr-defined]
+    if isinstance(part, tuple):
+        return tuple(_fill(p, tensors) for p in part)
+    return next(tensors) if part else None
+
+
+def is_concrete(tensor: Tensor) -> bool:
+    """Whether the tensor's values may steer Python control flow."""
+    return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def needs_grad(tensor: Tensor) -> bool:
+    """Whether a derivative may be asked for: a live autograd graph, or any transform in progress."""
+    if not is_concrete(tensor):
+        return True
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _data_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(cls) if not f.metadata.get("static", False)]
+
+
+def _static_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(cls) if f.metadata.get("static", False)]
+
+
+def _iterate(value: Any, ndim: int) -> Iterator[tuple[Tensor, int]]:
+    if isinstance(value, Tree):
+        yield from value._tensors()
+    elif isinstance(value, tuple):
+        for v in value:
+            yield from _iterate(v, ndim)
+    elif value is not None:  # a tensor, or whatever a transform has put in its place
+        yield value, ndim
+
+
+def _refuse_load(_: str) -> Any:
+    raise TypeError("curvlin operators are not rebuilt from a pytree's text form; store their tensors instead")

@@ -1,0 +1,29 @@
+"""Operators whose derivatives follow from their product alone; see `curvlin.numerics.implicit`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor
+
+from curvlin.numerics import implicit
+from curvlin.precision.base import PrecisionOperator
+
+
+class ImplicitOperator(PrecisionOperator):
+    """An operator that gives values from a factorisation, and is differentiated through its product."""
+
+    def _solve(self, X: Tensor, factors: Any) -> Tensor:
+        return implicit.solve(self, X, factors)
+
+    def _inv_quad(self, X: Tensor, factors: Any) -> Tensor:
+        return implicit.inv_quad(self, X, factors)
+
+    @abstractmethod
+    def _solve_value(self, X: Tensor, factors: Any) -> Tensor:
+        """``P^-1 X``; autograd does not look inside."""
+
+    @abstractmethod
+    def _inv_quad_value(self, X: Tensor, factors: Any) -> Tensor:
+        """``x^T P^-1 x`` of each column, as a sum of squares; autograd does not look inside."""

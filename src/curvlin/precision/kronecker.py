@@ -1,0 +1,676 @@
+"""Kronecker-structured precisions: one or two terms ``L (x) R``, in the basis that diagonalises them together.
+
+Row-major vectorisation: for a weight W of shape (out, in), ``(L (x) R) vec(W) = vec(L W R^T)``; L is the factor of the
+outputs, R that of the inputs. With ``a x a`` and ``b x b`` factors a factorisation costs O(a^3 + b^3), a solve
+O(ab(a + b)), and nothing of size ``ab x ab`` is ever formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlin._check import floating, same_kind, square, symmetric
+from curvlin._tree import build, is_concrete, needs_grad, static_field, tensor_field
+from curvlin.errors import NotClosedError, NotPositiveDefiniteError
+from curvlin.numerics import implicit
+from curvlin.numerics.inverse_root import inverse_root, inverse_square_root_rule
+from curvlin.numerics.kronecker import congruence, product, rotate
+from curvlin.numerics.pencil import Side, diagonalise
+from curvlin.precision.base import PrecisionOperator
+from curvlin.precision.implicit import ImplicitOperator
+
+Pair = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """``P = (Y_l (x) Y_r) diag(eigenvalues) (Y_l (x) Y_r)^T`` with the bases of the two sides."""
+
+    left: Side
+    right: Side
+    eigenvalues: Tensor
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.left, self.right
+
+
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class KroneckerSum(ImplicitOperator):
+    """``sum_i left_i (x) right_i + shift I`` with one or two terms.
+
+    Closed-form throughout: one term, one term with a shift, the direct sum ``A (x) I + I (x) B`` with or without a
+    shift, and two general terms (both may be singular if their sum is not). The rule behind it: on each side there
+    is one matrix besides the identity, or there are two matrices and no identity.
+
+    Args:
+        terms: one or two pairs (left, right) of symmetric PSD matrices ``(*batch, a, a)`` and ``(*batch, b, b)``;
+            None is the identity.
+        shift: delta, one number per batch element.
+        roots: for each term a pair of roots R with ``matrix = R^T R``, shape ``(*batch, m, n)``, or None where not
+            known; they are used for accuracy only (the condition number is then never squared), and carry no
+            gradient.
+        sizes: (a, b), needed only where a whole side is the identity.
+
+    Raises:
+        TypeError, ValueError: if a factor is not a symmetric floating matrix, or sizes, dtypes or devices differ.
+        NotClosedError: for more than two terms, or terms that no basis diagonalises together.
+    """
+
+    terms: tuple[Pair, ...] = tensor_field(2)
+    shift: Float[Tensor, "*batch"] | None = tensor_field(0)
+    roots: tuple[Pair, ...] | None = tensor_field(2)
+    sizes: tuple[int, int] = static_field()
+
+    def __init__(
+        self,
+        terms: Sequence[tuple[Tensor | None, Tensor | None]],
+        shift: Float[Tensor, "*batch"] | float | None = None,
+        roots: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
+        sizes: tuple[int, int] | None = None,
+    ) -> None:
+        if len(terms) == 0:
+            raise ValueError("terms must hold one or two pairs of factors, found none")
+        if len(terms) > 2:
+            raise NotClosedError(
+                f"a KroneckerSum has one or two terms, found {len(terms)}: three terms have no joint "
+                "diagonalisation; project the sum onto one term, or solve it iteratively"
+            )
+        reference = next((M for pair in terms for M in pair if isinstance(M, Tensor)), None)
+        if reference is None:
+            raise ValueError("terms must hold at least one matrix; for a multiple of the identity use Isotropic")
+        checked: list[Pair] = []
+        for i, pair in enumerate(terms):
+            if len(pair) != 2:
+                raise ValueError(f"terms[{i}] must be a pair (left, right), found {len(pair)} entries")
+            left, right = (
+                None if M is None else symmetric(f"terms[{i}].{side}", M, like=reference)
+                for side, M in zip(("left", "right"), pair, strict=True)
+            )
+            checked.append((left, right))
+        self._set("terms", tuple(checked))
+        self._set("sizes", (self._size_of(0, sizes), self._size_of(1, sizes)))
+        if shift is not None:
+            if not isinstance(shift, Tensor):
+                shift = torch.tensor(float(shift), dtype=reference.dtype, device=reference.device)
+            floating("shift", shift, like=reference)
+        self._set("shift", shift)
+        for side, name in enumerate(("left", "right")):
+            general = sum(pair[side] is not None for pair in checked)
+            identity = shift is not None or any(pair[side] is None for pair in checked)
+            if general > 1 and identity:
+                raise NotClosedError(
+                    f"two {name} factors and an identity have no joint diagonalisation (two general terms cannot "
+                    "be shifted); project the sum onto fewer terms, or solve it iteratively"
+                )
+        self._set("roots", None if roots is None else self._check_roots(roots))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _size_of(self, side: int, sizes: tuple[int, int] | None) -> int:
+        name = ("left", "right")[side]
+        found = {pair[side].shape[-1] for pair in self.terms if pair[side] is not None}  # type: ignore[union-attr]
+        if sizes is not None:
+            found.add(int(sizes[side]))
+        if len(found) > 1:
+            raise ValueError(f"{name} factors must have equal sizes, found {sorted(found)}")
+        if not found:
+            raise ValueError(f"the {name} factors are all identities; give sizes=(a, b)")
+        return found.pop()
+
+    def _check_roots(self, roots: Sequence[Pair]) -> tuple[Pair, ...]:
+        if len(roots) != len(self.terms):
+            raise ValueError(f"roots must hold one pair per term, found {len(roots)} for {len(self.terms)} terms")
+        checked: list[Pair] = []
+        for i, (pair, matrices) in enumerate(zip(roots, self.terms, strict=True)):
+            known: list[Tensor | None] = []
+            for side, R, M in zip(("left", "right"), pair, matrices, strict=True):
+                name = f"roots[{i}].{side}"
+                if R is not None:
+                    if M is None:
+                        raise ValueError(f"{name} must be None where the factor is the identity")
+                    floating(name, R, ndim=2, like=M)
+                    if R.shape[-1] != M.shape[-1]:
+                        raise ValueError(f"{name} must have {M.shape[-1]} columns, found shape {tuple(R.shape)}")
+                    if is_concrete(R) and is_concrete(M):
+                        gap = (R.mT @ R - M).abs().max()
+                        limit = 8 * (R.shape[-2] + R.shape[-1]) * torch.finfo(R.dtype).eps * M.abs().max()
+                        if bool(gap > limit):
+                            raise ValueError(f"{name} must satisfy R^T R = factor, found a difference of {gap:.1e}")
+                    R = R.detach()
+                known.append(R)
+            checked.append((known[0], known[1]))
+        return tuple(checked)
+
+    # -- constructors -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def direct(cls, A: Float[Tensor, "*batch a a"], B: Float[Tensor, "*batch b b"]) -> KroneckerSum:
+        """The direct sum ``A (x) I + I (x) B``."""
+        return cls([(A, None), (None, B)])
+
+    @classmethod
+    def shifted(
+        cls,
+        A: Float[Tensor, "*batch a a"],
+        B: Float[Tensor, "*batch b b"],
+        delta: Float[Tensor, "*batch"] | float,
+        *,
+        roots: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> KroneckerSum:
+        """``A (x) B + delta I``."""
+        return cls([(A, B)], delta, None if roots is None else [roots])
+
+    @classmethod
+    def damped(
+        cls,
+        A: Float[Tensor, "*batch a a"],
+        B: Float[Tensor, "*batch b b"],
+        delta: Float[Tensor, "*batch"] | float,
+        *,
+        roots: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> KroneckerSum:
+        """The damped product ``(A + sqrt(delta) I) (x) (B + sqrt(delta) I)``.
+
+        Martens & Grosse (2015), section 6.3. Known roots of A and B are extended by ``delta^(1/4) I``.
+        """
+        A, B = square("A", A), square("B", B)
+        same_kind("B", B, A)
+        root = torch.as_tensor(delta, dtype=A.dtype, device=A.device).sqrt()[..., None, None]
+        damped = [M + root * torch.eye(M.shape[-1], dtype=M.dtype, device=M.device) for M in (A, B)]
+        extended: list[Tensor | None] = []
+        for R, M in zip(roots or (None, None), (A, B), strict=True):
+            eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+            extended.append(None if R is None else torch.cat([R, (root.sqrt() * eye).expand(*R.shape[:-2], *eye.shape)], -2))
+        return cls([(damped[0], damped[1])], None, None if roots is None else [(extended[0], extended[1])])
+
+    # -- structure --------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        return self.sizes[0] * self.sizes[1]
+
+    @property
+    def orthogonal(self) -> bool:
+        """Whether the joint eigenbasis is orthogonal (no side holds two matrices)."""
+        return all(sum(pair[side] is not None for pair in self.terms) < 2 for side in (0, 1))
+
+    def _factors_need_grad(self) -> bool:
+        return any(needs_grad(M) for pair in self.terms for M in pair if M is not None)
+
+    def _side(self, side: int) -> list[Tensor | None]:
+        return [pair[side] for pair in self.terms]
+
+    def _side_roots(self, side: int) -> list[Tensor | None]:
+        return [None] * len(self.terms) if self.roots is None else [pair[side] for pair in self.roots]
+
+    # -- factorisation ----------------------------------------------------------------------------------------
+
+    def _factorize(self) -> KroneckerFactors:
+        left, right = (
+            diagonalise(self._side(s), self._side_roots(s), self.resolution, f"KroneckerSum.{name}", self.sizes[s])
+            for s, name in enumerate(("left", "right"))
+        )
+        eigenvalues = self._combine(left.spectra, right.spectra)
+        if is_concrete(eigenvalues) and not bool((eigenvalues > 0).all()):
+            largest, smallest = float(eigenvalues.max()), float(eigenvalues.min())
+            damping = self.resolution * max(self.sizes) * 100 - min(smallest / largest, 0.0) if largest > 0 else None
+            raise NotPositiveDefiniteError("KroneckerSum", smallest, damping)
+        return KroneckerFactors(left, right, eigenvalues)
+
+    def _combine(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+        """The eigenvalues ``sum_t l_t r_t^T + shift`` as a matrix ``(..., a, b)``."""
+        total = sum((l[..., :, None] * r[..., None, :] for l, r in zip(left, right, strict=True)), start=torch.zeros(()))
+        return total if self.shift is None else total + self.shift[..., None, None]
+
+    def _factors(self, factors: KroneckerFactors | None) -> KroneckerFactors:
+        """The given factors, or new ones of the detached operator (bases are constants of the calculus)."""
+        if factors is not None:
+            return factors
+        with torch.no_grad():
+            return self.detach()._factorize()
+
+    # -- products, solves, determinants -----------------------------------------------------------------------
+
+    def _matmul(self, X: Tensor) -> Tensor:
+        V = X.mT.unflatten(-1, self.sizes)
+        total = sum((rotate(left, V, right) for left, right in self.terms), start=torch.zeros((), dtype=X.dtype))
+        if self.shift is not None:
+            total = total + self.shift[..., None, None, None] * V
+        return total.flatten(-2).mT
+
+    def _solve_value(self, X: Tensor, factors: KroneckerFactors) -> Tensor:
+        x = self._solve_once(X, factors)
+        if self.orthogonal:
+            return x
+        # The bases of a pencil are as ill-conditioned as its sum; one step of refinement makes the residual small.
+        return x + self._solve_once(X - self._matmul(x), factors)
+
+    def _solve_once(self, X: Tensor, factors: KroneckerFactors) -> Tensor:
+        left, right = (side.solve_basis for side in factors.sides)
+        V = congruence(left, X.mT.unflatten(-1, self.sizes), right) / factors.eigenvalues.unsqueeze(-3)
+        return rotate(left, V, right).flatten(-2).mT
+
+    def _inv_quad_value(self, X: Tensor, factors: KroneckerFactors) -> Tensor:
+        left, right = (side.solve_basis for side in factors.sides)
+        V = congruence(left, X.mT.unflatten(-1, self.sizes), right)
+        return (V.square() / factors.eigenvalues.unsqueeze(-3)).sum((-2, -1))
+
+    def _logdet(self, factors: KroneckerFactors | None) -> Tensor:
+        return implicit.log_det(self, factors)
+
+    def _logdet_value(self, factors: KroneckerFactors) -> Tensor:
+        a, b = self.sizes
+        whitening = 2 * b * factors.left.logdet_whitening() + 2 * a * factors.right.logdet_whitening()
+        return factors.eigenvalues.log().sum((-2, -1)) + whitening
+
+    def _logdet_gradient(self, factors: KroneckerFactors | None) -> list[Tensor]:
+        """``tr(P^-1 dP)`` for every tensor of P, in a basis held fixed.
+
+        In that basis ``dL_t`` meets ``G_t = diag(sum_j r_tj / d_ij)``. For a second derivative the off-diagonal
+        elements of the rotated factors, which are zero in value, enter G to first order:
+        ``- (l_u)_ik sum_j r_tj r_uj / (d_ij d_kj)``.
+        """
+        factors = self._factors(factors)
+        second_order = torch.is_grad_enabled() and self._needs_grad()
+        bases = [side.solve_basis for side in factors.sides]
+        rotated: list[list[Tensor | None]] = [[None] * len(self.terms), [None] * len(self.terms)]
+        spectra = [list(side.spectra) for side in factors.sides]
+        if second_order:
+            for s in (0, 1):
+                for t, M in enumerate(self._side(s)):
+                    if M is not None:
+                        X = bases[s]
+                        assert X is not None
+                        inner = X.mT @ M @ X
+                        rotated[s][t] = inner
+                        spectra[s][t] = inner.diagonal(dim1=-2, dim2=-1)
+        inverse = 1 / self._combine(spectra[0], spectra[1])
+        gradients: list[Tensor] = []
+        for t in range(len(self.terms)):
+            for s, weights in ((0, inverse), (1, inverse.mT)):
+                if self.terms[t][s] is None:
+                    continue
+                other = spectra[1 - s]
+                X = bases[s]
+                assert X is not None
+                inner = torch.diag_embed((weights * other[t].unsqueeze(-2)).sum(-1))
+                for u, M in enumerate(rotated[s]):
+                    if M is not None:
+                        off_diagonal = M - torch.diag_embed(M.diagonal(dim1=-2, dim2=-1))
+                        inner = inner - off_diagonal * ((weights * (other[t] * other[u]).unsqueeze(-2)) @ weights.mT)
+                gradients.append(X @ inner @ X.mT)
+        if self.shift is not None:
+            gradients.append(inverse.sum((-2, -1)))
+        if self.roots is not None:
+            gradients.extend(torch.zeros_like(R) for pair in self.roots for R in pair if R is not None)
+        return gradients
+
+    def _diagonal(self) -> Tensor:
+        total: Tensor | float = 0.0
+        for left, right in self.terms:
+            l, r = (
+                torch.ones(n, dtype=self.dtype, device=self.device) if M is None else M.diagonal(dim1=-2, dim2=-1)
+                for M, n in zip((left, right), self.sizes, strict=True)
+            )
+            total = total + l[..., :, None] * r[..., None, :]
+        assert isinstance(total, Tensor)
+        if self.shift is not None:
+            total = total + self.shift[..., None, None]
+        return total.flatten(-2)
+
+    def _inverse_diagonal(self, factors: KroneckerFactors | None) -> Tensor:
+        if self._factors_need_grad():
+            eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
+            return self._inv_quad(eye, factors)
+        left, right, eigenvalues = spectral_form(self, factors)
+        squares = [None if X is None else X.square() for X in (left, right)]
+        return rotate(squares[0], (1 / eigenvalues).unsqueeze(-3), squares[1]).squeeze(-3).flatten(-2)
+
+    # -- roots ------------------------------------------------------------------------------------------------
+    # P = (L_l (x) L_r) K (L_l (x) L_r)^T with K diagonal in an orthogonal basis; the root is
+    # (L_l (x) L_r) K^{1/2}, with the symmetric K^{1/2}: it varies smoothly where eigenvectors do not.
+
+    def _whiten(self, X: Tensor, factors: KroneckerFactors | None) -> Tensor:
+        frame = self._frame(factors)
+        return frame.root(congruence(frame.lowers[0], X.mT.unflatten(-1, self.sizes), frame.lowers[1]).flatten(-2).mT)
+
+    def _unwhiten(self, Z: Tensor, factors: KroneckerFactors | None) -> Tensor:
+        frame = self._frame(factors)
+        return self._solve_lower(frame.lowers, frame.inverse_root(Z), transpose=True)
+
+    def _root_matvec(self, Z: Tensor, factors: KroneckerFactors | None) -> Tensor:
+        frame = self._frame(factors)
+        V = frame.root(Z).mT.unflatten(-1, self.sizes)
+        return rotate(frame.lowers[0], V, frame.lowers[1]).flatten(-2).mT
+
+    def _root_solve(self, G: Tensor, factors: KroneckerFactors | None) -> Tensor:
+        frame = self._frame(factors)
+        return frame.inverse_root(self._solve_lower(frame.lowers, G, transpose=False))
+
+    def _solve_lower(self, lowers: Pair, X: Tensor, *, transpose: bool) -> Tensor:
+        V = X.mT.unflatten(-1, self.sizes)
+        left, right = lowers
+        if left is not None:
+            M = (left.mT if transpose else left).unsqueeze(-3)
+            V = torch.linalg.solve_triangular(M, V, upper=transpose)
+        if right is not None:
+            M = (right.mT if transpose else right).unsqueeze(-3)
+            V = torch.linalg.solve_triangular(M, V.mT, upper=transpose).mT
+        return V.flatten(-2).mT
+
+    def _frame(self, factors: KroneckerFactors | None) -> _WhitenedFrame:
+        factors = self._factors(factors)
+        sides = tuple(Side(side.spectra, side.orthogonal, None, side.orthogonal) for side in factors.sides)
+        inner_factors = KroneckerFactors(sides[0], sides[1], factors.eigenvalues)
+        lowers = [side.lower for side in factors.sides]
+        if not self._needs_grad():
+            return _WhitenedFrame((lowers[0], lowers[1]), None, inner_factors)
+        matrices = [self._side(0), self._side(1)]
+        for s, lower in enumerate(lowers):
+            if lower is not None:
+                lower = lowers[s] = _differentiable_lower(lower, matrices[s])
+                matrices[s] = [_solve_both_sides(lower, M) for M in matrices[s]]
+        inner = _CommutingSum._of(list(zip(*matrices, strict=True)), self)
+        return _WhitenedFrame((lowers[0], lowers[1]), inner, inner_factors)
+
+    # -- algebra ----------------------------------------------------------------------------------------------
+
+    def _scale(self, c: Tensor) -> KroneckerSum:
+        """The scale goes into one factor of each term: the left one, or the right one beside an identity."""
+        matrix_scale = c[..., None, None]
+        terms = [
+            (left * matrix_scale, right) if left is not None else (None, right * matrix_scale)  # type: ignore[operator]
+            for left, right in self.terms
+        ]
+        roots = None
+        if self.roots is not None:
+            root_scale = matrix_scale.sqrt()
+            roots = [
+                (None if l is None else l * root_scale, r)
+                if left is not None
+                else (None, None if r is None else r * root_scale)
+                for (l, r), (left, _) in zip(self.roots, self.terms, strict=True)
+            ]
+        return KroneckerSum(terms, None if self.shift is None else self.shift * c, roots, self.sizes)
+
+    def _marginal(self, index: Tensor) -> KroneckerSum | None:
+        grid = product_index(index, self.sizes[1])
+        if grid is None or len(self.terms) > 1 or self.shift is not None:
+            return None
+        from curvlin.precision.dense import Dense
+
+        parts = [
+            None if M is None else Dense(M).marginal(part, max_size=len(part)).to_dense()
+            for M, part in zip(self.terms[0], grid, strict=True)
+        ]
+        return KroneckerSum([(parts[0], parts[1])], sizes=(len(grid[0]), len(grid[1])))
+
+    def _conditional(self, index: Tensor) -> KroneckerSum | None:
+        grid = product_index(index, self.sizes[1])
+        if grid is None:
+            return None
+        rows, columns = grid
+        terms = [
+            (
+                None if left is None else left[..., rows[:, None], rows],
+                None if right is None else right[..., columns[:, None], columns],
+            )
+            for left, right in self.terms
+        ]
+        roots = None
+        if self.roots is not None:
+            roots = [
+                (None if l is None else l[..., rows], None if r is None else r[..., columns]) for l, r in self.roots
+            ]
+        return KroneckerSum(terms, self.shift, roots, (len(rows), len(columns)))
+
+    def _to_dense(self) -> Tensor:
+        eyes = [torch.eye(n, dtype=self.dtype, device=self.device) for n in self.sizes]
+        total: Tensor | float = 0.0
+        for pair in self.terms:
+            left, right = (eye if M is None else M for M, eye in zip(pair, eyes, strict=True))
+            total = total + product(left, right)
+        assert isinstance(total, Tensor)
+        if self.shift is not None:
+            total = total + self.shift[..., None, None] * torch.eye(self.size, dtype=self.dtype, device=self.device)
+        return total
+
+
+class _CommutingSum(KroneckerSum):
+    """A Kronecker sum whose factors share an orthogonal eigenbasis on each side, by construction."""
+
+    @classmethod
+    def _of(cls, terms: Sequence[Pair], like: KroneckerSum) -> _CommutingSum:
+        inner: _CommutingSum = object.__new__(cls)
+        inner._set("terms", tuple(terms))
+        inner._set("shift", like.shift)
+        inner._set("roots", None)
+        inner._set("sizes", like.sizes)
+        return inner
+
+    @property
+    def orthogonal(self) -> bool:
+        return True
+
+    def _factorize(self) -> KroneckerFactors:
+        sides = []
+        for s in (0, 1):
+            matrices = self._side(s)
+            first = next((M for M in matrices if M is not None), None)
+            if first is None:
+                ones = torch.ones(self.sizes[s], dtype=self.dtype, device=self.device)
+                sides.append(Side((ones,) * len(matrices), None, None, None))
+                continue
+            spectrum, Q = torch.linalg.eigh(first)
+            spectra = [
+                torch.ones_like(spectrum) if M is None else ((M @ Q) * Q).sum(-2).clamp(min=0.0) for M in matrices
+            ]
+            sides.append(Side(tuple(spectra), Q, None, Q))
+        return KroneckerFactors(sides[0], sides[1], self._combine(sides[0].spectra, sides[1].spectra))
+
+    def _inverse_root_value(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
+        return _in_basis(Z, 1 / factors.eigenvalues.sqrt(), factors)
+
+    def _quadrature(self, factors: KroneckerFactors | None) -> tuple[_CommutingSum, KroneckerFactors, Tensor]:
+        """``K + t_q I`` over the nodes as a leading batch dimension, its factors, and the weights."""
+        factors = self._factors(factors)
+        d = factors.eigenvalues
+        n = None if is_concrete(d) else _NODES_FOR_ANY_CONDITION
+        nodes, weights = inverse_square_root_rule(d.amin((-2, -1)), d.amax((-2, -1)), n)
+        shifted = build(self._structure(), [t for t, _ in self._tensors()])
+        shifted._set("shift", nodes if self.shift is None else self.shift + nodes)
+        return shifted, KroneckerFactors(factors.left, factors.right, d + nodes[..., None, None]), weights[..., None, None]
+
+
+_NODES_FOR_ANY_CONDITION = 72  # what a condition number of 1e14 needs
+
+
+@dataclass(frozen=True)
+class _WhitenedFrame:
+    """``P = (L_l (x) L_r) K (L_l (x) L_r)^T``: the L of each side, and K where derivatives are asked for."""
+
+    lowers: Pair
+    inner: _CommutingSum | None
+    factors: KroneckerFactors
+
+    def inverse_root(self, Z: Tensor) -> Tensor:
+        """``K^{-1/2} Z``."""
+        if self.inner is None:
+            return _in_basis(Z, 1 / self.factors.eigenvalues.sqrt(), self.factors)
+        return inverse_root(self.inner, Z, self.factors)
+
+    def root(self, Z: Tensor) -> Tensor:
+        """``K^{1/2} Z``."""
+        if self.inner is None:
+            return _in_basis(Z, self.factors.eigenvalues.sqrt(), self.factors)
+        return self.inner._matmul(self.inverse_root(Z))
+
+
+def _in_basis(Z: Tensor, values: Tensor, factors: KroneckerFactors) -> Tensor:
+    """``Q diag(values) Q^T Z`` in the orthogonal basis ``Q = Q_l (x) Q_r``."""
+    left, right = (side.orthogonal for side in factors.sides)
+    V = congruence(left, Z.mT.unflatten(-1, values.shape[-2:]), right) * values.unsqueeze(-3)
+    return rotate(left, V, right).flatten(-2).mT
+
+
+def _solve_both_sides(lower: Tensor, M: Tensor | None) -> Tensor:
+    """``L^-1 M L^-T``."""
+    assert M is not None  # a whitened side holds two matrices and no identity
+    half = torch.linalg.solve_triangular(lower, M, upper=False)
+    return torch.linalg.solve_triangular(lower, half.mT, upper=False)
+
+
+def _differentiable_lower(lower: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """The accurate L of the factorisation with the derivatives of chol(M1 / tr M1 + M2 / tr M2)."""
+    total: Tensor | float = 0.0
+    for M in matrices:
+        assert M is not None
+        trace = M.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        total = total + M / trace
+    assert isinstance(total, Tensor)
+    inner = _solve_both_sides(lower, total)
+    eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+    return lower @ torch.linalg.cholesky_ex(eye + (inner - inner.detach())).L
+
+
+def product_index(index: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
+    """``(rows, columns)`` if the flat row-major index is their product in order, else None."""
+    row, column = index // columns, index % columns
+    width = int((row == row[0]).sum())
+    if len(index) % width:
+        return None
+    rows, first = row[::width], column[:width]
+    expected = (rows[:, None] * columns + first).flatten()
+    return (rows, first) if bool((index == expected).all()) else None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralKronecker(PrecisionOperator):
+    """``(QL (x) QR) diag(eigenvalues.flatten()) (QL (x) QR)^T`` with orthogonal QL, QR: EKFAC, for one.
+
+    The bases are constants: no gradient flows into them.
+
+    Args:
+        QL: orthogonal ``(*batch, a, a)``.
+        QR: orthogonal ``(*batch, b, b)``.
+        eigenvalues: ``(*batch, a, b)``, non-negative.
+
+    Raises:
+        TypeError, ValueError: if a basis is not a square floating orthogonal matrix, or shapes do not match.
+    """
+
+    QL: Float[Tensor, "*batch a a"] = tensor_field(2)
+    QR: Float[Tensor, "*batch b b"] = tensor_field(2)
+    eigenvalues: Float[Tensor, "*batch a b"] = tensor_field(2)
+
+    def __post_init__(self) -> None:
+        for name, Q in (("QL", self.QL), ("QR", self.QR)):
+            square(name, Q, like=self.QL)
+            eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+            if is_concrete(Q):
+                gap = float((Q.mT @ Q - eye).abs().max())
+                if gap > 32 * Q.shape[-1] * torch.finfo(Q.dtype).eps:
+                    raise ValueError(f"{name} must be orthogonal, found Q^T Q - I of size {gap:.1e}")
+            object.__setattr__(self, name, Q.detach())
+        floating("eigenvalues", self.eigenvalues, ndim=2, like=self.QL)
+        expected = (self.QL.shape[-1], self.QR.shape[-1])
+        if tuple(self.eigenvalues.shape[-2:]) != expected:
+            raise ValueError(f"eigenvalues must end in {expected}, found shape {tuple(self.eigenvalues.shape)}")
+
+    @property
+    def size(self) -> int:
+        return self.sizes[0] * self.sizes[1]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(a, b), the sizes of the two bases."""
+        return self.QL.shape[-1], self.QR.shape[-1]
+
+    @property
+    def orthogonal(self) -> bool:
+        """True: the bases are orthogonal by construction."""
+        return True
+
+    def _factors_need_grad(self) -> bool:
+        return False
+
+    def _factorize(self) -> None:
+        smallest = self.eigenvalues.min()
+        if is_concrete(smallest) and not bool(smallest > 0):
+            raise NotPositiveDefiniteError("SpectralKronecker", float(smallest))
+
+    def _function(self, values: Tensor, X: Tensor) -> Tensor:
+        """``(QL (x) QR) diag(values) (QL (x) QR)^T X``."""
+        V = congruence(self.QL, X.mT.unflatten(-1, self.sizes), self.QR) * values.unsqueeze(-3)
+        return rotate(self.QL, V, self.QR).flatten(-2).mT
+
+    def _matmul(self, X: Tensor) -> Tensor:
+        return self._function(self.eigenvalues, X)
+
+    def _solve(self, X: Tensor, factors: None) -> Tensor:
+        return self._function(1 / self.eigenvalues, X)
+
+    def _inv_quad(self, X: Tensor, factors: None) -> Tensor:
+        V = congruence(self.QL, X.mT.unflatten(-1, self.sizes), self.QR)
+        return (V.square() / self.eigenvalues.unsqueeze(-3)).sum((-2, -1))
+
+    def _logdet(self, factors: None) -> Tensor:
+        return self.eigenvalues.log().sum((-2, -1))
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """The diagonal of ``(QL (x) QR) diag(values) (QL (x) QR)^T``."""
+        squares = self.QL.square(), self.QR.square()
+        return rotate(squares[0], values.unsqueeze(-3), squares[1]).squeeze(-3).flatten(-2)
+
+    def _diagonal(self) -> Tensor:
+        return self._spread(self.eigenvalues)
+
+    def _inverse_diagonal(self, factors: None) -> Tensor:
+        return self._spread(1 / self.eigenvalues)
+
+    def _whiten(self, X: Tensor, factors: None) -> Tensor:
+        return self._function(self.eigenvalues.sqrt(), X)
+
+    def _unwhiten(self, Z: Tensor, factors: None) -> Tensor:
+        return self._function(1 / self.eigenvalues.sqrt(), Z)
+
+    def _root_matvec(self, Z: Tensor, factors: None) -> Tensor:
+        return self._function(self.eigenvalues.sqrt(), Z)
+
+    def _root_solve(self, G: Tensor, factors: None) -> Tensor:
+        return self._function(1 / self.eigenvalues.sqrt(), G)
+
+    def _scale(self, c: Tensor) -> SpectralKronecker:
+        return SpectralKronecker(self.QL, self.QR, self.eigenvalues * c[..., None, None])
+
+    def _marginal(self, index: Tensor) -> None:
+        return None
+
+    def _conditional(self, index: Tensor) -> None:
+        return None
+
+    def _to_dense(self) -> Tensor:
+        basis = product(self.QL, self.QR)
+        return (basis * self.eigenvalues.flatten(-2).unsqueeze(-2)) @ basis.mT
+
+
+def spectral_form(
+    P: KroneckerSum | SpectralKronecker, factors: KroneckerFactors | None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """X, Y and d with ``P^-1 = (X (x) Y) diag(1 / d) (X (x) Y)^T``; None is the identity.
+
+    The bases are constants; d, ``(..., a, b)``, is differentiable in the shift and in spectral eigenvalues.
+    """
+    if isinstance(P, SpectralKronecker):
+        return P.QL, P.QR, P.eigenvalues
+    factors = P._factors(factors)
+    left, right = factors.sides
+    return left.solve_basis, right.solve_basis, P._combine(left.spectra, right.spectra)
