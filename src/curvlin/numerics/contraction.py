@@ -1,0 +1,383 @@
+"""Contractions of Khatri-Rao rows, without the rows.
+
+Row r of sample n is ``phi_nr = sum_s g_nrs (x) a_ns``, with coordinates ``(o, i)``, D = out * in of them.
+Against a weight ``w_oi`` per coordinate (None is ``w = 1``) the functions compute
+
+    forward              sum_oi phi_nr,oi V_oi               backward   sum_nr phi_nr,oi u_nr
+    per_sample           K_n[r, q]   = sum_oi phi_nr,oi w_oi phi_nq,oi
+    per_sample_diagonal  K_n[r, r]
+    cross                K[nr, mq]   = sum_oi phi_nr,oi w_oi psi_mq,oi
+
+With ``S = 1`` the rank-one structure of a row makes each the price of a forward pass:
+``K_n = g_n diag(v_n) g_n^T`` with ``v_no = sum_i a_ni^2 w_oi``. With ``S > 1`` there are two exact routes, and a
+count of multiplications over the shapes chooses; for `per_sample`, per sample,
+
+    rows     multiply the rows out, one chunk at a time:               R S D + R^2 D
+    tokens   ``k_st,o = sum_i a_si w_oi a_ti``, then against g twice:  S^2 D + R S^2 out + R^2 S out
+
+where with ``w = 1`` the token products ``k_st = a_s . a_t`` do not depend on o.
+
+Temporaries are bounded by `chunk` samples at a time, or by `BUDGET` bytes when it is None; where one sample
+alone exceeds the budget, the sum over o is cut as well. With several chunks and a gradient asked for, what a
+chunk needs for the backward pass is recomputed there instead of kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from curvlin._tree import is_concrete
+
+BUDGET = 64 * 2**20
+"""Bytes of temporaries that a chunk may take when the caller leaves the choice to the library."""
+
+
+def multiplied(g: Float[Tensor, "*b N R S out"], a: Float[Tensor, "*b N S in"]) -> Float[Tensor, "*b N R D"]:
+    """The rows themselves, all their ``N R D`` entries."""
+    return torch.einsum("...nrso,...nsi->...nroi", g, a).flatten(-2)
+
+
+def forward(
+    g: Float[Tensor, "*b N R S out"],
+    a: Float[Tensor, "*b N S in"],
+    V: Float[Tensor, "*b out in K"],
+) -> Float[Tensor, "*b N R K"]:
+    """``sum_oi phi_nr,oi V_oi,k``: the layer applied to its inputs first, unless the rows are shorter."""
+    (R, S, out), (inputs, K), item = g.shape[-3:], V.shape[-2:], _bytes(g, V.shape[:-3])
+    if _rows_are_shorter(R, S, out, inputs, K):
+        kernel, bytes_each = _forward_rows, item * R * out * inputs
+        V = V.flatten(-3, -2)
+    else:
+        kernel, bytes_each = _forward_layer, item * S * out * K
+        V = V.movedim(-2, -3).flatten(
+            -2
+        )  # (in, out * K): one product of matrices for all positions and columns
+    samples = pieces(g.shape[-4], bytes_each)
+    kernel = recomputing(kernel, len(samples), g, a, V)
+    return joined([kernel(g[..., n, :, :, :], a[..., n, :, :], V) for n in samples], dim=-3)
+
+
+def backward(
+    g: Float[Tensor, "*b N R S out"],
+    a: Float[Tensor, "*b N S in"],
+    u: Float[Tensor, "*b N R K"],
+) -> Float[Tensor, "*b out in K"]:
+    """``sum_nr phi_nr,oi u_nr,k``, the adjoint of `forward`, with the same choice of route."""
+    (R, S, out), inputs, K, item = g.shape[-3:], a.shape[-1], u.shape[-1], _bytes(g, u.shape[:-3])
+    if _rows_are_shorter(R, S, out, inputs, K):
+        kernel, bytes_each = _backward_rows, item * R * out * inputs
+    else:
+        kernel, bytes_each = _backward_layer, item * S * out * K
+    samples = pieces(g.shape[-4], bytes_each)
+    kernel = recomputing(kernel, len(samples), g, a, u)
+    parts = (kernel(g[..., n, :, :, :], a[..., n, :, :], u[..., n, :, :]) for n in samples)
+    return functools.reduce(torch.add, parts)
+
+
+def per_sample(
+    g: Float[Tensor, "*b N R S out"],
+    a: Float[Tensor, "*b N S in"],
+    w: Float[Tensor, "*b out in"] | None = None,
+    chunk: int | None = None,
+) -> Float[Tensor, "*b N R R"]:
+    """``Phi_n diag(w) Phi_n^T`` for each sample n, symmetric."""
+    K = _over_samples(_sample_route(g, a, w, diagonal=False), g, a, w, chunk, dim=-3)
+    return (K + K.mT) / 2
+
+
+def per_sample_diagonal(
+    g: Float[Tensor, "*b N R S out"],
+    a: Float[Tensor, "*b N S in"],
+    w: Float[Tensor, "*b out in"] | None = None,
+    chunk: int | None = None,
+) -> Float[Tensor, "*b N R"]:
+    """The diagonal of `per_sample` without the rest of it."""
+    return _over_samples(_sample_route(g, a, w, diagonal=True), g, a, w, chunk, dim=-2)
+
+
+def cross(
+    g: Float[Tensor, "*b N R S out"],
+    a: Float[Tensor, "*b N S in"],
+    h: Float[Tensor, "*b M Q T out"],
+    b: Float[Tensor, "*b M T in"],
+    w: Float[Tensor, "*b out in"] | None = None,
+    chunk: int | None = None,
+) -> Float[Tensor, "*b N R M Q"]:
+    """``Phi_n diag(w) Psi_m^T`` for every pair of samples."""
+    route = _pair_route(g, a, h, b, w)
+    lefts = pieces(g.shape[-4], route.bytes_left, chunk)
+    rights = pieces(h.shape[-4], route.bytes_right, chunk)
+    channels = _channels(g.shape[-1], route.bytes_least)
+
+    def block(g: Tensor, a: Tensor, h: Tensor, b: Tensor, w: Tensor | None) -> Tensor:
+        return route.contract(g, a, route.prepare(h, b, w))
+
+    kernel = recomputing(block, len(lefts) * len(rights) * len(channels), g, a, h, b, w)
+
+    def column(m: slice, o: slice) -> Tensor:
+        left = [(g[..., n, :, :, o], a[..., n, :, :]) for n in lefts]
+        right = (h[..., m, :, :, o], b[..., m, :, :], None if w is None else w[..., o, :])
+        if kernel is not block:  # what is prepared outside of a chunk would be kept for the backward pass
+            return joined([kernel(*pair, *right) for pair in left], dim=-4)
+        prepared = route.prepare(*right)
+        return joined([route.contract(*pair, prepared) for pair in left], dim=-4)
+
+    return functools.reduce(torch.add, (joined([column(m, o) for m in rights], dim=-2) for o in channels))
+
+
+# -- chunks --------------------------------------------------------------------------------------------------
+
+
+def pieces(total: int, bytes_each: int, chunk: int | None = None) -> list[slice]:
+    """``range(total)`` cut into slices of `chunk` items, or of as many as the budget holds (at least one)."""
+    step = chunk if chunk is not None else max(1, BUDGET // max(1, bytes_each))
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """The parts along `dim`; a single one is not copied."""
+    return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
+
+
+def recomputing(
+    kernel: Callable[..., Tensor], n_chunks: int, *tensors: Tensor | None
+) -> Callable[..., Tensor]:
+    """`kernel`, or where it is one of several and needs a gradient, one that keeps nothing for backward.
+
+    Args:
+        kernel: called once per chunk.
+        n_chunks: how often.
+        *tensors: whatever it may need a gradient for, arguments or not.
+    """
+    given = [t for t in tensors if t is not None]
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    # Inside torch.func transforms checkpointing does not exist: its hooks do not see wrapped tensors.
+    if n_chunks == 1 or not wanted or not all(map(is_concrete, given)):
+        return kernel
+
+    def checkpointed(*args: Any) -> Tensor:
+        result: Tensor = checkpoint(kernel, *args, use_reentrant=False, preserve_rng_state=False)
+        return result
+
+    return checkpointed
+
+
+def _channels(out: int, bytes_each: int) -> list[slice]:
+    """The channels o, in pieces if one sample alone exceeds the budget."""
+    return pieces(out, bytes_each // out) if bytes_each > BUDGET else [slice(0, out)]
+
+
+def _bytes(g: Tensor, batch: torch.Size) -> int:
+    """What one number per sample takes, over the whole batch."""
+    copies: int = math.prod(torch.broadcast_shapes(g.shape[:-4], batch))
+    return g.element_size() * copies
+
+
+def _weight_bytes(g: Tensor, w: Tensor | None) -> int:
+    return _bytes(g, torch.Size() if w is None else w.shape[:-2])
+
+
+def _over_samples(
+    route: _SampleRoute, g: Tensor, a: Tensor, w: Tensor | None, chunk: int | None, dim: int
+) -> Tensor:
+    samples = pieces(g.shape[-4], route.bytes_each, chunk)
+    channels = _channels(g.shape[-1], route.bytes_each)
+    kernel = recomputing(route.kernel, len(samples) * len(channels), g, a, w)
+
+    def summed(n: slice) -> Tensor:
+        weights = (None if w is None else w[..., o, :] for o in channels)
+        parts = (
+            kernel(g[..., n, :, :, o], a[..., n, :, :], w_o) for o, w_o in zip(channels, weights, strict=True)
+        )
+        return functools.reduce(torch.add, parts)
+
+    return joined([summed(n) for n in samples], dim)
+
+
+# -- products with vectors -----------------------------------------------------------------------------------
+
+
+def _rows_are_shorter(R: int, S: int, out: int, inputs: int, K: int) -> bool:
+    return R * S * out * inputs + R * out * inputs * K < K * (S * out * inputs + R * S * out)
+
+
+def _forward_rows(g: Tensor, a: Tensor, V: Tensor) -> Tensor:
+    return multiplied(g, a) @ V.unsqueeze(-3)
+
+
+def _forward_layer(g: Tensor, a: Tensor, V: Tensor) -> Tensor:
+    S, out = g.shape[-2:]
+    outputs = a.flatten(-3, -2) @ V  # (n * s, out * K)
+    outputs = outputs.reshape(*outputs.shape[:-2], a.shape[-3], S * out, V.shape[-1] // out)
+    return g.flatten(-2) @ outputs
+
+
+def _backward_rows(g: Tensor, a: Tensor, u: Tensor) -> Tensor:
+    product = multiplied(g, a).flatten(-3, -2).mT @ u.flatten(-3, -2)
+    return product.reshape(*product.shape[:-2], g.shape[-1], a.shape[-1], u.shape[-1])
+
+
+def _backward_layer(g: Tensor, a: Tensor, u: Tensor) -> Tensor:
+    (S, out), K = g.shape[-2:], u.shape[-1]
+    cotangents = g.flatten(-2).mT @ u  # (n, s * out, K)
+    cotangents = cotangents.reshape(*cotangents.shape[:-3], g.shape[-4] * S, out * K)
+    product = a.flatten(-3, -2).mT @ cotangents
+    return product.reshape(*product.shape[:-1], out, K).movedim(-3, -2)
+
+
+# -- one sample with itself ----------------------------------------------------------------------------------
+
+
+class _SampleRoute(NamedTuple):
+    kernel: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    bytes_each: int
+
+
+def _sample_route(g: Tensor, a: Tensor, w: Tensor | None, *, diagonal: bool) -> _SampleRoute:
+    (R, S, out), inputs, item = g.shape[-3:], a.shape[-1], _weight_bytes(g, w)
+    D, columns = out * inputs, 1 if diagonal else R
+    if S == 1:
+        return _SampleRoute(_single_diagonal if diagonal else _single, item * (inputs + 2 * R * out))
+    rows = R * S * D + R * columns * D
+    tokens = S * S * (inputs if w is None else D) + R * S * S * out + R * columns * S * out
+    if tokens <= rows:
+        kernel = _tokens_diagonal if diagonal else _tokens
+        return _SampleRoute(kernel, item * (S * S * (inputs + out) + 2 * R * S * out))
+    return _SampleRoute(_rows_diagonal if diagonal else _rows, item * 2 * R * D)
+
+
+def _single_weight(a: Tensor, w: Tensor | None) -> Tensor:
+    """``v_no = sum_i a_ni^2 w_oi`` as ``(..., N, 1, out or 1)``."""
+    squared = a.squeeze(-2).square()
+    v = squared.sum(-1, keepdim=True) if w is None else squared @ w.mT
+    return v.unsqueeze(-2)
+
+
+def _single(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
+    g = g.squeeze(-2)
+    return (g * _single_weight(a, w)) @ g.mT
+
+
+def _single_diagonal(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
+    return (g.squeeze(-2).square() * _single_weight(a, w)).sum(-1)
+
+
+def _weighted(rows: Tensor, w: Tensor | None) -> Tensor:
+    return rows if w is None else rows * w.flatten(-2)[..., None, None, :]
+
+
+def _rows(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
+    rows = multiplied(g, a)
+    return _weighted(rows, w) @ rows.mT
+
+
+def _rows_diagonal(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
+    return _weighted(multiplied(g, a).square(), w).sum(-1)
+
+
+def _through(products: Tensor, w: Tensor, own: int) -> Tensor:
+    """``(..., i) -> (..., o)`` by w in one product; the last `own` dimensions before i are not batch."""
+    weighted = products.flatten(-own - 1, -2) @ w.mT
+    return weighted.reshape(*weighted.shape[:-2], *products.shape[-own - 1 : -1], w.shape[-2])
+
+
+def _half_contracted(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
+    """``H_n,rto = sum_s g_nrso k_nst,o``."""
+    if w is None:
+        return torch.einsum("...rso,...st->...rto", g, a @ a.mT)
+    k = _through(a.unsqueeze(-2) * a.unsqueeze(-3), w, own=3)
+    return torch.einsum("...rso,...sto->...rto", g, k)
+
+
+def _tokens(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
+    return _half_contracted(g, a, w).flatten(-2) @ g.flatten(-2).mT
+
+
+def _tokens_diagonal(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
+    return (_half_contracted(g, a, w) * g).sum((-2, -1))
+
+
+# -- every sample with every other ---------------------------------------------------------------------------
+
+
+class _PairRoute(NamedTuple):
+    prepare: Callable[[Tensor, Tensor, Tensor | None], Any]
+    """What of the right side serves every chunk of the left one."""
+    contract: Callable[[Tensor, Tensor, Any], Tensor]
+    bytes_left: int
+    bytes_right: int
+    bytes_least: int
+    """What one pair of samples takes; above the budget the channels are cut."""
+
+
+def _pair_route(g: Tensor, a: Tensor, h: Tensor, b: Tensor, w: Tensor | None) -> _PairRoute:
+    (N, R, S, out), (M, Q, T, _) = g.shape[-4:], h.shape[-4:]
+    inputs, item = a.shape[-1], max(_weight_bytes(g, w), _weight_bytes(h, w))
+    D, single = out * inputs, S == T == 1
+    if single and w is None:
+        return _PairRoute(_as_given, _pairs_plain, item * R * Q * M, 0, 0)
+    rows = N * R * S * D + M * Q * T * D + N * R * M * Q * D
+    tokens = N * M * (S * T * (inputs if w is None else D) + (R * S * T + R * Q * T) * out)
+    if single or tokens <= rows:
+        pair = item * (S * T * (inputs + out) + (min(R, Q) if single else R) * T * out)
+        # A block of pairs within the budget, as square as the numbers of samples allow.
+        left = min(N, max(1, math.isqrt(BUDGET // pair)))
+        right = min(M, max(1, BUDGET // (pair * left)))
+        contract = _pairs_single if single else _pairs_tokens
+        return _PairRoute(_as_given, contract, pair * right, pair * left, pair)
+    left, right = 2 * item * R * D, 2 * item * Q * D  # half of the budget for the rows of either side
+    return _PairRoute(_prepared_rows, _pairs_rows, left, right, (left + right) // 2)
+
+
+def _as_given(h: Tensor, b: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return h, b, w
+
+
+def _pairs_plain(g: Tensor, a: Tensor, right: tuple[Tensor, Tensor, None]) -> Tensor:
+    """``(a_n . b_m) (g_nr . h_mq)``: two products of matrices."""
+    h, b, _ = right
+    g, a, h, b = (t.squeeze(-2) for t in (g, a, h, b))
+    inputs = a @ b.mT
+    outputs = g.flatten(-3, -2) @ h.flatten(-3, -2).mT
+    outputs = outputs.reshape(*outputs.shape[:-2], *g.shape[-3:-1], *h.shape[-3:-1])
+    return outputs * inputs[..., :, None, :, None]
+
+
+def _pairs_single(g: Tensor, a: Tensor, right: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """``sum_o g_nro v_nmo h_mqo`` with ``v_nmo = sum_i a_ni w_oi b_mi``."""
+    h, b, w = right
+    g, a, h, b = (t.squeeze(-2) for t in (g, a, h, b))
+    v = _through(a.unsqueeze(-2) * b.unsqueeze(-3), w, own=2)
+    if g.shape[-2] <= h.shape[-2]:
+        return torch.einsum("...nmro,...mqo->...nrmq", g.unsqueeze(-3) * v.unsqueeze(-2), h)
+    return torch.einsum("...nro,...nmqo->...nrmq", g, v.unsqueeze(-2) * h.unsqueeze(-4))
+
+
+def _pairs_tokens(g: Tensor, a: Tensor, right: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+    """``sum_to H_nmrto h_mqto`` with ``H_nmrto = sum_s g_nrso k_nsmt,o``."""
+    h, b, w = right
+    if w is None:
+        k = torch.einsum("...nsi,...mti->...nmst", a, b)
+        H = torch.einsum("...nrso,...nmst->...nmrto", g, k)
+    else:
+        k = _through(a[..., :, None, :, None, :] * b[..., None, :, None, :, :], w, own=4)
+        H = torch.einsum("...nrso,...nmsto->...nmrto", g, k)
+    return torch.einsum("...nmrto,...mqto->...nrmq", H, h)
+
+
+def _prepared_rows(h: Tensor, b: Tensor, w: Tensor | None) -> Tensor:
+    return _weighted(multiplied(h, b), w)
+
+
+def _pairs_rows(g: Tensor, a: Tensor, rows: Tensor) -> Tensor:
+    left = multiplied(g, a)
+    K = left.flatten(-3, -2) @ rows.flatten(-3, -2).mT
+    return K.reshape(*K.shape[:-2], *left.shape[-3:-1], *rows.shape[-3:-1])
