@@ -6,6 +6,7 @@ The flat order is that of `torch.nn.utils.parameters_to_vector` over the chosen 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvlin.index import IndexSet
 from curvlin_nn.errors import UnsupportedError
 
 Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -99,6 +101,12 @@ class ParameterSpace:
             name: part.reshape(*vector.shape[:-1], *shape)
             for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
         }
+
+
+@functools.lru_cache(maxsize=64)
+def consecutive(sizes: tuple[int, ...]) -> IndexSet:
+    """The partition into consecutive blocks: one object per sizes, so that telling two equal is free."""
+    return IndexSet.of_sizes(sizes)
 
 
 def _chosen(model: nn.Module, select: Selection) -> set[str]:

@@ -4,6 +4,7 @@ One file per layer family; a new family is a new file that registers a `LayerRul
 """
 
 from curvlin_nn.capture import conv, linear
+from curvlin_nn.capture.last_layer import last_layer
 from curvlin_nn.capture.recorder import Block, Captures, Recorder, Recording
 from curvlin_nn.capture.rules import RULES, Call, LayerRule, Piece, register
 
@@ -17,6 +18,7 @@ __all__ = [
     "Recorder",
     "Recording",
     "conv",
+    "last_layer",
     "linear",
     "register",
 ]

@@ -41,10 +41,12 @@ class Interceptor(TorchFunctionMode):
 
     Args:
         tracked: the tensors by name; they must require gradients.
+        strict: whether uses without a rule are refused, or passed over.
     """
 
-    def __init__(self, tracked: Mapping[str, Tensor]) -> None:
+    def __init__(self, tracked: Mapping[str, Tensor], *, strict: bool = True) -> None:
         super().__init__()
+        self._strict = strict
         self._names = {id(tensor): name for name, tensor in tracked.items()}
         self.uses: list[Use] = []
 
@@ -67,11 +69,13 @@ class Interceptor(TorchFunctionMode):
     ) -> None:
         rule = RULES.get(func)
         if rule is None:
+            if not self._strict:
+                return
             raise UnsupportedUseError(used[0], f"is used by {_name(func)}")
         call = rule.bind(*args, **kwargs)
         names = {role: name for role, t in call.roles.items() if (name := self._names.get(id(t))) is not None}
         for name in used:
-            if used.count(name) > list(names.values()).count(name):
+            if self._strict and used.count(name) > list(names.values()).count(name):
                 raise UnsupportedUseError(name, f"is an input of {_name(func)}")
         self.uses.append(Use(rule, call, names, output.shape, get_gradient_edge(output), call.input._version))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from curvlin import BlockDiag, Dense, KroneckerSum
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.capture import Block, Captures
 from curvlin_nn.errors import UnsupportedError
-from curvlin_nn.parameters import ParameterSpace
+from curvlin_nn.parameters import ParameterSpace, consecutive
 from curvlin_nn.structures.base import Structure
 from curvlin_nn.structures.registry import register
 
@@ -82,5 +81,7 @@ class Kronecker(Structure):
 
     def finish(self) -> BlockDiag:
         """See `Structure.finish`."""
-        indices = [torch.arange(f.block.start, f.block.stop, device=f.left.device) for f in self._blocks]
-        return BlockDiag([factors.operator() for factors in self._blocks], indices)
+        return BlockDiag(
+            [factors.operator() for factors in self._blocks],
+            consecutive(tuple(len(factors.block) for factors in self._blocks)),
+        )

@@ -1,0 +1,193 @@
+"""The curvature of a model's log-likelihood: one stream of captures through any number of structures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from curvlin.precision.base import PrecisionOperator
+from curvlin_nn import likelihoods, structures
+from curvlin_nn.capture import Recorder, last_layer
+from curvlin_nn.capture.state import random_state_kept
+from curvlin_nn.errors import DataError, OutputError, UnsupportedError
+from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.parameters import ParameterSpace, Selection
+from curvlin_nn.structures import Structure
+from curvlin_nn.structures.registry import StructureFactory
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What a pass over data leaves.
+
+    Attributes:
+        recorder: the verified recorder of the model.
+        states: the state of each structure.
+        n_data: the number of samples seen.
+        n_outputs: C, the number of outputs per sample.
+        statistics: what the log-likelihood needs to know of the data.
+    """
+
+    recorder: Recorder
+    states: tuple[Structure, ...]
+    n_data: int
+    n_outputs: int
+    statistics: Float[Tensor, " K"]
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The parameters the curvature is about."""
+        return self.recorder.space
+
+    def with_batch(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor, where: str) -> Accumulated:
+        """The counts and statistics with one batch more.
+
+        Raises:
+            OutputError: if the number of outputs is not that of earlier batches.
+        """
+        n_samples, n_outputs = outputs.shape
+        if self.n_outputs not in (0, n_outputs):
+            raise OutputError(
+                f"model outputs on {where} must have {self.n_outputs} columns as before, found {n_outputs}"
+            )
+        statistics = self.statistics + likelihood.statistics(outputs, targets)
+        return replace(self, n_data=self.n_data + n_samples, n_outputs=n_outputs, statistics=statistics)
+
+    def merged(self, other: Accumulated) -> Accumulated:
+        """The sums over this data and that of `other`, whose states stay as they are.
+
+        Raises:
+            UnsupportedError: if they are about different parameters or outputs.
+        """
+        if (self.space, self.n_outputs) != (other.space, other.n_outputs):
+            raise UnsupportedError("the two fits are about different parameters or outputs, expected the same")
+        for mine, theirs in zip(self.states, other.states, strict=True):
+            mine.merge(theirs)
+        n_data, statistics = self.n_data + other.n_data, self.statistics + other.statistics
+        return replace(self, n_data=n_data, statistics=statistics)
+
+
+def curvature(
+    model: nn.Module,
+    likelihood: str | Likelihood,
+    loader: Iterable[Any],
+    hessian_structure: str | StructureFactory = "kron",
+    columns: str = "exact",
+    subset_of_weights: Selection = "all",
+    *,
+    progress_bar: bool = False,
+) -> PrecisionOperator:
+    """The generalised Gauss-Newton matrix of the negative log-likelihood, summed over the data.
+
+    ``H = sum_n J_n^T Lambda_n J_n`` in the given structure, at ``sigma_noise = 1`` and temperature 1.
+
+    Args:
+        model: maps one argument to outputs ``(N, C)``; it comes back as it was.
+        likelihood: ``"classification"``, ``"regression"`` or a `Likelihood`.
+        loader: batches ``(inputs, targets)``.
+        hessian_structure: ``"full"``, ``"kron"``, ``"diag"`` or a `Structure` class.
+        columns: ``"exact"``.
+        subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, or a predicate.
+        progress_bar: whether to show one.
+
+    Returns:
+        An operator in the flat order of `torch.nn.utils.parameters_to_vector` over the chosen parameters.
+
+    Raises:
+        UnsupportedError: for a model or option that is not served.
+        DataError: for a batch that cannot be used.
+        OutputError: for outputs of the wrong shape, or not finite.
+    """
+    if columns != "exact":
+        raise UnsupportedError(f"columns={columns!r} is not supported; expected 'exact'")
+    factory = structures.resolve(hessian_structure)
+    accumulated = accumulate(
+        model, likelihoods.resolve(likelihood), loader, subset_of_weights, [factory], progress_bar=progress_bar
+    )
+    return accumulated.states[0].finish()
+
+
+def accumulate(
+    model: nn.Module,
+    likelihood: Likelihood,
+    loader: Iterable[Any],
+    subset_of_weights: Selection,
+    factories: Sequence[StructureFactory],
+    *,
+    progress_bar: bool = False,
+) -> Accumulated:
+    """Send captures of all data through structures; several share the passes. See `curvature`."""
+    device = next(model.parameters()).device
+    with random_state_kept(device):  # loaders draw from the default generator
+        accumulated = _first_pass(model, likelihood, _batches(loader, device, progress_bar), subset_of_weights, factories)
+        for pass_index in range(1, max(state.passes for state in accumulated.states)):
+            unfinished = [state for state in accumulated.states if pass_index < state.passes]
+            for state in unfinished:
+                state.begin(pass_index)
+            n_data = 0
+            for index, (x, _) in enumerate(_batches(loader, device, progress_bar)):
+                recording = accumulated.recorder(x, f"batch {index}")
+                captures = recording.captures(likelihood.columns(recording.outputs))
+                n_data += captures.n_samples
+                for state in unfinished:
+                    state.update(captures)
+            if n_data != accumulated.n_data:
+                raise DataError(
+                    f"pass {pass_index} over the loader yielded {n_data} samples, expected {accumulated.n_data} as "
+                    "in the first; give a loader that can be iterated several times"
+                )
+    return accumulated
+
+
+def _first_pass(
+    model: nn.Module,
+    likelihood: Likelihood,
+    batches: Iterator[tuple[Any, Tensor]],
+    subset_of_weights: Selection,
+    factories: Sequence[StructureFactory],
+) -> Accumulated:
+    accumulated: Accumulated | None = None
+    for index, (x, targets) in enumerate(batches):
+        where = f"batch {index}"
+        if accumulated is None:
+            accumulated = _started(Recorder(model, choose(model, subset_of_weights, x)), factories)
+        recording = accumulated.recorder(x, where)
+        targets = likelihood.check(recording.outputs, targets, where)
+        accumulated = accumulated.with_batch(likelihood, recording.outputs, targets, where)
+        captures = recording.captures(likelihood.columns(recording.outputs))
+        for state in accumulated.states:
+            state.update(captures)
+    if accumulated is None:
+        raise DataError("the loader yielded no batch, expected at least one (inputs, targets)")
+    return accumulated
+
+
+def _started(recorder: Recorder, factories: Sequence[StructureFactory]) -> Accumulated:
+    states = tuple(factory(recorder.space) for factory in factories)
+    device = next(recorder.model.parameters()).device
+    for state in states:
+        state.begin(0)
+    return Accumulated(recorder, states, n_data=0, n_outputs=0, statistics=torch.zeros(1, dtype=torch.float64, device=device))
+
+
+def choose(model: nn.Module, subset_of_weights: Selection, x: Any) -> ParameterSpace:
+    """The parameters that `subset_of_weights` names; the last layer is found by running the model on `x`."""
+    if isinstance(subset_of_weights, str) and subset_of_weights == "last_layer":
+        return last_layer(model, x)
+    return ParameterSpace.of(model, subset_of_weights)
+
+
+def _batches(loader: Iterable[Any], device: torch.device, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
+    for index, batch in enumerate(tqdm(loader, desc="curvature", disable=not progress_bar)):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+            raise DataError(
+                f"batch {index} must be a pair (inputs, targets) with targets a tensor, found {type(batch).__name__}"
+            )
+        x, targets = batch
+        yield x.to(device) if isinstance(x, Tensor) else x, targets.to(device)

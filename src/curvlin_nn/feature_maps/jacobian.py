@@ -1,0 +1,71 @@
+"""The exact Jacobian in factored form, layer by layer; it is never multiplied out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlin import BlockFeatures, DenseFeatures, FeatureOperator, KhatriRaoFeatures
+from curvlin_nn.capture import Block, Recorder, last_layer
+from curvlin_nn.feature_maps.base import FeatureMap
+from curvlin_nn.parameters import ParameterSpace, Selection, consecutive
+
+
+class JacobianMap(FeatureMap):
+    """``x -> (f(x), df/dtheta)`` by one forward pass and C backward passes that stop at the layers' outputs.
+
+    Args:
+        model: maps one argument to outputs ``(N, C)``; it comes back as it was.
+        subset_of_weights: ``"all"``, names of parameters or modules, or a predicate.
+    """
+
+    def __init__(self, model: nn.Module, subset_of_weights: Selection = "all") -> None:
+        self._recorder = Recorder(model, ParameterSpace.of(model, subset_of_weights))
+
+    @classmethod
+    def of(cls, recorder: Recorder) -> JacobianMap:
+        """The map that records with `recorder`, sharing what it has verified."""
+        jacobian = cls.__new__(cls)
+        jacobian._recorder = recorder
+        return jacobian
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The parameters of the Jacobian's columns."""
+        return self._recorder.space
+
+    def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
+        """See `FeatureMap.__call__`."""
+        recording = self._recorder(x)
+        n_samples, n_outputs = recording.outputs.shape
+        unit = torch.eye(n_outputs, dtype=recording.outputs.dtype, device=recording.outputs.device)
+        captures = recording.captures(unit[:, None, :].expand(n_outputs, n_samples, n_outputs))
+        indices = consecutive(tuple(block.size for block in captures.blocks))
+        return recording.outputs, BlockFeatures([_features(block) for block in captures.blocks], indices)
+
+
+class LastLayerMap(FeatureMap):
+    """The Jacobian with respect to the last layer that the forward pass uses; needs no backward pass.
+
+    Args:
+        model: maps one argument to outputs ``(N, C)``; it comes back as it was.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._jacobian: JacobianMap | None = None
+
+    def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
+        """See `FeatureMap.__call__`."""
+        if self._jacobian is None:
+            self._jacobian = JacobianMap(self._model, last_layer(self._model, x).names)
+        return self._jacobian(x)
+
+
+def _features(block: Block) -> FeatureOperator:
+    if block.right is None:
+        return DenseFeatures(block.left.squeeze(2))
+    return KhatriRaoFeatures(block.left, block.right)

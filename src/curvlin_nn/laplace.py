@@ -1,0 +1,486 @@
+"""`Laplace`: a Gaussian posterior around a trained network, as a composition of operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlin import Gaussian
+from curvlin.precision.base import PrecisionOperator
+from curvlin_nn import likelihoods, structures
+from curvlin_nn.curvature import Accumulated, accumulate
+from curvlin_nn.errors import DataError, NotFittedError, StaleModelError, UnsupportedError
+from curvlin_nn.evidence import Evidence, Optimum, maximise
+from curvlin_nn.feature_maps import JacobianMap
+from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.parameters import ParameterSpace, Selection
+from curvlin_nn.predictive import Predictive, check_link, draw
+from curvlin_nn.prior import (
+    GroupedPrior,
+    OperatorPrior,
+    Prior,
+    check_precision,
+    group_of_coordinate,
+    infer_structure,
+    label_of_group,
+)
+from curvlin_nn.spectrum import Spectrum, spectrum
+from curvlin_nn.structures.registry import StructureFactory
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What `fit` leaves: sums over the data, and what is made of them."""
+
+    accumulated: Accumulated
+    mean: Float[Tensor, " P"]
+    curvature: PrecisionOperator
+    spectrum: Spectrum | None
+
+
+class Laplace:
+    """The Laplace approximation ``q(theta) = N(theta_MAP, P^-1)`` with ``P = H / (sigma^2 T) + P0``.
+
+    H is the generalised Gauss-Newton matrix of the negative log-likelihood, summed over the data, in the chosen
+    structure. Predictions linearise the network around ``theta_MAP``. The model is never changed.
+
+    Args:
+        model: a trained network that maps one argument to outputs ``(N, C)``.
+        likelihood: ``"classification"``, ``"regression"`` or a `Likelihood`.
+        subset_of_weights: ``"all"`` (parameters that require a gradient), ``"last_layer"`` (the default), names of
+            parameters or modules, or a predicate of name and parameter.
+        hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"`` or a `Structure` class.
+        curvature: ``"ggn"``.
+        prior_precision: a number, one per parameter tensor, one per module, one per parameter, or an operator.
+        prior_mean: a number or a flat vector.
+        sigma_noise: the standard deviation of observations, in the units of the targets; regression only.
+        temperature: T; the likelihood counts with weight 1 / T.
+        feature_map: not supported yet.
+        prior_structure: ``"scalar"``, ``"layerwise"`` (per parameter tensor), ``"modulewise"`` or ``"diag"``; needed
+            only where the length of `prior_precision` fits several.
+
+    Raises:
+        UnsupportedError: for an option that is not served; the message says which are.
+        ValueError: for a hyperparameter out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        subset_of_weights: Selection | None = None,
+        hessian_structure: str | StructureFactory | None = None,
+        *,
+        curvature: str = "ggn",
+        prior_precision: float | Tensor | PrecisionOperator = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        sigma_noise: float | Tensor = 1.0,
+        temperature: float = 1.0,
+        feature_map: object | None = None,
+        prior_structure: str | None = None,
+    ) -> None:
+        if curvature != "ggn":
+            raise UnsupportedError(f"curvature={curvature!r} is not supported; expected 'ggn'")
+        if feature_map is not None:
+            raise UnsupportedError("feature_map is not supported; the exact Jacobian is used, leave it at None")
+        self.model = model
+        self.likelihood = likelihoods.resolve(likelihood)
+        self.subset_of_weights: Selection = "last_layer" if subset_of_weights is None else subset_of_weights
+        self._structure = structures.resolve("kron" if hessian_structure is None else hessian_structure)
+        if self.subset_of_weights != "last_layer":
+            ParameterSpace.of(model, self.subset_of_weights)  # say now what is wrong with it
+        self._fitted: _Fitted | None = None
+        self._posterior: tuple[tuple[int, ...], PrecisionOperator] | None = None
+        self._prior_structure = prior_structure
+        self.prior_precision = prior_precision
+        self.prior_mean = prior_mean
+        self.sigma_noise = sigma_noise
+        self.temperature = temperature
+
+    # -- hyperparameters: the posterior follows, nothing is fitted again --------------------------------------
+
+    @property
+    def prior_precision(self) -> Tensor | PrecisionOperator:
+        """The prior precision P0, as it was given."""
+        return self._prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: float | Tensor | PrecisionOperator) -> None:
+        checked = value if isinstance(value, PrecisionOperator) else check_precision(value)
+        if self._fitted is not None:
+            self._prior(checked)
+        self._prior_precision = checked
+        self._posterior = None
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """The prior mean: 0-dimensional or flat."""
+        return self._prior_mean
+
+    @prior_mean.setter
+    def prior_mean(self, value: float | Tensor) -> None:
+        mean = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+        if not mean.is_floating_point() or mean.ndim > 1 or not bool(torch.isfinite(mean).all()):
+            raise ValueError(
+                f"prior_mean must be a number or a flat vector, finite, found shape {tuple(mean.shape)} of {mean.dtype}"
+            )
+        if self._fitted is not None:
+            _check_mean_length(mean, self._fitted)
+        self._prior_mean = mean
+
+    @property
+    def sigma_noise(self) -> Float[Tensor, ""]:
+        """The standard deviation of observations; 1 where the likelihood has no noise."""
+        return self._sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, value: float | Tensor) -> None:
+        self._sigma_noise = self._checked_noise(value)
+        self._posterior = None
+
+    @property
+    def temperature(self) -> float:
+        """T: the likelihood counts with weight 1 / T, the prior with weight 1."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if not 0 < value < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, found {value}")
+        self._temperature = float(value)
+        self._posterior = None
+
+    # -- fitting ----------------------------------------------------------------------------------------------
+
+    def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> Laplace:
+        """Accumulate the curvature over the data, around the model's present parameters.
+
+        Args:
+            train_loader: batches ``(inputs, targets)``; the number of samples is counted as they come.
+            override: whether to forget earlier data; otherwise the sums continue.
+            progress_bar: whether to show one.
+
+        Returns:
+            The object itself. If anything raises, it is as it was before, and so is the model.
+
+        Raises:
+            DataError: if the loader yields nothing, or targets have the wrong dtype, shape or range.
+            OutputError: if outputs have the wrong shape or are not finite.
+            UnsupportedError: if the model uses a chosen parameter in a way that is not served.
+        """
+        found = accumulate(
+            self.model,
+            self.likelihood,
+            train_loader,
+            self.subset_of_weights,
+            [self._structure],
+            progress_bar=progress_bar,
+        )
+        if not override and self._fitted is not None:
+            found = found.merged(self._fitted.accumulated)
+        H = found.states[0].finish()
+        mean = found.space.flatten(found.space.tensors(self.model))
+        fitted = _Fitted(found, mean, H, spectrum(H))
+        _check_mean_length(self._prior_mean, fitted)
+        self._prior_of(fitted, self._prior_precision)
+        self._fitted, self._posterior = fitted, None
+        return self
+
+    @property
+    def n_params(self) -> int:
+        """P, the number of parameters the posterior is about."""
+        return self._fit.accumulated.space.size
+
+    @property
+    def n_data(self) -> int:
+        """The number of samples that `fit` saw."""
+        return self._fit.accumulated.n_data
+
+    @property
+    def n_outputs(self) -> int:
+        """C, the number of outputs per sample."""
+        return self._fit.accumulated.n_outputs
+
+    @property
+    def parameters(self) -> ParameterSpace:
+        """The parameters in flat order."""
+        return self._fit.accumulated.space
+
+    @property
+    def curvature(self) -> PrecisionOperator:
+        """H, summed over the data, at sigma = 1 and T = 1."""
+        return self._fit.curvature
+
+    # -- the posterior ----------------------------------------------------------------------------------------
+
+    @property
+    def mean(self) -> Float[Tensor, " P"]:
+        """The posterior mean: the parameters the posterior was fitted around, flat."""
+        return self._fit.mean
+
+    @property
+    def posterior_precision(self) -> PrecisionOperator:
+        """``P = H / (sigma^2 T) + P0``, factored; made once for each choice of hyperparameters."""
+        tensors = [t for t in (self._prior_precision, self._sigma_noise) if isinstance(t, Tensor)]
+        versions = tuple(t._version for t in tensors)
+        if self._posterior is None or self._posterior[0] != versions:
+            H = self._fit.curvature
+            scale = 1 / (self._sigma_noise.detach().double().square() * self._temperature)
+            prior = self._prior(self._prior_precision).operator(H).detach()
+            self._posterior = versions, (scale.to(H.dtype) * H + prior).factor()
+        return self._posterior[1]
+
+    @property
+    def posterior(self) -> Gaussian:
+        """The posterior over the flat parameters."""
+        return Gaussian(self.mean, self.posterior_precision)
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
+        """Draws of flat parameter vectors.
+
+        Args:
+            n_samples: how many.
+            generator: source of randomness; None is torch's default generator.
+        """
+        return self.mean + self.posterior_precision.sample((n_samples,), generator=generator)
+
+    # -- evidence ---------------------------------------------------------------------------------------------
+
+    def log_marginal_likelihood(
+        self,
+        prior_precision: float | Tensor | PrecisionOperator | None = None,
+        sigma_noise: float | Tensor | None = None,
+    ) -> Float[Tensor, ""]:
+        """The Laplace approximation of ``log p(D)`` in nats.
+
+        ``log p(D | theta) / T - (theta - mu)^T P0 (theta - mu) / 2 - (logdet P - logdet P0) / 2``
+
+        Args:
+            prior_precision: evaluate here instead of at the current value (which stays).
+            sigma_noise: likewise.
+
+        Returns:
+            A 0-dimensional float64 tensor, differentiable in both.
+        """
+        precision = self._prior_precision if prior_precision is None else prior_precision
+        if not isinstance(precision, PrecisionOperator):
+            precision = check_precision(precision)
+        noise = self._sigma_noise if sigma_noise is None else self._checked_noise(sigma_noise)
+        return self._evidence().log_marginal_likelihood(self._prior(precision), noise)
+
+    def optimize_prior_precision(
+        self,
+        method: str = "marglik",
+        prior_structure: str = "scalar",
+        optimize_noise: bool = False,
+        *,
+        tolerance: float = 1e-9,
+        max_steps: int = 200,
+    ) -> Optimum:
+        """Set the prior precision to the maximum of the log marginal likelihood.
+
+        The problem is concave in the logarithms of the hyperparameters; Newton's method solves it from any start.
+
+        Args:
+            method: ``"marglik"``.
+            prior_structure: which parameters share a precision: ``"scalar"``, ``"layerwise"`` (each parameter tensor
+                its own), ``"modulewise"`` or ``"diag"``.
+            optimize_noise: whether to optimise `sigma_noise` jointly; regression only.
+            tolerance: largest relative gradient at the end.
+            max_steps: Newton steps before giving up.
+
+        Returns:
+            The optimum with its log marginal likelihood, gradient norm and number of steps.
+
+        Raises:
+            NoFiniteOptimumError: if there is none; it says why.
+            ConvergenceError: if `max_steps` do not suffice.
+        """
+        if method != "marglik":
+            raise UnsupportedError(f"method={method!r} is not supported; expected 'marglik'")
+        if optimize_noise and not self.likelihood.has_noise:
+            raise UnsupportedError(f"optimize_noise needs a likelihood with noise, found {self.likelihood.name}")
+        start = self._start(prior_structure)
+        optimum = maximise(
+            self._evidence(),
+            start,
+            float(self._sigma_noise.detach()),
+            optimize_noise=optimize_noise,
+            tolerance=tolerance,
+            max_steps=max_steps,
+        )
+        self._prior_structure = prior_structure
+        self.prior_precision = optimum.prior_precision.squeeze()
+        if optimize_noise:
+            self.sigma_noise = optimum.sigma_noise
+        return optimum
+
+    # -- prediction -------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        link_approx: str = "probit",
+        joint: bool = False,
+        diagonal_output: bool = False,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        observation_noise: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The predictive distribution at x, from the network linearised around its parameters.
+
+        Args:
+            x: what the model takes.
+            pred_type: ``"glm"``.
+            link_approx: for classification ``"probit"``, or ``"mc"`` for `n_samples` draws of the outputs.
+            joint: for regression, the covariance between all samples, sample-major.
+            diagonal_output: variances of the outputs only (for ``"mc"``: outputs drawn independently).
+            n_samples: the number of draws for ``"mc"``.
+            generator: source of randomness for ``"mc"``; None is torch's default generator.
+            observation_noise: for regression, whether to add ``sigma_noise^2``.
+
+        Returns:
+            Classification: probabilities ``(N, C)``. Regression: mean ``(N, C)`` and covariance ``(N, C, C)``, with
+            `diagonal_output` variance ``(N, C)``, with `joint` ``(N C,)`` and ``(N C, N C)``.
+
+        Raises:
+            UnsupportedError: for a combination that is not served.
+            NotFittedError: before `fit`.
+            StaleModelError: if the model's parameters changed since `fit`.
+        """
+        if pred_type != "glm":
+            raise UnsupportedError(f"pred_type={pred_type!r} is not supported; expected 'glm'")
+        if observation_noise and not self.likelihood.has_noise:
+            raise UnsupportedError(f"observation_noise needs a likelihood with noise, found {self.likelihood.name}")
+        if joint and diagonal_output:
+            raise UnsupportedError("joint and diagonal_output exclude each other; choose one")
+        if not self.likelihood.link_approximations:
+            return self._moments(x, joint, diagonal_output, observation_noise)
+        if joint:
+            raise UnsupportedError(
+                f"joint is not supported for {self.likelihood.name}; use functional_samples for joint draws of outputs"
+            )
+        check_link(self.likelihood, link_approx)
+        predictive = self._predictive()
+        if link_approx != "mc":
+            return self.likelihood.link_approximations[link_approx](*predictive.mean_and_variance(x))
+        if diagonal_output:
+            mean, variance = predictive.mean_and_variance(x)
+            covariance = torch.diag_embed(variance)
+        else:
+            mean, covariance = predictive.mean_and_covariance(x)
+        return self.likelihood.link(draw(mean, covariance, n_samples, generator)).mean(0)
+
+    def functional_samples(
+        self, x: Any, n_samples: int = 100, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "S N C"]:
+        """Draws of the outputs, jointly Gaussian over the samples in x.
+
+        Each is the linearised network at one draw of its parameters: one generator state gives the same functions at
+        any x.
+        """
+        return self._predictive().samples(x, n_samples, generator)
+
+    def predictive_samples(
+        self,
+        x: Any,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        observation_noise: bool = False,
+    ) -> Float[Tensor, "S N C"]:
+        """Draws of the prediction: probabilities for classification, outputs (with noise on request) for regression."""
+        if observation_noise and not self.likelihood.has_noise:
+            raise UnsupportedError(f"observation_noise needs a likelihood with noise, found {self.likelihood.name}")
+        samples = self.likelihood.link(self.functional_samples(x, n_samples, generator))
+        if not observation_noise:
+            return samples
+        noise = torch.randn(samples.shape, generator=generator, dtype=samples.dtype, device=samples.device)
+        return samples + self._sigma_noise.detach().to(samples) * noise
+
+    def _moments(
+        self, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool
+    ) -> tuple[Tensor, Tensor]:
+        predictive = self._predictive()
+        if diagonal_output:
+            mean, spread = predictive.mean_and_variance(x)
+        else:
+            mean, spread = predictive.joint(x) if joint else predictive.mean_and_covariance(x)
+        if observation_noise:
+            noise = self._sigma_noise.detach().to(spread).square()
+            spread = spread + (noise if diagonal_output else noise * torch.eye(spread.shape[-1]).to(spread))
+        return mean, spread
+
+    # -- what the above is made of ----------------------------------------------------------------------------
+
+    @property
+    def _fit(self) -> _Fitted:
+        if self._fitted is None:
+            raise NotFittedError("this Laplace object is not fitted; call fit(train_loader) first")
+        return self._fitted
+
+    def _predictive(self) -> Predictive:
+        space, recorder = self._fit.accumulated.space, self._fit.accumulated.recorder
+        if not torch.equal(space.flatten(space.tensors(self.model)), self._fit.mean):
+            raise StaleModelError("the model's parameters changed since fit; call fit again, or restore them")
+        return Predictive(JacobianMap.of(recorder), self.posterior_precision)
+
+    def _evidence(self) -> Evidence:
+        fit = self._fit
+        return Evidence(
+            self.likelihood, fit.accumulated.statistics, fit.curvature, fit.spectrum, self._temperature
+        )
+
+    def _prior(self, precision: Tensor | PrecisionOperator) -> Prior:
+        return self._prior_of(self._fit, precision)
+
+    def _prior_of(self, fitted: _Fitted, precision: Tensor | PrecisionOperator) -> Prior:
+        deviation = fitted.mean.double() - self._prior_mean.to(fitted.mean).double()
+        if isinstance(precision, PrecisionOperator):
+            if precision.size != len(deviation):
+                raise ValueError(
+                    f"prior_precision must have {len(deviation)} rows like the posterior, found {precision.size}"
+                )
+            return OperatorPrior(precision, deviation)
+        space = fitted.accumulated.space
+        name = infer_structure(space, precision, self._prior_structure)
+        groups = group_of_coordinate(space, name).to(deviation.device)
+        precision = precision.to(deviation.device).double().reshape(-1)
+        return GroupedPrior(precision, groups, deviation, label_of_group(space, name))
+
+    def _start(self, prior_structure: str) -> GroupedPrior:
+        """The current precision averaged (geometrically) over the groups of another structure."""
+        current = self._prior(self._prior_precision)
+        if not isinstance(current, GroupedPrior):
+            raise UnsupportedError(
+                "a prior given as an operator cannot be optimised; set prior_precision to a number first"
+            )
+        space = self._fit.accumulated.space
+        groups = group_of_coordinate(space, prior_structure).to(current.groups.device)
+        n_groups = int(groups.max()) + 1
+        logs = current.precision.detach().log()[current.groups]
+        total = logs.new_zeros(n_groups).index_add(0, groups, logs)
+        mean = total / torch.bincount(groups, minlength=n_groups)
+        return replace(
+            current, precision=mean.exp(), groups=groups, label=label_of_group(space, prior_structure)
+        )
+
+    def _checked_noise(self, value: float | Tensor) -> Tensor:
+        noise = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+        if noise.numel() != 1:
+            raise UnsupportedError(f"sigma_noise must be one number, found shape {tuple(noise.shape)}")
+        if not bool((noise > 0) & torch.isfinite(noise)):
+            raise ValueError(f"sigma_noise must be positive and finite, found {float(noise)}")
+        if not self.likelihood.has_noise and float(noise) != 1:
+            raise ValueError(f"sigma_noise must be 1 for {self.likelihood.name}, which has no noise, found {float(noise)}")
+        return noise.reshape(())
+
+
+def _check_mean_length(mean: Tensor, fitted: _Fitted) -> None:
+    if mean.ndim == 1 and mean.shape != fitted.mean.shape:
+        raise ValueError(f"prior_mean must have {len(fitted.mean)} entries, found {len(mean)}")

@@ -1,0 +1,112 @@
+"""Eigenvalues of a curvature, block by block: all that the evidence needs to know of it.
+
+One rule per type of operator; a new operator enters its own with ``spectrum.register``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import singledispatch
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from curvlin import BlockDiag, Dense, Diagonal, Isotropic, KroneckerSum, NotPositiveDefiniteError, SpectralKronecker
+from curvlin.precision.base import PrecisionOperator
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The eigenvalues of an operator, each standing at some coordinate of the block it belongs to.
+
+    Attributes:
+        eigenvalues: float64, none negative; within a block in no particular order.
+        block: for each coordinate the first coordinate of its block.
+    """
+
+    eigenvalues: Float[Tensor, " D"]
+    block: Int[Tensor, " D"]
+
+    def resolves(self, groups: Int[Tensor, " D"]) -> bool:
+        """Whether every block lies within one group, so that a shift per group keeps the eigenvectors."""
+        return bool((groups == groups[self.block]).all())
+
+
+@singledispatch
+def spectrum(H: PrecisionOperator) -> Spectrum | None:
+    """The spectrum of H, or None where no rule gives it.
+
+    Raises:
+        NotPositiveDefiniteError: if an eigenvalue is negative beyond rounding.
+    """
+    return None
+
+
+@spectrum.register
+def _(H: Isotropic) -> Spectrum:
+    return _separate(H.diagonal())
+
+
+@spectrum.register
+def _(H: Diagonal) -> Spectrum:
+    return _separate(H.diagonal())
+
+
+@spectrum.register
+def _(H: Dense) -> Spectrum:
+    return _together(_eigenvalues("Dense", H.to_dense()))
+
+
+@spectrum.register
+def _(H: SpectralKronecker) -> Spectrum:
+    return _together(_non_negative("SpectralKronecker", H.eigenvalues.double().flatten()))
+
+
+@spectrum.register
+def _(H: KroneckerSum) -> Spectrum | None:
+    if len(H.terms) != 1:
+        return None
+    sides = [
+        torch.ones(size, dtype=torch.float64, device=H.device)
+        if factor is None
+        else _eigenvalues(f"KroneckerSum.{name}", factor)
+        for name, factor, size in zip(("left", "right"), H.terms[0], H.sizes, strict=True)
+    ]
+    eigenvalues = torch.outer(*sides).flatten()
+    return _together(eigenvalues if H.shift is None else eigenvalues + H.shift.double())
+
+
+@spectrum.register
+def _(H: BlockDiag) -> Spectrum | None:
+    eigenvalues = torch.empty(H.size, dtype=torch.float64, device=H.device)
+    block = torch.empty(H.size, dtype=torch.long, device=H.device)
+    for part, coordinates in zip(H.blocks, H.indices.blocks, strict=True):
+        index = coordinates.to(H.device)
+        inner = spectrum(part)
+        if inner is None:
+            return None
+        eigenvalues[index], block[index] = inner.eigenvalues, index[inner.block]
+    return Spectrum(eigenvalues, block)
+
+
+def _separate(diagonal: Tensor) -> Spectrum:
+    """Every coordinate is an eigenvector."""
+    return Spectrum(_non_negative("Diagonal", diagonal.double()), torch.arange(len(diagonal), device=diagonal.device))
+
+
+def _together(eigenvalues: Tensor) -> Spectrum:
+    """The coordinates are one block."""
+    return Spectrum(eigenvalues, torch.zeros(len(eigenvalues), dtype=torch.long, device=eigenvalues.device))
+
+
+def _eigenvalues(where: str, matrix: Tensor) -> Tensor:
+    return _non_negative(where, torch.linalg.eigvalsh(matrix.double()), torch.finfo(matrix.dtype).eps)
+
+
+def _non_negative(where: str, eigenvalues: Tensor, eps: float = 0.0) -> Tensor:
+    """Eigenvalues that rounding (of the matrix, at precision eps) may have made negative are zero."""
+    limit = len(eigenvalues) * eps * eigenvalues.abs().max()
+    if bool((eigenvalues < -limit).any()):
+        raise NotPositiveDefiniteError(where, float(eigenvalues.min()))
+    return eigenvalues.clamp(min=0.0)
