@@ -1,0 +1,299 @@
+"""The congruence table: ``Phi P^-1 Psi^T`` for every pair of feature kind and operator kind that is closed.
+
+    features    P: Isotropic, Diagonal   Kronecker kinds   Dense   BlockDiag        Woodbury kinds
+    KhatriRao      contraction           contraction       rows    -                base, less low rank
+    Block          part by part          -                 rows    block by block   base, less low rank
+    Dense          rows                  rows              rows    rows             base, less low rank
+
+*contraction*: nothing of size D per row is formed (`curvlin.numerics.contraction`). *rows*: rows are
+multiplied out chunk by chunk and solved for. A pair that is not in the table is refused.
+
+A rule is called with P in float64 and its factors, the features in the caller's dtype, and a layout:
+"per_sample" ``(N, R, R)``, "joint" ``(N, R, M, Q)`` or "diagonal" ``(N, R)``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from curvlin._tables import CONGRUENCE, lookup, register
+from curvlin.errors import NotClosedError
+from curvlin.features.base import FeatureOperator
+from curvlin.features.block import BlockFeatures
+from curvlin.features.dense import DenseFeatures
+from curvlin.features.khatri_rao import KhatriRaoFeatures, same_layer
+from curvlin.numerics import contraction
+from curvlin.numerics.scaling import power_of_two
+from curvlin.precision.base import PrecisionOperator
+from curvlin.precision.block_diag import BlockDiag
+from curvlin.precision.dense import Dense
+from curvlin.precision.diagonal import Diagonal, Isotropic
+from curvlin.precision.kronecker import KroneckerSum, SpectralKronecker, spectral_form
+
+Features = FeatureOperator | None
+Chunk = int | None
+Sides = tuple[Tensor, Tensor]
+"""left and right of Khatri-Rao features."""
+
+
+# -- rows, solved for ----------------------------------------------------------------------------------------
+
+
+@register(CONGRUENCE, DenseFeatures, PrecisionOperator)
+@register(CONGRUENCE, FeatureOperator, Dense)
+def by_rows(
+    Phi: FeatureOperator, Psi: Features, P: PrecisionOperator, factors: Any, layout: str, chunk: Chunk
+) -> Tensor:
+    """Rows multiplied out one chunk at a time and solved for in float64; exact for every P."""
+    if layout == "joint":
+        other = Phi if Psi is None else Psi
+        if isinstance(Phi, DenseFeatures) and not isinstance(other, DenseFeatures):
+            # The side that is dense anyway is the one to solve for.
+            return by_rows(other, Phi, P, factors, layout, chunk).movedim((-4, -3), (-2, -1))
+        K = _solved(Phi, other, P, factors, chunk)
+        return _symmetric(K) if Psi is None else K
+
+    def variances(n: slice) -> Tensor:
+        rows = Phi[n].to_dense().double()
+        flat = rows.flatten(-3, -2).mT
+        if layout == "diagonal":
+            quad = P._inv_quad(flat, factors)
+            return quad.reshape(*quad.shape[:-1], *rows.shape[-3:-1])
+        solution = P._solve(flat, factors).mT
+        solution = solution.reshape(*solution.shape[:-2], *rows.shape[-3:])
+        K = rows @ solution.mT
+        return (K + K.mT) / 2
+
+    samples = _row_pieces(Phi, P, chunk)
+    kernel = contraction.recomputing(variances, len(samples), *_tensors(Phi, P))
+    return contraction.joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
+
+
+def _solved(
+    Phi: FeatureOperator, Psi: FeatureOperator, P: PrecisionOperator, factors: Any, chunk: Chunk
+) -> Tensor:
+    """``Phi P^-1 Psi^T``, with the rows of Psi as right-hand sides."""
+    Phi64 = Phi.to(torch.float64)
+
+    def columns(m: slice) -> Tensor:
+        rows = Psi[m].to_dense().double()
+        K = Phi64._matmul(P._solve(rows.flatten(-3, -2).mT, factors))
+        return K.reshape(*K.shape[:-1], *rows.shape[-3:-1])
+
+    samples = _row_pieces(Psi, P, chunk)
+    kernel = contraction.recomputing(columns, len(samples), *_tensors(Phi, Psi, P))
+    return contraction.joined([kernel(m) for m in samples], dim=-2)
+
+
+def _row_pieces(Phi: FeatureOperator, P: PrecisionOperator, chunk: Chunk) -> list[slice]:
+    batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
+    # A row in float64, and its solution.
+    return contraction.pieces(Phi.n_samples, 2 * 8 * batch * Phi.n_rows * Phi.size, chunk)
+
+
+def _tensors(*trees: FeatureOperator | PrecisionOperator) -> list[Tensor]:
+    return [tensor for tree in trees for tensor, _ in tree._tensors()]
+
+
+def _symmetric(K: Tensor) -> Tensor:
+    return (K + K.movedim((-4, -3), (-2, -1))) / 2
+
+
+# -- Khatri-Rao features, contracted -------------------------------------------------------------------------
+
+
+@register(CONGRUENCE, KhatriRaoFeatures, Isotropic)
+def _khatri_rao_isotropic(
+    Phi: KhatriRaoFeatures, Psi: Features, P: Isotropic, factors: Any, layout: str, chunk: Chunk
+) -> Tensor:
+    """``Phi Psi^T / value``: inner products only."""
+    if not _same_kind(Psi, KhatriRaoFeatures):
+        return _mixed(Phi, Psi, P, factors, chunk)
+    K = _contracted((Phi.left, Phi.right), _sides(Psi, Phi), None, layout, chunk)
+    return K / _as_batch(P.value, layout)
+
+
+@register(CONGRUENCE, KhatriRaoFeatures, Diagonal)
+def _khatri_rao_diagonal(
+    Phi: KhatriRaoFeatures, Psi: Features, P: Diagonal, factors: Any, layout: str, chunk: Chunk
+) -> Tensor:
+    """Weights ``1 / d_oi``."""
+    if not _same_kind(Psi, KhatriRaoFeatures):
+        return _mixed(Phi, Psi, P, factors, chunk)
+    d = P.values.reshape(*P.values.shape[:-1], Phi.out_features, Phi.in_features)
+    return _contracted((Phi.left, Phi.right), _sides(Psi, Phi), 1 / d, layout, chunk)
+
+
+@register(CONGRUENCE, KhatriRaoFeatures, KroneckerSum)
+@register(CONGRUENCE, KhatriRaoFeatures, SpectralKronecker)
+def _khatri_rao_kronecker(
+    Phi: KhatriRaoFeatures,
+    Psi: Features,
+    P: KroneckerSum | SpectralKronecker,
+    factors: Any,
+    layout: str,
+    chunk: Chunk,
+) -> Tensor:
+    """Weights ``1 / d_oi`` in the basis of P, into which the two sides of the features are rotated."""
+    if not _same_kind(Psi, KhatriRaoFeatures):
+        return _mixed(Phi, Psi, P, factors, chunk)
+    if P.sizes != (Phi.out_features, Phi.in_features):
+        raise ValueError(
+            f"Phi must have out and in sizes {P.sizes} like the factors of P, found "
+            f"{(Phi.out_features, Phi.in_features)}"
+        )
+    if P._factors_need_grad():
+        # The basis is a constant to autograd, so only a solve has the derivatives of the factors.
+        return by_rows(Phi, Psi, P, factors, layout, chunk)
+    X, Y, d = spectral_form(P, factors)
+    # An orthogonal rotation keeps the accuracy of the features' dtype; that of a pencil need not.
+    dtype = _at_least_float32(Phi.dtype) if P.orthogonal else torch.float64
+    others = _sides(Psi, Phi)
+    return _contracted(
+        _rotated((Phi.left, Phi.right), X, Y, dtype),
+        None if others is None else _rotated(others, X, Y, dtype),
+        1 / d,
+        layout,
+        chunk,
+    )
+
+
+def _rotated(Phi: Sides, X: Tensor | None, Y: Tensor | None, dtype: torch.dtype) -> Sides:
+    """The two sides of ``Phi (X (x) Y)``."""
+    left, right = Phi[0].to(dtype), Phi[1].to(dtype)
+    if X is not None:
+        rotated = left.flatten(-4, -2) @ X.to(dtype)
+        left = rotated.reshape(*rotated.shape[:-2], *left.shape[-4:])
+    if Y is not None:
+        rotated = right.flatten(-3, -2) @ Y.to(dtype)
+        right = rotated.reshape(*rotated.shape[:-2], *right.shape[-3:])
+    return left, right
+
+
+def _contracted(Phi: Sides, Psi: Sides | None, weight: Tensor | None, layout: str, chunk: Chunk) -> Tensor:
+    """``Phi diag(weight) Psi^T`` in the dtype of the features (float32 at least), returned in float64."""
+    dtype = _at_least_float32(Phi[0].dtype)
+    left, right = Phi[0].to(dtype), Phi[1].to(dtype)
+    scale = None
+    if weight is not None:
+        # Weights of any magnitude fit the dtype of the features once their power of two is taken out.
+        scale = power_of_two(weight)
+        weight = (weight / scale[..., None, None]).to(dtype)
+    if layout == "per_sample":
+        K = contraction.per_sample(left, right, weight, chunk)
+    elif layout == "diagonal":
+        K = contraction.per_sample_diagonal(left, right, weight, chunk)
+    elif Psi is None:
+        K = _symmetric(contraction.cross(left, right, left, right, weight, chunk))
+    else:
+        K = contraction.cross(left, right, Psi[0].to(dtype), Psi[1].to(dtype), weight, chunk)
+    return K.double() if scale is None else K.double() * _as_batch(scale, layout)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+_OWN = {"per_sample": 3, "joint": 4, "diagonal": 2}
+
+
+def _as_batch(value: Tensor, layout: str) -> Tensor:
+    """One number per batch element, to multiply a result of this layout."""
+    return value.reshape(*value.shape, *(1,) * _OWN[layout])
+
+
+def _sides(Psi: Features, Phi: KhatriRaoFeatures) -> Sides | None:
+    """Left and right of Psi, which is of Phi's layer."""
+    if Psi is None:
+        return None
+    assert isinstance(Psi, KhatriRaoFeatures)
+    same_layer("Psi", Psi, Phi)
+    return Psi.left, Psi.right
+
+
+def _same_kind(Psi: Features, kind: type[FeatureOperator]) -> bool:
+    return Psi is None or isinstance(Psi, kind)
+
+
+def _mixed(Phi: FeatureOperator, Psi: Features, P: PrecisionOperator, factors: Any, chunk: Chunk) -> Tensor:
+    """Two kinds of features: closed if one of them is dense."""
+    if isinstance(Psi, DenseFeatures):
+        return _solved(Phi, Psi, P, factors, chunk)
+    raise NotClosedError(
+        f"no exact rule for {type(Phi).__name__} P^-1 {type(Psi).__name__}^T with P a {type(P).__name__}; "
+        "use features of one kind, or DenseFeatures(Psi.to_dense())"
+    )
+
+
+# -- block features ------------------------------------------------------------------------------------------
+
+
+@register(CONGRUENCE, BlockFeatures, BlockDiag)
+def _block_by_block(
+    Phi: BlockFeatures, Psi: Features, P: BlockDiag, factors: Any, layout: str, chunk: Chunk
+) -> Tensor:
+    """The sum over blocks, each by its own rule."""
+    if not _same_kind(Psi, BlockFeatures):
+        return _mixed(Phi, Psi, P, factors, chunk)
+    for name, features in (("Phi", Phi), ("Psi", cast(BlockFeatures | None, Psi))):
+        if features is not None and features.indices != P.indices:
+            raise NotClosedError(
+                f"{name} must be cut into the blocks of P: found blocks of sizes {features.indices.sizes}, "
+                f"expected {P.indices.sizes} with the same indices; pass indices=P.indices to BlockFeatures"
+            )
+    return _parts(Phi, Psi, P.blocks, factors, layout, chunk)
+
+
+@register(CONGRUENCE, BlockFeatures, Diagonal)
+def _block_diagonal(
+    Phi: BlockFeatures, Psi: Features, P: Diagonal, factors: Any, layout: str, chunk: Chunk
+) -> Tensor:
+    """A diagonal is cut into the parts of the features."""
+    if not _same_kind(Psi, BlockFeatures):
+        return _mixed(Phi, Psi, P, factors, chunk)
+    blocks = tuple(Diagonal(values) for values in Phi.indices.split(P.values, dim=-1))
+    return _parts(Phi, Psi, blocks, (factors,) * len(blocks), layout, chunk)
+
+
+@register(CONGRUENCE, BlockFeatures, Isotropic)
+def _block_isotropic(
+    Phi: BlockFeatures, Psi: Features, P: Isotropic, factors: Any, layout: str, chunk: Chunk
+) -> Tensor:
+    """A multiple of the identity is cut into the parts of the features."""
+    if not _same_kind(Psi, BlockFeatures):
+        return _mixed(Phi, Psi, P, factors, chunk)
+    blocks = tuple(Isotropic(P.value, size) for size in Phi.indices.sizes)
+    return _parts(Phi, Psi, blocks, (factors,) * len(blocks), layout, chunk)
+
+
+def _parts(
+    Phi: BlockFeatures,
+    Psi: Features,
+    blocks: tuple[PrecisionOperator, ...],
+    factors: tuple[Any, ...],
+    layout: str,
+    chunk: Chunk,
+) -> Tensor:
+    """``sum_b Phi_b P_b^-1 Psi_b^T`` in float64."""
+    if isinstance(Psi, BlockFeatures) and Psi.indices != Phi.indices:
+        raise NotClosedError(
+            f"Psi must be cut into the parts of Phi: found blocks of sizes {Psi.indices.sizes}, expected "
+            f"{Phi.indices.sizes} with the same indices"
+        )
+    others = Psi.parts if isinstance(Psi, BlockFeatures) else (None,) * len(blocks)
+
+    def part(b: int) -> Tensor:
+        rule = lookup(CONGRUENCE, type(Phi.parts[b]), type(blocks[b]))
+        if rule is None:
+            raise NotClosedError(
+                f"no exact rule for block {b}: {type(Phi.parts[b]).__name__} features with a "
+                f"{type(blocks[b]).__name__}; use a feature operator that matches it"
+            )
+        K: Tensor = rule(Phi.parts[b], others[b], blocks[b], factors[b], layout, chunk)
+        return K.double()
+
+    return functools.reduce(torch.add, (part(b) for b in range(len(blocks))))
