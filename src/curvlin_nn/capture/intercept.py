@@ -92,4 +92,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _name(func: Callable[..., Any]) -> str:
+    attribute = getattr(func, "__self__", None)  # the getter of Tensor.mT is seen as a bound __get__
+    if getattr(func, "__name__", "") == "__get__" and attribute is not None:
+        return f"Tensor.{attribute.__name__}"
     return getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))

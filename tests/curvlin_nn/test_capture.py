@@ -1,0 +1,274 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvlin_nn import ParameterSpace, feature_maps
+from curvlin_nn.capture import Recorder
+from curvlin_nn.errors import (
+    CouplingError,
+    ModifiedInputError,
+    OutputError,
+    StochasticModelError,
+    UnsupportedError,
+    UnsupportedUseError,
+)
+from network_oracle import jacobian
+from networks import Sequences, cnn, mlp
+
+
+def conv(*args, **kwargs) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(*args, **kwargs), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                         nn.LazyLinear(2)).double()
+
+
+CONVOLUTIONS = [
+    {},
+    {"stride": 2},
+    {"stride": (1, 2), "padding": (2, 0)},
+    {"padding": "same"},
+    {"padding": "same", "dilation": (2, 1)},
+    {"padding": "valid", "dilation": 2},
+    {"groups": 2},
+    {"groups": 4, "bias": False},
+    *({"padding": (1, 2), "padding_mode": mode} for mode in ("zeros", "reflect", "replicate", "circular")),
+    {"padding": "same", "padding_mode": "circular", "groups": 2, "dilation": 2},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("kernel", [3, (2, 3), 1])
+def test_convolution_jacobian_equals_autodiff(options, kernel):
+    x = torch.randn(3, 4, 7, 6, dtype=torch.float64)
+    model = conv(4, 4, kernel, **options)
+    model(x)
+    assert_jacobian(model, x)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("make", [mlp, cnn])
+def test_network_jacobian_equals_autodiff(make, n):
+    shape = (4,) if make is mlp else (2, 6, 4)
+    assert_jacobian(make(), torch.randn(n, *shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("n", "steps"), [(3, 2), (3, 3), (2, 4), (1, 3), (3, 1)])
+def test_reused_layers_and_every_batch_layout(n, steps):
+    assert_jacobian(Sequences().double(), torch.randn(n, steps, 4, dtype=torch.float64))
+
+
+class Functional(nn.Module):
+    """Parameters used by function, one weight tied between two layers, one bias between two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4).double())
+        self.b = nn.Parameter(torch.randn(4).double())
+        self.head = nn.Linear(4, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(F.linear(x, self.w, bias=self.b))
+        h = torch.tanh(F.linear(weight=self.w, input=h))
+        return self.head(torch.tanh(F.linear(h, self.w, self.b)))
+
+
+def test_functional_and_tied_uses():
+    assert_jacobian(Functional(), torch.randn(5, 4, dtype=torch.float64))
+
+
+def test_an_unused_parameter_has_a_zero_jacobian():
+    model = mlp()
+    model.register_module("spare", nn.Linear(3, 2).double())
+    model.register_parameter("scale", nn.Parameter(torch.ones((), dtype=torch.float64)))
+    model.forward = lambda x: nn.Sequential(*list(model)[:5])(x)
+    assert_jacobian(model, torch.randn(4, 4, dtype=torch.float64))
+
+
+def test_in_place_activations_after_a_layer_are_harmless():
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, 4), nn.Hardtanh(inplace=True),
+                          nn.Linear(4, 2)).double()
+    assert_jacobian(model, 3 * torch.randn(6, 3, dtype=torch.float64))
+
+
+def test_a_subset_gives_the_columns_of_the_subset():
+    model, x = mlp(), torch.randn(4, 4, dtype=torch.float64)
+    _, features = feature_maps.JacobianMap(model, ["0.bias", "4.weight"])(x)
+    torch.testing.assert_close(features.to_dense(), jacobian(model, x, ["0.bias", "4.weight"]))
+
+
+def test_last_layer_map_finds_the_layer_that_runs_last_not_the_one_registered_last():
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(5, 3)
+            self.body = nn.Linear(4, 5)
+            self.norm = nn.BatchNorm1d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.norm(self.body(x))))
+
+    model, x = Backwards().double(), torch.randn(4, 4, dtype=torch.float64)
+    f, features = feature_maps.LastLayerMap(model)(x)
+    model.eval()
+    torch.testing.assert_close(f, model(x).detach())
+    torch.testing.assert_close(features.to_dense(), jacobian(model, x, ["head.weight", "head.bias"]))
+
+
+class MatMul(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.w = nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.first(x)) @ self.w.mT
+
+
+def test_a_use_without_a_rule_is_refused_by_name():
+    with pytest.raises(UnsupportedUseError, match="parameter 'w' is used by Tensor.mT") as caught:
+        record(MatMul(), torch.randn(4, 3))
+    assert caught.value.parameter == "w"
+    record(MatMul(), torch.randn(4, 3), ["first"])  # the parameter left out, the rest is served
+
+
+def test_batch_norm_parameters_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    with pytest.raises(UnsupportedUseError, match=r"parameter '1.weight' is used by batch_norm"):
+        record(model, torch.randn(4, 3))
+
+
+def test_a_use_that_nobody_can_intercept_is_found_by_the_completeness_check():
+    """An LSTM's weights are used inside one kernel; a hand-written autograd.Function is another such place."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            return x @ w
+
+        @staticmethod
+        def backward(ctx, g):
+            x, w = ctx.saved_tensors
+            return g @ w.T, x.T @ g
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.layer.weight.requires_grad_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(Product.apply(x, self.layer.weight))
+
+    with pytest.raises(UnsupportedUseError, match="parameter 'layer.weight' influences the outputs"):
+        record(Hidden(), torch.randn(4, 3))
+    lstm = nn.LSTM(3, 2, batch_first=True)
+    model = nn.Sequential(nn.Linear(3, 3), lstm)
+    model.forward = lambda x: lstm(model[0](x))[0][:, -1]
+    with pytest.raises(UnsupportedUseError, match="parameter '1.weight_ih_l0'"):
+        record(model, torch.randn(4, 5, 3))
+
+
+def test_coupling_between_samples_is_refused():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False, track_running_stats=False), nn.Linear(4, 2))
+    with pytest.raises(CouplingError, match=r"depends on other samples at parameter '0.weight'"):
+        record(model, torch.randn(6, 3))
+
+
+def test_batch_norm_in_training_mode_is_evaluated_with_its_running_statistics():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model.train()
+    model[1].running_mean.uniform_()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    _, features = feature_maps.JacobianMap(model, ["0", "3"])(x)
+    assert model[1].training
+    model.eval()
+    torch.testing.assert_close(features.to_dense(), jacobian(model, x, ["0.weight", "0.bias", "3.weight", "3.bias"]))
+
+
+def test_a_layer_input_changed_in_place_is_refused():
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x + 1
+            out = self.a(h)
+            h += 1
+            return self.b(out + h)
+
+    with pytest.raises(ModifiedInputError, match="the input of the layer with parameter 'a.weight' was changed"):
+        record(Residual(), torch.randn(4, 3))
+
+
+def test_active_dropout_is_refused():
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(self.a(x), 0.5, training=True)
+
+    model, x = Dropping(), torch.randn(4, 3)
+    before = torch.get_rng_state()
+    with pytest.raises(StochasticModelError, match="drew random numbers"):
+        record(model, x)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_weight_used_whole_and_in_parts_is_refused():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 4, 1, 1))
+            self.v = nn.Parameter(torch.randn(4, 2, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.conv2d(x, self.v, groups=2) + F.conv2d(x[:, :2], self.v)
+            return F.conv2d(y, self.w).mean((2, 3))
+
+    with pytest.raises(UnsupportedUseError, match="parameter 'v' is used in parts of different shapes"):
+        feature_maps.JacobianMap(Mixed())(torch.randn(3, 4, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("forward", "found"),
+    [
+        (lambda x: x[:, 0], r"\(N, C\) with N, C >= 1, found \(4,\)"),
+        (lambda x: x[:, None], r"found \(4, 1, 2\)"),
+        (lambda x: x[:0], r"found \(0, 2\)"),
+        (lambda x: {"logits": x}, r"must be a tensor \(N, C\), found dict"),
+        (lambda x: x / 0, "must be finite"),
+        (lambda x: x.detach(), "depend on none of the chosen parameters"),
+    ],
+)
+def test_outputs_of_the_wrong_kind_are_refused(forward, found):
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.forward = lambda x: forward(model[0](x))
+    with pytest.raises(OutputError, match=f"model outputs on batch 2.*{found}"):
+        Recorder(model, ParameterSpace.of(model))(torch.randn(4, 3), "batch 2")
+
+
+def test_unbatched_images_are_refused():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten())
+    with pytest.raises(UnsupportedError, match=r"conv2d needs a batch of images"):
+        record(model, torch.randn(2, 3, 4))
+
+
+def test_a_model_without_layers_has_no_last_layer():
+    with pytest.raises(UnsupportedError, match="found no linear or convolutional layer"):
+        feature_maps.LastLayerMap(nn.BatchNorm1d(3))(torch.randn(4, 3))
+
+
+def record(model: nn.Module, x: Tensor, select="all"):
+    return Recorder(model, ParameterSpace.of(model, select))(x)
+
+
+def assert_jacobian(model: nn.Module, x: Tensor) -> None:
+    f, features = feature_maps.JacobianMap(model)(x)
+    with torch.no_grad():
+        torch.testing.assert_close(f, model(x), rtol=0, atol=0)
+    torch.testing.assert_close(features.to_dense(), jacobian(model, x), rtol=1e-12, atol=1e-13)
