@@ -14,7 +14,7 @@ from tqdm import tqdm
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
 from curvlin_nn.capture import Recorder, last_layer
-from curvlin_nn.capture.state import random_state_kept
+from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
@@ -66,7 +66,9 @@ class Accumulated:
             UnsupportedError: if they are about different parameters or outputs.
         """
         if (self.space, self.n_outputs) != (other.space, other.n_outputs):
-            raise UnsupportedError("the two fits are about different parameters or outputs, expected the same")
+            raise UnsupportedError(
+                "the two fits are about different parameters or outputs, expected the same"
+            )
         for mine, theirs in zip(self.states, other.states, strict=True):
             mine.merge(theirs)
         n_data, statistics = self.n_data + other.n_data, self.statistics + other.statistics
@@ -108,7 +110,12 @@ def curvature(
         raise UnsupportedError(f"columns={columns!r} is not supported; expected 'exact'")
     factory = structures.resolve(hessian_structure)
     accumulated = accumulate(
-        model, likelihoods.resolve(likelihood), loader, subset_of_weights, [factory], progress_bar=progress_bar
+        model,
+        likelihoods.resolve(likelihood),
+        loader,
+        subset_of_weights,
+        [factory],
+        progress_bar=progress_bar,
     )
     return accumulated.states[0].finish()
 
@@ -123,9 +130,11 @@ def accumulate(
     progress_bar: bool = False,
 ) -> Accumulated:
     """Send captures of all data through structures; several share the passes. See `curvature`."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     with random_state_kept(device):  # loaders draw from the default generator
-        accumulated = _first_pass(model, likelihood, _batches(loader, device, progress_bar), subset_of_weights, factories)
+        accumulated = _first_pass(
+            model, likelihood, _batches(loader, device, progress_bar), subset_of_weights, factories
+        )
         for pass_index in range(1, max(state.passes for state in accumulated.states)):
             unfinished = [state for state in accumulated.states if pass_index < state.passes]
             for state in unfinished:
@@ -139,8 +148,8 @@ def accumulate(
                     state.update(captures)
             if n_data != accumulated.n_data:
                 raise DataError(
-                    f"pass {pass_index} over the loader yielded {n_data} samples, expected {accumulated.n_data} as "
-                    "in the first; give a loader that can be iterated several times"
+                    f"pass {pass_index} over the loader yielded {n_data} samples, expected "
+                    f"{accumulated.n_data} as in the first; give a loader that can be iterated several times"
                 )
     return accumulated
 
@@ -170,10 +179,10 @@ def _first_pass(
 
 def _started(recorder: Recorder, factories: Sequence[StructureFactory]) -> Accumulated:
     states = tuple(factory(recorder.space) for factory in factories)
-    device = next(recorder.model.parameters()).device
     for state in states:
         state.begin(0)
-    return Accumulated(recorder, states, n_data=0, n_outputs=0, statistics=torch.zeros(1, dtype=torch.float64, device=device))
+    nothing = torch.zeros(1, dtype=torch.float64, device=device_of(recorder.model))
+    return Accumulated(recorder, states, n_data=0, n_outputs=0, statistics=nothing)
 
 
 def choose(model: nn.Module, subset_of_weights: Selection, x: Any) -> ParameterSpace:
@@ -187,7 +196,8 @@ def _batches(loader: Iterable[Any], device: torch.device, progress_bar: bool) ->
     for index, batch in enumerate(tqdm(loader, desc="curvature", disable=not progress_bar)):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
             raise DataError(
-                f"batch {index} must be a pair (inputs, targets) with targets a tensor, found {type(batch).__name__}"
+                f"batch {index} must be a pair (inputs, targets) with targets a tensor, found "
+                f"{type(batch).__name__}"
             )
         x, targets = batch
         yield x.to(device) if isinstance(x, Tensor) else x, targets.to(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "ConvergenceError",
     "CouplingError",
@@ -14,7 +16,13 @@ __all__ = [
     "StochasticModelError",
     "UnsupportedError",
     "UnsupportedUseError",
+    "one_of",
 ]
+
+
+def one_of(names: Iterable[str]) -> str:
+    """The names as messages list them."""
+    return f"one of {', '.join(map(repr, names))}"
 
 
 class UnsupportedError(ValueError):
@@ -32,7 +40,8 @@ class UnsupportedUseError(UnsupportedError):
         self.parameter = parameter
         super().__init__(
             f"parameter {parameter!r} {found}, expected uses through "
-            "torch.nn.functional.linear or conv2d (modules included) only; leave it out with subset_of_weights"
+            "torch.nn.functional.linear or conv2d (modules included) only; leave it out with "
+            "subset_of_weights"
         )
 
 
@@ -41,7 +50,7 @@ class CouplingError(ValueError):
 
 
 class StochasticModelError(ValueError):
-    """The model draws random numbers in evaluation mode, so that its outputs are not a function of its input."""
+    """The model draws random numbers in evaluation mode: its outputs are not a function of its input."""
 
 
 class ModifiedInputError(ValueError):

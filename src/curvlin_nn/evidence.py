@@ -3,9 +3,9 @@
     log Z = log p(D | theta) / T - (theta - mu)^T P0 (theta - mu) / 2 - (logdet P - logdet P0) / 2
     P = H / (sigma^2 T) + P0
 
-With t = log prior precisions and tau = log sigma^2, ``logdet P`` is the logarithm of a sum of exponentials of linear
-functions (the determinant expanded, H being PSD), so log Z is concave in (t, tau): it has one maximum, and Newton's
-method finds it from anywhere.
+With t = log prior precisions and tau = log sigma^2, ``logdet P`` is the logarithm of a sum of exponentials of
+linear functions (the determinant expanded, H being PSD), so log Z is concave in (t, tau): it has one maximum,
+and Newton's method finds it from anywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin import Dense
+from curvlin import Dense, NotPositiveDefiniteError
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.errors import ConvergenceError, NoFiniteOptimumError, UnsupportedError
 from curvlin_nn.likelihoods import Likelihood
@@ -51,12 +51,12 @@ class Evidence:
         scale = 1 / (sigma_noise.double().square() * self.temperature)
         return log_likelihood - prior.scatter() / 2 - (self._logdet(prior, scale) - prior.logdet()) / 2
 
+    def resolves(self, prior: GroupedPrior) -> bool:
+        """Whether the eigenvalues of H alone give ``logdet P``: no group boundary cuts through a block."""
+        return self.spectrum is not None and self.spectrum.resolves(prior.groups)
+
     def _logdet(self, prior: Prior, scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        if (
-            isinstance(prior, GroupedPrior)
-            and self.spectrum is not None
-            and self.spectrum.resolves(prior.groups)
-        ):
+        if self.spectrum is not None and isinstance(prior, GroupedPrior) and self.resolves(prior):
             return torch.log(scale * self.spectrum.eigenvalues + prior.precision[prior.groups]).sum()
         H = self.curvature.to(torch.float64)
         return (scale * H + prior.operator(H)).logdet()
@@ -83,7 +83,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class _Point:
-    """Value, gradient and negative Hessian of log Z at ``(t, tau)``; tau's parts are None where noise is fixed."""
+    """Value, gradient and negative Hessian of log Z at ``(t, tau)``; tau's parts are None for fixed noise."""
 
     value: Tensor
     gradient: Tensor
@@ -101,7 +101,11 @@ class _Point:
         return small and bool(self.gradient_noise.abs() <= tolerance * self.scale_of_noise)
 
     def gradient_norm(self) -> float:
-        parts = [self.gradient] if self.gradient_noise is None else [self.gradient, self.gradient_noise.reshape(1)]
+        parts = (
+            [self.gradient]
+            if self.gradient_noise is None
+            else [self.gradient, self.gradient_noise.reshape(1)]
+        )
         return float(torch.cat(parts).norm())
 
     def step(self) -> tuple[Tensor, Tensor]:
@@ -140,7 +144,14 @@ def maximise(
         NoFiniteOptimumError: if log Z increases without end towards zero or infinity in some hyperparameter.
         ConvergenceError: if `max_steps` do not suffice.
     """
+    _check_served(evidence, prior)
     _check_optimum_exists(evidence, prior, optimize_noise)
+    if not evidence.resolves(prior):
+        # The shared optimum is cheap to find from the eigenvalues; from there no matrix is badly conditioned.
+        shared = replace(prior, precision=prior.precision[:1], groups=torch.zeros_like(prior.groups))
+        coarse = maximise(evidence, shared, sigma_noise, optimize_noise=optimize_noise, max_steps=max_steps)
+        prior = replace(prior, precision=coarse.prior_precision.expand(len(prior.precision)))
+        sigma_noise = coarse.sigma_noise
     t = prior.precision.detach().double().log()
     tau = torch.tensor(sigma_noise, dtype=torch.float64, device=t.device).square().log()
     point = _evaluate(evidence, prior, t, tau, optimize_noise)
@@ -148,30 +159,41 @@ def maximise(
         if point.converged(tolerance):
             noise = float((tau / 2).exp()) if optimize_noise else sigma_noise
             return Optimum(t.exp(), noise, float(point.value), point.gradient_norm(), steps)
-        step, step_noise = point.step()
-        length = float(torch.maximum(step.abs().max(), step_noise.abs()))
-        fraction = min(1.0, MAX_STEP / length)
-        while True:
-            trial = t + fraction * step, tau + fraction * step_noise
-            found = _evaluate(evidence, prior, *trial, optimize_noise)
-            # Near the optimum the value is flat to rounding, and rounding must not stop the last steps.
-            rounding = 1e-14 * (point.value.abs() + len(prior.groups))
-            if bool(found.value >= point.value - rounding) or fraction < 1e-6:
-                break
-            fraction /= 2
-        (t, tau), point = trial, found
+        t, tau, point = _ascend(evidence, prior, t, tau, point, optimize_noise)
     raise ConvergenceError(
-        f"the prior precision did not converge in {max_steps} steps (gradient norm {point.gradient_norm():.1e}); "
-        "raise max_steps, or check that the model was trained"
+        f"the prior precision did not converge in {max_steps} steps (gradient norm "
+        f"{point.gradient_norm():.1e}); raise max_steps, or check that the model was trained"
+    )
+
+
+def _ascend(
+    evidence: Evidence, prior: GroupedPrior, t: Tensor, tau: Tensor, point: _Point, with_noise: bool
+) -> tuple[Tensor, Tensor, _Point]:
+    """One Newton step, shortened until it does not lead down."""
+    step, step_noise = point.step()
+    fraction = min(1.0, MAX_STEP / float(torch.maximum(step.abs().max(), step_noise.abs())))
+    # Near the optimum the value is flat to rounding, and rounding must not stop the last steps.
+    lowest = point.value - 1e-14 * (point.value.abs() + len(prior.groups))
+    for halvings in range(30):
+        trial = t + fraction * step / 2**halvings, tau + fraction * step_noise / 2**halvings
+        try:
+            found = _evaluate(evidence, prior, *trial, with_noise)
+        except NotPositiveDefiniteError:
+            continue  # too close to a singular matrix to be the maximum
+        if bool(found.value >= lowest):
+            return *trial, found
+    raise ConvergenceError(
+        "no step increases the log marginal likelihood although its gradient norm is "
+        f"{point.gradient_norm():.1e}; loosen tolerance"
     )
 
 
 def _evaluate(evidence: Evidence, prior: GroupedPrior, t: Tensor, tau: Tensor, with_noise: bool) -> _Point:
     """log Z and its first two derivatives.
 
-    ``m_k = delta_k tr((P^-1)_kk)`` is the part of logdet P's degree of homogeneity that belongs to group k; the rest,
-    ``gamma_k = D_k - m_k``, is the effective number of parameters (MacKay, 1992). ``d log Z / dt_k = (gamma_k -
-    delta_k |theta - mu|_k^2) / 2``.
+    ``m_k = delta_k tr((P^-1)_kk)`` is the part of logdet P's degree of homogeneity that belongs to group k;
+    the rest, ``gamma_k = D_k - m_k``, is the effective number of parameters (MacKay, 1992). ``d log Z / dt_k
+    = (gamma_k - delta_k |theta - mu|_k^2) / 2``.
     """
     here = replace(prior, precision=t.exp())
     m, bend = _traces(evidence, here, (-tau).exp() / evidence.temperature)
@@ -199,15 +221,10 @@ def _traces(evidence: Evidence, prior: GroupedPrior, scale: Tensor) -> tuple[Ten
     """``m`` and the Hessian of logdet P in t: ``delta_kl m_k - delta_k delta_l |(P^-1)_kl|_F^2``."""
     spectrum, groups = evidence.spectrum, prior.groups
     zeros = torch.zeros_like(prior.precision)
-    if spectrum is not None and spectrum.resolves(groups):
+    if spectrum is not None and evidence.resolves(prior):
         delta = prior.precision[groups]
         free = delta / (scale * spectrum.eigenvalues + delta)
         return zeros.index_add(0, groups, free), zeros.index_add(0, groups, free * (1 - free))
-    if not isinstance(evidence.curvature, Dense):
-        raise UnsupportedError(
-            f"this prior structure cuts through blocks of the curvature (a {type(evidence.curvature).__name__}), "
-            "expected one that does not; use prior_structure='scalar' or 'layerwise', or hessian_structure='full'"
-        )
     H = evidence.curvature.to(torch.float64)
     P = scale * H + prior.operator(H)
     covariance = P.solve(torch.eye(P.size, dtype=torch.float64, device=P.device))
@@ -218,26 +235,36 @@ def _traces(evidence: Evidence, prior: GroupedPrior, scale: Tensor) -> tuple[Ten
     return m, torch.diag(m) - torch.outer(prior.precision, prior.precision) * between
 
 
+def _check_served(evidence: Evidence, prior: GroupedPrior) -> None:
+    if not evidence.resolves(prior) and not isinstance(evidence.curvature, Dense):
+        raise UnsupportedError(
+            "this prior structure cuts through blocks of the curvature (a "
+            f"{type(evidence.curvature).__name__}), expected one that does not; use prior_structure='scalar' "
+            "or 'layerwise', or hessian_structure='full'"
+        )
+
+
 def _check_optimum_exists(evidence: Evidence, prior: GroupedPrior, optimize_noise: bool) -> None:
     squares = prior.squares
     if bool((squares == 0).any()):
         k = int((squares == 0).nonzero()[0])
         raise NoFiniteOptimumError(
-            f"{prior.label(k)} equals the prior mean exactly, so that the log marginal likelihood grows without end "
-            "in its prior precision; train the model, or fix prior_precision"
+            f"{prior.label(k)} equals the prior mean exactly, so that the log marginal likelihood grows "
+            "without end in its prior precision; train the model, or fix prior_precision"
         )
     diagonal = evidence.curvature.diagonal().double()
     informed = torch.zeros_like(squares).index_add(0, prior.groups, diagonal)
     if bool((informed <= 0).any()):
         k = int((informed <= 0).nonzero()[0])
         raise NoFiniteOptimumError(
-            f"the curvature of {prior.label(k)} is zero, so that the log marginal likelihood grows without end as "
-            "its prior precision goes to zero; fix prior_precision, or leave it out with subset_of_weights"
+            f"the curvature of {prior.label(k)} is zero, so that the log marginal likelihood grows without "
+            "end as its prior precision goes to zero; fix prior_precision, or leave it out with "
+            "subset_of_weights"
         )
     if optimize_noise and bool(_noise_derivatives(evidence, squares.new_zeros(()))[1] >= 0):
         raise NoFiniteOptimumError(
-            "the residuals are all zero, so that the log marginal likelihood grows without end as sigma_noise goes "
-            "to zero; fix sigma_noise"
+            "the residuals are all zero, so that the log marginal likelihood grows without end as "
+            "sigma_noise goes to zero; fix sigma_noise"
         )
 
 
@@ -245,7 +272,10 @@ def _noise_derivatives(evidence: Evidence, tau: Tensor) -> tuple[Tensor, Tensor]
     """First and second derivative of the (tempered) log-likelihood in tau."""
     with torch.enable_grad():
         variable = tau.detach().requires_grad_()
-        fit = evidence.likelihood.log_likelihood(evidence.statistics, (variable / 2).exp()) / evidence.temperature
+        fit = (
+            evidence.likelihood.log_likelihood(evidence.statistics, (variable / 2).exp())
+            / evidence.temperature
+        )
         (slope,) = torch.autograd.grad(fit, variable, create_graph=True)
         (curve,) = torch.autograd.grad(slope, variable)
     return slope.detach(), curve

@@ -14,7 +14,7 @@ from curvlin import Gaussian
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
 from curvlin_nn.curvature import Accumulated, accumulate
-from curvlin_nn.errors import DataError, NotFittedError, StaleModelError, UnsupportedError
+from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
 from curvlin_nn.evidence import Evidence, Optimum, maximise
 from curvlin_nn.feature_maps import JacobianMap
 from curvlin_nn.likelihoods import Likelihood
@@ -46,23 +46,24 @@ class _Fitted:
 class Laplace:
     """The Laplace approximation ``q(theta) = N(theta_MAP, P^-1)`` with ``P = H / (sigma^2 T) + P0``.
 
-    H is the generalised Gauss-Newton matrix of the negative log-likelihood, summed over the data, in the chosen
-    structure. Predictions linearise the network around ``theta_MAP``. The model is never changed.
+    H is the generalised Gauss-Newton matrix of the negative log-likelihood, summed over the data, in the
+    chosen structure. Predictions linearise the network around ``theta_MAP``. The model is never changed.
 
     Args:
         model: a trained network that maps one argument to outputs ``(N, C)``.
         likelihood: ``"classification"``, ``"regression"`` or a `Likelihood`.
-        subset_of_weights: ``"all"`` (parameters that require a gradient), ``"last_layer"`` (the default), names of
-            parameters or modules, or a predicate of name and parameter.
+        subset_of_weights: ``"all"`` (parameters that require a gradient), ``"last_layer"`` (the default),
+            names of parameters or modules, or a predicate of name and parameter.
         hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"`` or a `Structure` class.
         curvature: ``"ggn"``.
-        prior_precision: a number, one per parameter tensor, one per module, one per parameter, or an operator.
+        prior_precision: a number, one per parameter tensor, one per module, one per parameter, or an
+            operator.
         prior_mean: a number or a flat vector.
         sigma_noise: the standard deviation of observations, in the units of the targets; regression only.
         temperature: T; the likelihood counts with weight 1 / T.
         feature_map: not supported yet.
-        prior_structure: ``"scalar"``, ``"layerwise"`` (per parameter tensor), ``"modulewise"`` or ``"diag"``; needed
-            only where the length of `prior_precision` fits several.
+        prior_structure: ``"scalar"``, ``"layerwise"`` (per parameter tensor), ``"modulewise"`` or ``"diag"``;
+            needed only where the length of `prior_precision` fits several.
 
     Raises:
         UnsupportedError: for an option that is not served; the message says which are.
@@ -87,7 +88,9 @@ class Laplace:
         if curvature != "ggn":
             raise UnsupportedError(f"curvature={curvature!r} is not supported; expected 'ggn'")
         if feature_map is not None:
-            raise UnsupportedError("feature_map is not supported; the exact Jacobian is used, leave it at None")
+            raise UnsupportedError(
+                "feature_map is not supported; the exact Jacobian is used, leave it at None"
+            )
         self.model = model
         self.likelihood = likelihoods.resolve(likelihood)
         self.subset_of_weights: Selection = "last_layer" if subset_of_weights is None else subset_of_weights
@@ -102,7 +105,7 @@ class Laplace:
         self.sigma_noise = sigma_noise
         self.temperature = temperature
 
-    # -- hyperparameters: the posterior follows, nothing is fitted again --------------------------------------
+    # -- hyperparameters: the posterior follows, nothing is fitted again -------------------------------------
 
     @property
     def prior_precision(self) -> Tensor | PrecisionOperator:
@@ -127,7 +130,8 @@ class Laplace:
         mean = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
         if not mean.is_floating_point() or mean.ndim > 1 or not bool(torch.isfinite(mean).all()):
             raise ValueError(
-                f"prior_mean must be a number or a flat vector, finite, found shape {tuple(mean.shape)} of {mean.dtype}"
+                f"prior_mean must be a number or a flat vector, finite, found shape {tuple(mean.shape)} of "
+                f"{mean.dtype}"
             )
         if self._fitted is not None:
             _check_mean_length(mean, self._fitted)
@@ -155,7 +159,7 @@ class Laplace:
         self._temperature = float(value)
         self._posterior = None
 
-    # -- fitting ----------------------------------------------------------------------------------------------
+    # -- fitting ---------------------------------------------------------------------------------------------
 
     def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> Laplace:
         """Accumulate the curvature over the data, around the model's present parameters.
@@ -216,7 +220,7 @@ class Laplace:
         """H, summed over the data, at sigma = 1 and T = 1."""
         return self._fit.curvature
 
-    # -- the posterior ----------------------------------------------------------------------------------------
+    # -- the posterior ---------------------------------------------------------------------------------------
 
     @property
     def mean(self) -> Float[Tensor, " P"]:
@@ -249,7 +253,7 @@ class Laplace:
         """
         return self.mean + self.posterior_precision.sample((n_samples,), generator=generator)
 
-    # -- evidence ---------------------------------------------------------------------------------------------
+    # -- evidence --------------------------------------------------------------------------------------------
 
     def log_marginal_likelihood(
         self,
@@ -284,12 +288,13 @@ class Laplace:
     ) -> Optimum:
         """Set the prior precision to the maximum of the log marginal likelihood.
 
-        The problem is concave in the logarithms of the hyperparameters; Newton's method solves it from any start.
+        The problem is concave in the logarithms of the hyperparameters; Newton's method solves it from any
+        start.
 
         Args:
             method: ``"marglik"``.
-            prior_structure: which parameters share a precision: ``"scalar"``, ``"layerwise"`` (each parameter tensor
-                its own), ``"modulewise"`` or ``"diag"``.
+            prior_structure: which parameters share a precision: ``"scalar"``, ``"layerwise"`` (each parameter
+                tensor its own), ``"modulewise"`` or ``"diag"``.
             optimize_noise: whether to optimise `sigma_noise` jointly; regression only.
             tolerance: largest relative gradient at the end.
             max_steps: Newton steps before giving up.
@@ -304,7 +309,9 @@ class Laplace:
         if method != "marglik":
             raise UnsupportedError(f"method={method!r} is not supported; expected 'marglik'")
         if optimize_noise and not self.likelihood.has_noise:
-            raise UnsupportedError(f"optimize_noise needs a likelihood with noise, found {self.likelihood.name}")
+            raise UnsupportedError(
+                f"optimize_noise needs a likelihood with noise, found {self.likelihood.name}"
+            )
         start = self._start(prior_structure)
         optimum = maximise(
             self._evidence(),
@@ -320,7 +327,7 @@ class Laplace:
             self.sigma_noise = optimum.sigma_noise
         return optimum
 
-    # -- prediction -------------------------------------------------------------------------------------------
+    # -- prediction ------------------------------------------------------------------------------------------
 
     def __call__(
         self,
@@ -346,8 +353,8 @@ class Laplace:
             observation_noise: for regression, whether to add ``sigma_noise^2``.
 
         Returns:
-            Classification: probabilities ``(N, C)``. Regression: mean ``(N, C)`` and covariance ``(N, C, C)``, with
-            `diagonal_output` variance ``(N, C)``, with `joint` ``(N C,)`` and ``(N C, N C)``.
+            Classification: probabilities ``(N, C)``. Regression: mean ``(N, C)`` and covariance ``(N, C,
+            C)``, with `diagonal_output` variance ``(N, C)``, with `joint` ``(N C,)`` and ``(N C, N C)``.
 
         Raises:
             UnsupportedError: for a combination that is not served.
@@ -357,14 +364,17 @@ class Laplace:
         if pred_type != "glm":
             raise UnsupportedError(f"pred_type={pred_type!r} is not supported; expected 'glm'")
         if observation_noise and not self.likelihood.has_noise:
-            raise UnsupportedError(f"observation_noise needs a likelihood with noise, found {self.likelihood.name}")
+            raise UnsupportedError(
+                f"observation_noise needs a likelihood with noise, found {self.likelihood.name}"
+            )
         if joint and diagonal_output:
             raise UnsupportedError("joint and diagonal_output exclude each other; choose one")
         if not self.likelihood.link_approximations:
             return self._moments(x, joint, diagonal_output, observation_noise)
         if joint:
             raise UnsupportedError(
-                f"joint is not supported for {self.likelihood.name}; use functional_samples for joint draws of outputs"
+                f"joint is not supported for {self.likelihood.name}; use functional_samples for joint draws "
+                "of outputs"
             )
         check_link(self.likelihood, link_approx)
         predictive = self._predictive()
@@ -382,8 +392,8 @@ class Laplace:
     ) -> Float[Tensor, "S N C"]:
         """Draws of the outputs, jointly Gaussian over the samples in x.
 
-        Each is the linearised network at one draw of its parameters: one generator state gives the same functions at
-        any x.
+        Each is the linearised network at one draw of its parameters: one generator state gives the same
+        functions at any x.
         """
         return self._predictive().samples(x, n_samples, generator)
 
@@ -394,9 +404,11 @@ class Laplace:
         generator: torch.Generator | None = None,
         observation_noise: bool = False,
     ) -> Float[Tensor, "S N C"]:
-        """Draws of the prediction: probabilities for classification, outputs (with noise on request) for regression."""
+        """Draws of the prediction: probabilities, or for regression outputs (with noise on request)."""
         if observation_noise and not self.likelihood.has_noise:
-            raise UnsupportedError(f"observation_noise needs a likelihood with noise, found {self.likelihood.name}")
+            raise UnsupportedError(
+                f"observation_noise needs a likelihood with noise, found {self.likelihood.name}"
+            )
         samples = self.likelihood.link(self.functional_samples(x, n_samples, generator))
         if not observation_noise:
             return samples
@@ -416,7 +428,7 @@ class Laplace:
             spread = spread + (noise if diagonal_output else noise * torch.eye(spread.shape[-1]).to(spread))
         return mean, spread
 
-    # -- what the above is made of ----------------------------------------------------------------------------
+    # -- what the above is made of ---------------------------------------------------------------------------
 
     @property
     def _fit(self) -> _Fitted:
@@ -444,7 +456,8 @@ class Laplace:
         if isinstance(precision, PrecisionOperator):
             if precision.size != len(deviation):
                 raise ValueError(
-                    f"prior_precision must have {len(deviation)} rows like the posterior, found {precision.size}"
+                    f"prior_precision must have {len(deviation)} rows like the posterior, found "
+                    f"{precision.size}"
                 )
             return OperatorPrior(precision, deviation)
         space = fitted.accumulated.space
@@ -477,7 +490,9 @@ class Laplace:
         if not bool((noise > 0) & torch.isfinite(noise)):
             raise ValueError(f"sigma_noise must be positive and finite, found {float(noise)}")
         if not self.likelihood.has_noise and float(noise) != 1:
-            raise ValueError(f"sigma_noise must be 1 for {self.likelihood.name}, which has no noise, found {float(noise)}")
+            raise ValueError(
+                f"sigma_noise must be 1 for {self.likelihood.name}, which has no noise, found {float(noise)}"
+            )
         return noise.reshape(())
 
 

@@ -59,7 +59,7 @@ class ParameterSpace:
         if len(kinds) > 1:
             found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
             raise UnsupportedError(f"the chosen parameters must share one dtype and device, found {found}")
-        (dtype, _), = kinds
+        ((dtype, _),) = kinds
         if not dtype.is_floating_point:
             raise UnsupportedError(f"the chosen parameters must have a real floating dtype, found {dtype}")
         return cls(tuple(parameters), tuple(p.shape for p in parameters.values()))
@@ -73,7 +73,9 @@ class ParameterSpace:
     def spans(self) -> dict[str, range]:
         """The coordinates of each parameter."""
         ends = list(accumulate(map(math.prod, self.shapes)))
-        return {name: range(start, end) for name, start, end in zip(self.names, [0, *ends], ends, strict=False)}
+        return {
+            name: range(start, end) for name, start, end in zip(self.names, [0, *ends], ends, strict=False)
+        }
 
     @property
     def modules(self) -> dict[str, tuple[str, ...]]:
@@ -116,8 +118,8 @@ def _chosen(model: nn.Module, select: Selection) -> set[str]:
     if isinstance(select, str):
         if select != "all":
             raise UnsupportedError(
-                f"subset_of_weights={select!r} is not supported; expected 'all', 'last_layer', a list of names of "
-                "parameters or modules, or a predicate of name and parameter"
+                f"subset_of_weights={select!r} is not supported; expected 'all', 'last_layer', a list of "
+                "names of parameters or modules, or a predicate of name and parameter"
             )
         return {name for name, p in named.items() if p.requires_grad}
     first_name = {id(p): name for name, p in named.items()}
@@ -126,6 +128,8 @@ def _chosen(model: nn.Module, select: Selection) -> set[str]:
     for wanted in select:
         found = {first for name, first in aliases.items() if name == wanted or name.startswith(f"{wanted}.")}
         if not found:
-            raise UnsupportedError(f"subset_of_weights names {wanted!r}, which is no parameter or module of the model")
+            raise UnsupportedError(
+                f"subset_of_weights names {wanted!r}, which is no parameter or module of the model"
+            )
         chosen |= found
     return chosen

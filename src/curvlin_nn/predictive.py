@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvlin import FeatureOperator
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn.errors import UnsupportedError
+from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.likelihoods import Likelihood
 
@@ -59,8 +59,8 @@ class Predictive:
     ) -> Float[Tensor, "S N C"]:
         """Draws of the linearised model as a function, evaluated at x: jointly Gaussian over inputs.
 
-        Each draw is one weight vector, pushed through the features; draws from one generator state are draws of the
-        same functions, whatever x is.
+        Each draw is one weight vector, pushed through the features; draws from one generator state are draws
+        of the same functions, whatever x is.
         """
         per_part = max(1, min(n_samples, DRAW_BUDGET // self.precision.size))
         parts = []
@@ -104,6 +104,5 @@ def check_link(likelihood: Likelihood, link_approx: str) -> None:
     offered = [*likelihood.link_approximations, "mc"]
     if link_approx not in offered:
         raise UnsupportedError(
-            f"link_approx={link_approx!r} is not supported for {likelihood.name}; expected one of "
-            f"{', '.join(map(repr, offered))}"
+            f"link_approx={link_approx!r} is not supported for {likelihood.name}; expected {one_of(offered)}"
         )

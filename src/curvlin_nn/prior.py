@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvlin import BlockDiag, Diagonal, Isotropic
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn.errors import UnsupportedError
+from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.parameters import ParameterSpace
 
 GROUPINGS: dict[str, Callable[[ParameterSpace], list[tuple[str, ...]]]] = {
@@ -36,7 +36,7 @@ def group_of_coordinate(space: ParameterSpace, prior_structure: str) -> Int[Tens
         return torch.arange(space.size)
     if prior_structure not in GROUPINGS:
         raise UnsupportedError(
-            f"prior_structure={prior_structure!r} is not supported; expected one of {', '.join(map(repr, STRUCTURES))}"
+            f"prior_structure={prior_structure!r} is not supported; expected {one_of(STRUCTURES)}"
         )
     groups = torch.empty(space.size, dtype=torch.long)
     for index, names in enumerate(GROUPINGS[prior_structure](space)):
@@ -70,12 +70,14 @@ def infer_structure(space: ParameterSpace, precision: Float[Tensor, "*K"], wante
     fitting: dict[str, Tensor] = {}
     for name in STRUCTURES:
         groups = group_of_coordinate(space, name)
-        if int(groups.max()) + 1 == precision.numel() and not any(torch.equal(groups, g) for g in fitting.values()):
+        if int(groups.max()) + 1 == precision.numel() and not any(
+            torch.equal(groups, g) for g in fitting.values()
+        ):
             fitting[name] = groups
     if not fitting:
         raise ValueError(
-            f"prior_precision must have 1, {len(space.names)} (per parameter tensor), {len(space.modules)} (per "
-            f"module) or {space.size} (per parameter) entries, found {precision.numel()}"
+            f"prior_precision must have 1, {len(space.names)} (per parameter tensor), {len(space.modules)} "
+            f"(per module) or {space.size} (per parameter) entries, found {precision.numel()}"
         )
     if wanted in fitting:
         return wanted

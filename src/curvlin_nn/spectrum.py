@@ -12,7 +12,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from curvlin import BlockDiag, Dense, Diagonal, Isotropic, KroneckerSum, NotPositiveDefiniteError, SpectralKronecker
+from curvlin import (
+    BlockDiag,
+    Dense,
+    Diagonal,
+    Isotropic,
+    KroneckerSum,
+    NotPositiveDefiniteError,
+    SpectralKronecker,
+)
 from curvlin.precision.base import PrecisionOperator
 
 
@@ -92,7 +100,9 @@ def _(H: BlockDiag) -> Spectrum | None:
 
 def _separate(diagonal: Tensor) -> Spectrum:
     """Every coordinate is an eigenvector."""
-    return Spectrum(_non_negative("Diagonal", diagonal.double()), torch.arange(len(diagonal), device=diagonal.device))
+    return Spectrum(
+        _non_negative("Diagonal", diagonal.double()), torch.arange(len(diagonal), device=diagonal.device)
+    )
 
 
 def _together(eigenvalues: Tensor) -> Spectrum:

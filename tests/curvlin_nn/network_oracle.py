@@ -1,7 +1,7 @@
 """An independent referee: per-sample autodiff in float64 and dense matrices. Shares no code with the library.
 
-It knows modules (Linear, Conv2d) only, calls the model on one sample at a time, takes output Hessians by autodiff of
-a torch loss, cuts convolution patches out by hand, and inverts dense matrices.
+It knows modules (Linear, Conv2d) only, calls the model on one sample at a time, takes output Hessians by
+autodiff of a torch loss, cuts convolution patches out by hand, and inverts dense matrices.
 """
 
 from __future__ import annotations
@@ -79,36 +79,42 @@ def kfac(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
     return result
 
 
-def _layer_factors(model: nn.Module, module: nn.Module, x: Tensor, Lambda: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _layer_factors(
+    model: nn.Module, module: nn.Module, x: Tensor, Lambda: Tensor
+) -> list[tuple[Tensor, Tensor]]:
     """(A, B) of a layer that is used once, per group, from hooks that perturb its output."""
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
     A: list[Tensor] = [0.0] * groups
     B: list[Tensor] = [0.0] * groups
     positions = 0
     for sample, Lambda_n in zip(x, Lambda, strict=True):
-        seen: dict[str, Tensor] = {}
-        handle = module.register_forward_hook(lambda m, a, out: seen.update(a=a[0].detach(), out=out.detach()))
-        with torch.no_grad():
-            model(sample[None])
-        handle.remove()
-
-        def perturbed(shift: Tensor, sample: Tensor = sample) -> Tensor:
-            handle = module.register_forward_hook(lambda m, a, out: out + shift)
-            try:
-                return model(sample[None])[0]
-            finally:
-                handle.remove()
-
-        g = jacrev(perturbed)(torch.zeros_like(seen["out"]))  # (C, 1, *output)
+        a, g = _input_and_gradients(model, module, sample)
         if isinstance(module, nn.Conv2d):
-            a, g = _patches(module, seen["a"][0]), g[:, 0].flatten(2).mT  # (S, in), (C, S, out)
+            a, g = _patches(module, a[0]), g[:, 0].flatten(2).mT  # (S, in), (C, S, out)
         else:
-            a, g = seen["a"].reshape(-1, module.in_features), g.reshape(len(g), -1, module.out_features)
+            a, g = a.reshape(-1, module.in_features), g.reshape(len(g), -1, module.out_features)
         positions += len(a)
         for k, (a_k, g_k) in enumerate(zip(a.chunk(groups, -1), g.chunk(groups, -1), strict=True)):
             A[k] = A[k] + a_k.T @ a_k
-            B[k] = B[k] + torch.einsum("cso,cd,dsp->op", g_k, Lambda_n, g_k)
+            B[k] = B[k] + torch.einsum("cso,cd,dsp->op", g_k, Lambda_n, g_k).detach()
     return [(a / positions, b) for a, b in zip(A, B, strict=True)]
+
+
+def _input_and_gradients(model: nn.Module, module: nn.Module, sample: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's input, and the Jacobian ``(C, 1, *output)`` of the model's outputs in the layer's output."""
+    seen: dict[str, Tensor] = {}
+
+    def hooked(hook: Callable[..., Tensor | None]) -> Tensor:
+        handle = module.register_forward_hook(hook)
+        try:
+            return model(sample[None])[0]
+        finally:
+            handle.remove()
+
+    hooked(lambda m, a, out: seen.update(a=a[0].detach(), out=out.detach()))
+    return seen["a"], jacrev(lambda shift: hooked(lambda m, a, out: out + shift))(
+        torch.zeros_like(seen["out"])
+    )
 
 
 def _patches(conv: nn.Conv2d, image: Tensor) -> Tensor:

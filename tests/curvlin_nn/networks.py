@@ -25,7 +25,9 @@ class Problem:
 
 def mlp(n_outputs: int = 3) -> nn.Module:
     """Two hidden layers, different activations."""
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, n_outputs)).double()
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, n_outputs)
+    ).double()
 
 
 def cnn(n_outputs: int = 3) -> nn.Module:

@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from network_oracle import jacobian
+from networks import Sequences, cnn, mlp
 from torch import Tensor, nn
 
 from curvlin_nn import ParameterSpace, feature_maps
@@ -13,13 +15,12 @@ from curvlin_nn.errors import (
     UnsupportedError,
     UnsupportedUseError,
 )
-from network_oracle import jacobian
-from networks import Sequences, cnn, mlp
 
 
 def conv(*args, **kwargs) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(*args, **kwargs), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                         nn.LazyLinear(2)).double()
+    return nn.Sequential(
+        nn.Conv2d(*args, **kwargs), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LazyLinear(2)
+    ).double()
 
 
 CONVOLUTIONS = [
@@ -86,8 +87,9 @@ def test_an_unused_parameter_has_a_zero_jacobian():
 
 
 def test_in_place_activations_after_a_layer_are_harmless():
-    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, 4), nn.Hardtanh(inplace=True),
-                          nn.Linear(4, 2)).double()
+    model = nn.Sequential(
+        nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, 4), nn.Hardtanh(inplace=True), nn.Linear(4, 2)
+    ).double()
     assert_jacobian(model, 3 * torch.randn(6, 3, dtype=torch.float64))
 
 
@@ -126,7 +128,7 @@ class MatMul(nn.Module):
 
 
 def test_a_use_without_a_rule_is_refused_by_name():
-    with pytest.raises(UnsupportedUseError, match="parameter 'w' is used by Tensor.mT") as caught:
+    with pytest.raises(UnsupportedUseError, match=r"parameter 'w' is used by Tensor.mT") as caught:
         record(MatMul(), torch.randn(4, 3))
     assert caught.value.parameter == "w"
     record(MatMul(), torch.randn(4, 3), ["first"])  # the parameter left out, the rest is served
@@ -139,7 +141,7 @@ def test_batch_norm_parameters_are_refused_by_name():
 
 
 def test_a_use_that_nobody_can_intercept_is_found_by_the_completeness_check():
-    """An LSTM's weights are used inside one kernel; a hand-written autograd.Function is another such place."""
+    """An LSTM's weights are used inside one kernel; a hand-written autograd.Function is another place."""
 
     class Product(torch.autograd.Function):
         @staticmethod
@@ -161,17 +163,19 @@ def test_a_use_that_nobody_can_intercept_is_found_by_the_completeness_check():
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(Product.apply(x, self.layer.weight))
 
-    with pytest.raises(UnsupportedUseError, match="parameter 'layer.weight' influences the outputs"):
+    with pytest.raises(UnsupportedUseError, match=r"parameter 'layer.weight' influences the outputs"):
         record(Hidden(), torch.randn(4, 3))
     lstm = nn.LSTM(3, 2, batch_first=True)
     model = nn.Sequential(nn.Linear(3, 3), lstm)
     model.forward = lambda x: lstm(model[0](x))[0][:, -1]
-    with pytest.raises(UnsupportedUseError, match="parameter '1.weight_ih_l0'"):
+    with pytest.raises(UnsupportedUseError, match=r"parameter '1.weight_ih_l0'"):
         record(model, torch.randn(4, 5, 3))
 
 
 def test_coupling_between_samples_is_refused():
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False, track_running_stats=False), nn.Linear(4, 2))
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False, track_running_stats=False), nn.Linear(4, 2)
+    )
     with pytest.raises(CouplingError, match=r"depends on other samples at parameter '0.weight'"):
         record(model, torch.randn(6, 3))
 
@@ -184,7 +188,9 @@ def test_batch_norm_in_training_mode_is_evaluated_with_its_running_statistics():
     _, features = feature_maps.JacobianMap(model, ["0", "3"])(x)
     assert model[1].training
     model.eval()
-    torch.testing.assert_close(features.to_dense(), jacobian(model, x, ["0.weight", "0.bias", "3.weight", "3.bias"]))
+    torch.testing.assert_close(
+        features.to_dense(), jacobian(model, x, ["0.weight", "0.bias", "3.weight", "3.bias"])
+    )
 
 
 def test_a_layer_input_changed_in_place_is_refused():
@@ -199,7 +205,9 @@ def test_a_layer_input_changed_in_place_is_refused():
             h += 1
             return self.b(out + h)
 
-    with pytest.raises(ModifiedInputError, match="the input of the layer with parameter 'a.weight' was changed"):
+    with pytest.raises(
+        ModifiedInputError, match=r"the input of the layer with parameter 'a.weight' was changed"
+    ):
         record(Residual(), torch.randn(4, 3))
 
 

@@ -1,11 +1,11 @@
 import mpmath
 import pytest
 import torch
+from network_oracle import LOSSES
 from torch.func import hessian
 
 from curvlin_nn import likelihoods
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
-from network_oracle import LOSSES
 
 
 @pytest.mark.parametrize("n_outputs", [2, 3, 7])
@@ -21,8 +21,10 @@ def test_columns_are_a_root_of_the_output_hessian(name, n_outputs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_softmax_columns_are_accurate_at_saturation(dtype):
-    """Against diag(p) - p p^T in 60 digits, entry (i, j) relative to sqrt(Lambda_ii Lambda_jj): the diagonal keeps all
-    its digits where evaluating p (1 - p) has none."""
+    """Against diag(p) - p p^T in 60 digits, entry (i, j) relative to sqrt(Lambda_ii Lambda_jj).
+
+    The diagonal keeps all its digits where evaluating p (1 - p) has none.
+    """
     logits = [[60.0, 20.0, 0.0, -5.0], [0.0, 40.0, 45.0, 80.0], [-30.0, 0.0, 30.0, -1.0]]
     S = likelihoods.resolve("classification").columns(torch.tensor(logits, dtype=dtype)).double()
     found = torch.einsum("vnc,vnd->ncd", S, S)
@@ -46,7 +48,9 @@ def exact_softmax_hessian(logits: list[float]) -> torch.Tensor:
 
 
 def test_softmax_columns_vanish_where_all_probability_is_on_one_class():
-    S = likelihoods.resolve("classification").columns(torch.tensor([[0.0, 1e4, 0.0], [1e4, 0.0, 0.0], [0.0, 0.0, 1e4]]))
+    S = likelihoods.resolve("classification").columns(
+        torch.tensor([[0.0, 1e4, 0.0], [1e4, 0.0, 0.0], [0.0, 0.0, 1e4]])
+    )
     assert torch.equal(S, torch.zeros_like(S))
 
 
@@ -93,10 +97,14 @@ def test_bad_regression_targets_are_refused(targets, message):
 
 def test_one_logit_is_not_silently_a_classifier_without_curvature():
     with pytest.raises(OutputError, match="at least two logits"):
-        likelihoods.resolve("classification").check(torch.zeros(3, 1), torch.zeros(3, dtype=torch.long), "batch 0")
+        likelihoods.resolve("classification").check(
+            torch.zeros(3, 1), torch.zeros(3, dtype=torch.long), "batch 0"
+        )
 
 
 @pytest.mark.parametrize("name", ["binary", "poisson", "heteroscedastic", "reward_modeling", "nonsense"])
 def test_unknown_likelihoods_name_the_known_ones(name):
-    with pytest.raises(UnsupportedError, match=f"'{name}' is not supported; expected one of 'classification', 'regr"):
+    with pytest.raises(
+        UnsupportedError, match=f"'{name}' is not supported; expected one of 'classification', 'regr"
+    ):
         likelihoods.resolve(name)

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from networks import mlp
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from curvlin_nn import ParameterSpace
 from curvlin_nn.errors import UnsupportedError
-from networks import mlp
 
 
 def test_flat_order_is_that_of_parameters_to_vector():
@@ -21,8 +21,12 @@ def test_unflatten_inverts_flatten_with_leading_dimensions():
     draws = torch.randn(2, 3, space.size)
     named = space.unflatten(draws)
     assert named["2.weight"].shape == (2, 3, 5, 6)
-    assert torch.equal(torch.stack([space.flatten({k: v[i, j] for k, v in named.items()}) for i in range(2)
-                                    for j in range(3)]).view_as(draws), draws)
+    assert torch.equal(
+        torch.stack(
+            [space.flatten({k: v[i, j] for k, v in named.items()}) for i in range(2) for j in range(3)]
+        ).view_as(draws),
+        draws,
+    )
     with pytest.raises(ValueError, match=f"vector must have {space.size} entries"):
         space.unflatten(draws[..., 1:])
 
@@ -69,5 +73,7 @@ def test_a_subset_that_selects_nothing_is_refused(select, message):
 def test_mixed_dtypes_are_refused():
     model = mlp()
     model[0].float()
-    with pytest.raises(UnsupportedError, match="must share one dtype and device, found torch.float32 on cpu, torch.f"):
+    with pytest.raises(
+        UnsupportedError, match=r"must share one dtype and device, found torch.float32 on cpu, torch.f"
+    ):
         ParameterSpace.of(model)

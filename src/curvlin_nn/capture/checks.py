@@ -33,15 +33,18 @@ def check_complete(graph: Graph) -> None:
         total = torch.zeros_like(captured[name]) if truth is None else truth.flatten()
         gap, scale = (captured[name] - total).abs().max(), total.abs().max() + magnitude[name]
         if not bool(gap <= tolerance * scale):
-            raise UnsupportedUseError(name, "influences the outputs through an operation that was not captured")
+            raise UnsupportedUseError(
+                name, "influences the outputs through an operation that was not captured"
+            )
 
 
 def find_layouts(graph: Graph) -> tuple[tuple[Layout, ...], bool]:
     """The layout of every use, by probing with cotangents of one sample.
 
     Returns:
-        The layouts, and whether they are the only possible ones. Where they are not, every probe left the positions
-        in doubt at zero, so that any choice is right for this batch, but not necessarily for the next.
+        The layouts, and whether they are the only possible ones. Where they are not, every probe left the
+        positions in doubt at zero, so that any choice is right for this batch, but not necessarily for the
+        next.
 
     Raises:
         CouplingError: if a sample's output depends on other samples' positions.
@@ -64,8 +67,8 @@ def find_layouts(graph: Graph) -> tuple[tuple[Layout, ...], bool]:
             if not layouts:
                 raise CouplingError(
                     f"the output for one sample depends on other samples at parameter "
-                    f"{next(iter(use.names.values()))!r}, expected independent samples along axis 0 of the outputs "
-                    "(is a normalisation using statistics of the batch?)"
+                    f"{next(iter(use.names.values()))!r}, expected independent samples along axis 0 of the "
+                    "outputs (is a normalisation using statistics of the batch?)"
                 )
         if all(len(layouts) == 1 for layouts in options):
             break

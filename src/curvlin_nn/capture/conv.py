@@ -22,8 +22,8 @@ from curvlin_nn.errors import UnsupportedError
 class Conv2dRule(LayerRule):
     """`torch.nn.functional.conv2d`, and with it `torch.nn.Conv2d`: any stride, padding, dilation and groups.
 
-    Padding modes other than zeros are applied by the module before the function is called, so the captured input
-    already holds them.
+    Padding modes other than zeros are applied by the module before the function is called, so the captured
+    input already holds them.
     """
 
     functions = (F.conv2d,)
@@ -48,7 +48,9 @@ class Conv2dRule(LayerRule):
                 "dilation": _pair(dilation),
                 "groups": groups,
             }
-            return Call(input, {"weight": weight} if bias is None else {"weight": weight, "bias": bias}, options)
+            return Call(
+                input, {"weight": weight} if bias is None else {"weight": weight, "bias": bias}, options
+            )
 
         return arguments(*args, **kwargs)
 
@@ -60,7 +62,8 @@ class Conv2dRule(LayerRule):
         """See `LayerRule.pieces`."""
         if call.input.ndim != 4:
             raise UnsupportedError(
-                f"conv2d needs a batch of images (N, C, H, W), found an input of shape {tuple(call.input.shape)}"
+                "conv2d needs a batch of images (N, C, H, W), found an input of shape "
+                f"{tuple(call.input.shape)}"
             )
         g = self.by_position(gradient)
         groups = call.options["groups"]

@@ -33,7 +33,9 @@ class Graph:
     @property
     def signature(self) -> Signature:
         """What distinguishes one course of the forward pass from another."""
-        return tuple((type(use.rule).__name__, tuple(use.names.values()), len(use.shape)) for use in self.uses)
+        return tuple(
+            (type(use.rule).__name__, tuple(use.names.values()), len(use.shape)) for use in self.uses
+        )
 
     def check_untouched(self) -> None:
         """Whether every layer's input still holds what the layer saw.
@@ -45,12 +47,12 @@ class Graph:
             if use.call.input._version != use.version:
                 name = next(iter(use.names.values()))
                 raise ModifiedInputError(
-                    f"the input of the layer with parameter {name!r} was changed in place after the layer used it, "
-                    "expected it untouched; write x = x + y instead of x += y there"
+                    f"the input of the layer with parameter {name!r} was changed in place after the layer "
+                    "used it, expected it untouched; write x = x + y instead of x += y there"
                 )
 
-    def gradients(self, columns: Float[Tensor, "V N C"]) -> list[Float[Tensor, "V *output"]]:
-        """The gradients of ``sum(column * outputs)`` with respect to the output of every use, for each column."""
+    def gradients(self, columns: Float[Tensor, "V N C"]) -> list[Float[Tensor, V * output]]:
+        """For each column, the gradients of ``sum(column * outputs)`` with respect to every use's output."""
         edges = [use.edge for use in self.uses]
         found: tuple[Tensor | None, ...]
         if len(columns) > 1 and all(use.rule.batched_columns for use in self.uses):
@@ -62,7 +64,9 @@ class Graph:
                 torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True)
                 for column in columns
             ]
-            found = tuple(None if of_use[0] is None else torch.stack(of_use) for of_use in zip(*by_column, strict=True))
+            found = tuple(
+                None if of_use[0] is None else torch.stack(of_use) for of_use in zip(*by_column, strict=True)
+            )
         return [
             columns.new_zeros(len(columns), *use.shape) if gradient is None else gradient
             for use, gradient in zip(self.uses, found, strict=True)

@@ -65,7 +65,12 @@ class Interceptor(TorchFunctionMode):
         return output
 
     def _record(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], used: list[str], output: Any
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        used: list[str],
+        output: Any,
     ) -> None:
         rule = RULES.get(func)
         if rule is None:
@@ -95,4 +100,4 @@ def _name(func: Callable[..., Any]) -> str:
     attribute = getattr(func, "__self__", None)  # the getter of Tensor.mT is seen as a bound __get__
     if getattr(func, "__name__", "") == "__get__" and attribute is not None:
         return f"Tensor.{attribute.__name__}"
-    return getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
+    return str(getattr(func, "__name__", func))

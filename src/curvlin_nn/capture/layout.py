@@ -1,8 +1,8 @@
 """Where the samples of a batch stand among the positions of a layer's output.
 
-Layers may see samples along axis 0, along another axis, or flattened together with something else (time steps,
-patches) with either varying faster. The layout is found by a probe: a cotangent that is non-zero for one sample
-must reach that sample's positions and no others.
+Layers may see samples along axis 0, along another axis, or flattened together with something else (time
+steps, patches) with either varying faster. The layout is found by a probe: a cotangent that is non-zero for
+one sample must reach that sample's positions and no others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Layout:
             unflattened = tensor.unflatten(axis, (n_samples, -1))
         else:
             unflattened = tensor.unflatten(axis, (-1, n_samples)).transpose(axis, axis + 1)
-        return unflattened.movedim(axis, before).flatten(before + 1, -2)
+        split: Tensor = unflattened.movedim(axis, before).flatten(before + 1, -2)
+        return split
 
 
 SINGLE = Layout(0, True)

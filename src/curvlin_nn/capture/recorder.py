@@ -1,4 +1,4 @@
-"""Captures: the factored per-sample Jacobian of a model, block by block, from one forward and one backward pass."""
+"""Captures: a model's factored per-sample Jacobian, block by block, from a forward and a backward pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from curvlin_nn.capture.checks import check_complete, find_layouts
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
-from curvlin_nn.capture.state import evaluation_mode, forward, random_state, random_state_kept
+from curvlin_nn.capture.state import device_of, evaluation_mode, forward, random_state, random_state_kept
 from curvlin_nn.errors import OutputError, StochasticModelError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
+
+Parts = dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]]
+"""left and right of every use of a part, by parameter and start within it."""
 
 
 @dataclass(frozen=True)
@@ -76,23 +79,21 @@ class Recording:
     def captures(self, columns: Float[Tensor, "V N C"]) -> Captures:
         """The rows ``column^T J`` of every sample and column; unit columns give the Jacobian itself."""
         n_samples = len(self.outputs)
-        parts: dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]] = {}
+        parts: Parts = {}
         for use, layout, gradient in zip(
             self._graph.uses, self._layouts, self._graph.gradients(columns), strict=True
         ):
             for name, piece in named_pieces(use, gradient):
                 left = layout.split(piece.left, n_samples, 1).movedim(0, 1)
-                if piece.right is None:
-                    part = left.sum(2, keepdim=True), None
-                else:
-                    part = left, layout.split(piece.right.detach(), n_samples, 0)
-                parts.setdefault((name, piece.start), []).append(part)
+                right = None if piece.right is None else layout.split(piece.right.detach(), n_samples, 0)
+                left = left.sum(2, keepdim=True) if right is None else left
+                parts.setdefault((name, piece.start), []).append((left, right))
         return Captures(n_samples, tuple(self._blocks(parts, columns)))
 
-    def _blocks(
-        self, parts: dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]], columns: Tensor
-    ) -> Iterator[Block]:
-        for name, shape, span in zip(self._space.names, self._space.shapes, self._space.spans.values(), strict=True):
+    def _blocks(self, parts: Parts, columns: Tensor) -> Iterator[Block]:
+        for name, shape, span in zip(
+            self._space.names, self._space.shapes, self._space.spans.values(), strict=True
+        ):
             starts = sorted(start for parameter, start in parts if parameter == name)
             blocks = [_merge(name, span.start + start, parts[name, start]) for start in starts]
             if not blocks:
@@ -105,8 +106,9 @@ class Recording:
 class Recorder:
     """Runs a model in evaluation mode and records how the chosen parameters are used.
 
-    The model comes back as it was, whatever happens. The first batch is checked: no random numbers drawn, every use
-    captured, samples independent; a later batch is checked again if the forward pass takes another course.
+    The model comes back as it was, whatever happens. The first batch is checked: no random numbers drawn,
+    every use captured, samples independent; a later batch is checked again if the forward pass takes another
+    course.
 
     Args:
         model: maps one argument to outputs of shape ``(N, C)``.
@@ -133,15 +135,15 @@ class Recorder:
             ModifiedInputError: if a layer's input is changed in place after its use.
         """
         leaves = {name: p.requires_grad_() for name, p in self.space.tensors(self.model).items()}
-        device = next(iter(leaves.values())).device
+        device = device_of(self.model)
         with evaluation_mode(self.model), random_state_kept(device), torch.enable_grad():
             before = random_state(device)
             with Interceptor(leaves) as interceptor:
                 outputs = forward(self.model, leaves, x)
             if not all(map(torch.equal, before, random_state(device))):
                 raise StochasticModelError(
-                    f"the model drew random numbers on {where}, expected the same outputs each time in evaluation "
-                    "mode; is dropout applied with training=True?"
+                    f"the model drew random numbers on {where}, expected the same outputs each time in "
+                    "evaluation mode; is dropout applied with training=True?"
                 )
             graph = Graph(leaves, tuple(interceptor.uses), _checked(outputs, where))
             graph.check_untouched()

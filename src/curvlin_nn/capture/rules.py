@@ -53,7 +53,8 @@ class LayerRule(ABC):
 
     Attributes:
         functions: the torch functions it covers, as `torch.overrides.TorchFunctionMode` sees them.
-        batched_columns: whether columns are fastest sent backward all at once (matrix products) or one by one.
+        batched_columns: whether columns are fastest sent backward all at once (matrix products) or one by
+            one.
     """
 
     functions: ClassVar[tuple[Callable[..., Any], ...]]
@@ -63,12 +64,12 @@ class LayerRule(ABC):
     def bind(self, *args: Any, **kwargs: Any) -> Call:
         """The call with its arguments named; takes the arguments of the function."""
 
-    def by_position(self, gradient: Float[Tensor, "V *output"]) -> Float[Tensor, "V *positions out"]:
+    def by_position(self, gradient: Float[Tensor, V * output]) -> Float[Tensor, "V *positions out"]:
         """The gradient with its feature axis last; what stands before are positions."""
         return gradient
 
     @abstractmethod
-    def pieces(self, call: Call, gradient: Float[Tensor, "V *output"]) -> Iterator[Piece]:
+    def pieces(self, call: Call, gradient: Float[Tensor, V * output]) -> Iterator[Piece]:
         """The parts of every parameter in a role, from the gradients of the call's output."""
 
 

@@ -10,6 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from curvlin_nn.errors import UnsupportedError
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are.
+
+    Raises:
+        UnsupportedError: if it has none, or they are on several devices.
+    """
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1:
+        found = ", ".join(sorted(map(str, devices))) or "no parameter"
+        raise UnsupportedError(f"the model must have parameters, all on one device, found {found}")
+    return devices.pop()
+
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
@@ -44,7 +59,8 @@ def random_state(device: torch.device) -> list[Tensor]:
 def forward(model: nn.Module, parameters: Mapping[str, Tensor], x: Any) -> Any:
     """The model's output at the given parameters, the other ones detached and the buffers copied.
 
-    The model's own tensors are never handed to it, so that nothing can accumulate gradients or be changed in place.
+    The model's own tensors are never handed to it, so that nothing can accumulate gradients or be changed in
+    place.
     """
     tensors: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     tensors |= {name: b.clone() for name, b in model.named_buffers()}

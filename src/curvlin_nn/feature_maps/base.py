@@ -1,4 +1,4 @@
-"""What a feature map is: it linearises a model's outputs in some coordinates, ``f(x; theta) = f(x) + Phi_x theta``."""
+"""What a feature map is: it linearises a model's outputs, ``f(x; theta) = f(x) + Phi_x theta``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Likelihoods: what turns a model's outputs into a distribution of targets, and into curvature columns.
 
-A likelihood gives, at outputs f, columns S with ``S S^T = Lambda``, the Hessian of the negative log-likelihood with
-respect to f (or the Fisher information of the output distribution; each family says which). A family with a noise
-scale sigma gives everything at ``sigma = 1``; the scale enters later.
+A likelihood gives, at outputs f, columns S with ``S S^T = Lambda``, the Hessian of the negative
+log-likelihood with respect to f (or the Fisher information of the output distribution; each family says
+which). A family with a noise scale sigma gives everything at ``sigma = 1``; the scale enters later.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 LinkApproximation = Callable[[Tensor, Tensor], Tensor]
-"""``(mean (N, C), variance (N, C)) -> prediction (N, C)``: the expected link under a Gaussian, in closed form."""
+"""``(mean (N, C), variance (N, C)) -> prediction (N, C)``: a closed form of the link's expectation."""
 
 
 class Likelihood(ABC):
@@ -24,8 +24,8 @@ class Likelihood(ABC):
     Attributes:
         name: the name it is registered under.
         has_noise: whether it has a noise scale sigma, kept outside.
-        link_approximations: closed forms of the expected link by name; empty where outputs are the prediction and
-            moments are reported instead of probabilities.
+        link_approximations: closed forms of the expected link by name; empty where outputs are the prediction
+            and moments are reported instead of probabilities.
     """
 
     name: ClassVar[str]
@@ -55,7 +55,9 @@ class Likelihood(ABC):
         """What the log-likelihood needs to know of a batch; adds up over batches, in float64."""
 
     @abstractmethod
-    def log_likelihood(self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    def log_likelihood(
+        self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
         """The normalised log-likelihood of everything summed in `statistics`, in nats."""
 
     @abstractmethod

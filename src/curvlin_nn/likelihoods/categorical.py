@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlin_nn.errors import DataError, OutputError
-from curvlin_nn.likelihoods.base import Likelihood
+from curvlin_nn.likelihoods.base import Likelihood, LinkApproximation
 from curvlin_nn.likelihoods.registry import register
 
 
@@ -27,7 +29,7 @@ class Categorical(Likelihood):
 
     name = "classification"
     has_noise = False
-    link_approximations = {"probit": probit}
+    link_approximations: ClassVar[Mapping[str, LinkApproximation]] = {"probit": probit}
 
     def check(self, outputs: Float[Tensor, "N C"], targets: Tensor, where: str) -> Int[Tensor, " N"]:
         """See `Likelihood.check`."""
@@ -40,7 +42,9 @@ class Categorical(Likelihood):
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise DataError(f"targets of {where} must be integer class labels, found dtype {targets.dtype}")
         if targets.shape != (n_samples,):
-            raise DataError(f"targets of {where} must have shape ({n_samples},), found {tuple(targets.shape)}")
+            raise DataError(
+                f"targets of {where} must have shape ({n_samples},), found {tuple(targets.shape)}"
+            )
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= n_classes:
             raise DataError(
@@ -53,8 +57,8 @@ class Categorical(Likelihood):
         """The ``C - 1`` columns of the Cholesky factor of ``diag(p) - p p^T``.
 
         With ``q_i = sum_{k>i} p_k`` and ``d_i = sqrt(p_i q_i / q_{i-1})``: ``L_ii = d_i``,
-        ``L_ji = -(p_j / q_i) d_i`` for j > i (Tanabe & Sagae, 1992). No differences of probabilities occur, so
-        nothing cancels when a class saturates.
+        ``L_ji = -(p_j / q_i) d_i`` for j > i (Tanabe & Sagae, 1992). No differences of probabilities occur,
+        so nothing cancels when a class saturates.
         """
         p = torch.softmax(outputs, dim=-1)
         tail = p.flip(-1).cumsum(-1).flip(-1)
@@ -72,7 +76,9 @@ class Categorical(Likelihood):
         log_p = torch.log_softmax(outputs.double(), dim=-1)
         return log_p.gather(-1, targets[:, None]).sum().reshape(1)
 
-    def log_likelihood(self, statistics: Float[Tensor, " 1"], sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    def log_likelihood(
+        self, statistics: Float[Tensor, " 1"], sigma_noise: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
         """See `Likelihood.log_likelihood`."""
         return statistics[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,7 @@ class Gaussian(Likelihood):
 
     name = "regression"
     has_noise = True
-    link_approximations: Mapping[str, LinkApproximation] = {}
+    link_approximations: ClassVar[Mapping[str, LinkApproximation]] = {}
 
     def check(self, outputs: Float[Tensor, "N C"], targets: Tensor, where: str) -> Float[Tensor, "N C"]:
         """See `Likelihood.check`."""
@@ -46,7 +47,9 @@ class Gaussian(Likelihood):
         squares = (targets.double() - outputs.double()).square().sum(0)
         return torch.cat([squares.new_full((1,), len(outputs)), squares])
 
-    def log_likelihood(self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    def log_likelihood(
+        self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
         """``- sum r^2 / (2 sigma^2) - N C log(2 pi sigma^2) / 2``."""
         count, squares = statistics[0] * (len(statistics) - 1), statistics[1:].sum()
         variance = sigma_noise.double().square()

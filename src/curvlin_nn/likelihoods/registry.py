@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curvlin_nn.errors import UnsupportedError
+from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.likelihoods.base import Likelihood
 
 _FAMILIES: dict[str, type[Likelihood]] = {}
@@ -31,7 +31,7 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
         return likelihood
     if likelihood not in _FAMILIES:
         raise UnsupportedError(
-            f"likelihood {likelihood!r} is not supported; expected one of {', '.join(map(repr, available()))} "
-            "or a curvlin_nn.likelihoods.Likelihood"
+            f"likelihood {likelihood!r} is not supported; expected {one_of(available())} or a "
+            "curvlin_nn.likelihoods.Likelihood"
         )
     return _FAMILIES[likelihood]()

@@ -61,9 +61,7 @@ def _pair(first: Block, second: Block) -> Float[Tensor, "P1 P2"]:
 def _folded_pair(first: Block, second: Block) -> Float[Tensor, "P1 P2"]:
     fold = torch.einsum("nvo,nvp->onp", first.left.squeeze(2), second.left.squeeze(2))
     right, right_of_second = _right(first), _right(second)
-    by_output = [
-        right.mT @ (weight[:, :, None] * right_of_second[:, None, :]).flatten(1) for weight in fold
-    ]
+    by_output = [right.mT @ (weight[:, :, None] * right_of_second[:, None, :]).flatten(1) for weight in fold]
     return torch.cat(by_output)
 
 

@@ -2,8 +2,8 @@
 
 With S positions per sample (weight sharing) in the expand form (Eschenhagen et al., 2023):
 
-    weights   (sum_nvs g g^T) (x) (sum_ns a a^T) / (N S)      exact without sharing for N = 1, and for a linear
-                                                              network under squared error
+    weights   (sum_nvs g g^T) (x) (sum_ns a a^T) / (N S)      exact without sharing for N = 1, and for a
+                                                              linear network under squared error
     biases    sum_nv (sum_s g) (sum_s g)^T                    exact always
 """
 
@@ -25,7 +25,7 @@ from curvlin_nn.structures.registry import register
 
 @dataclass(frozen=True)
 class _Factors:
-    """Sums over data for one block: of ``g g^T``, of ``a a^T`` (None for a bias), and the number of positions."""
+    """Sums over data for one block: of ``g g^T``, of ``a a^T`` (None for a bias), and of positions."""
 
     block: range
     left: Float[Tensor, "out out"]
@@ -41,11 +41,11 @@ class _Factors:
         a = block.right.flatten(0, 1)
         return cls(block.span, left, a.mT @ a, len(a))
 
+    @property
+    def shape(self) -> tuple[range, int]:
+        return self.block, len(self.left)
+
     def __add__(self, other: _Factors) -> _Factors:
-        if (self.left.shape, self.block) != (other.left.shape, other.block):
-            raise UnsupportedError(
-                "a weight was used in parts of other shapes than in earlier data, expected the same use in every batch"
-            )
         right = None if self.right is None or other.right is None else self.right + other.right
         return _Factors(self.block, self.left + other.left, right, self.positions + other.positions)
 
@@ -76,6 +76,11 @@ class Kronecker(Structure):
 
     def _add(self, blocks: tuple[_Factors, ...]) -> None:
         if self._blocks:
+            if [f.shape for f in self._blocks] != [f.shape for f in blocks]:
+                raise UnsupportedError(
+                    "a weight was used in parts of other shapes than in earlier data, expected the same in "
+                    "every batch"
+                )
             blocks = tuple(mine + theirs for mine, theirs in zip(self._blocks, blocks, strict=True))
         self._blocks = blocks
 

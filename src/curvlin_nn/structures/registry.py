@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
-from curvlin_nn.errors import UnsupportedError
+from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
 
@@ -44,6 +44,6 @@ def resolve(structure: str | StructureFactory) -> StructureFactory:
         loaded: StructureFactory = point.load()
         return loaded
     raise UnsupportedError(
-        f"hessian_structure={structure!r} is not supported; expected one of {', '.join(map(repr, available()))} "
-        "or a curvlin_nn.structures.Structure class"
+        f"hessian_structure={structure!r} is not supported; expected {one_of(available())} or a "
+        "curvlin_nn.structures.Structure class"
     )

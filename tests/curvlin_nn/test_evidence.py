@@ -1,0 +1,160 @@
+"""The log marginal likelihood as a function of its hyperparameters, and the search for its maximum."""
+
+import pytest
+import torch
+from networks import Problem, problem
+from scipy.optimize import minimize
+from torch import nn
+
+from curvlin_nn import Laplace
+from curvlin_nn.errors import ConvergenceError, NoFiniteOptimumError, UnsupportedError
+
+STRUCTURES = ("full", "diag", "kron")
+
+
+def fitted(p: Problem, structure: str = "kron", subset: object = "all") -> Laplace:
+    return Laplace(p.model, p.likelihood, subset, structure).fit(p.batches())
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("n_priors", [1, 6])
+def test_gradients_in_prior_and_noise_are_exact(structure, n_priors):
+    la = fitted(problem("mlp", "regression", n=6, n_outputs=2), structure)
+    prior = torch.linspace(0.3, 1.5, n_priors).double().requires_grad_()
+    sigma = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(la.log_marginal_likelihood, (prior, sigma))
+    assert torch.autograd.gradgradcheck(la.log_marginal_likelihood, (prior, sigma))
+
+
+def test_gradients_reach_a_prior_that_was_set():
+    la = fitted(problem("mlp", "classification"))
+    log_prior = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    la.prior_precision = log_prior.exp()
+    la.log_marginal_likelihood().backward()
+    h = 1e-5
+    expected = (la.log_marginal_likelihood(1 + h) - la.log_marginal_likelihood(1 - h)) / (2 * h)
+    torch.testing.assert_close(log_prior.grad, expected.detach(), rtol=1e-6, atol=0)
+
+
+def referee(la: Laplace, start: torch.Tensor, with_noise: bool = False) -> tuple[torch.Tensor, float, float]:
+    """BFGS by SciPy on the public log marginal likelihood."""
+
+    def loss(u):
+        v = torch.tensor(u, dtype=torch.float64, requires_grad=True)
+        prior, sigma = (v[:-1].exp(), (v[-1] / 2).exp()) if with_noise else (v.exp(), None)
+        value = -la.log_marginal_likelihood(prior, sigma)
+        (gradient,) = torch.autograd.grad(value, v)
+        return float(value.detach()), gradient.numpy()
+
+    found = minimize(loss, start.numpy(), jac=True, method="BFGS", options={"gtol": 1e-9})
+    u = torch.tensor(found.x)
+    return (u[:-1], float((u[-1] / 2).exp()), -found.fun) if with_noise else (u, 1.0, -found.fun)
+
+
+@pytest.mark.parametrize("start", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("prior_structure", ["scalar", "layerwise", "modulewise"])
+def test_prior_search_finds_the_same_maximum_from_any_start(structure, prior_structure, start):
+    la = fitted(problem("mlp", "classification"), structure)
+    groups = {"scalar": 1, "layerwise": 6, "modulewise": 3}[prior_structure]
+    expected, _, value = referee(la, torch.zeros(groups).double())
+    la.prior_precision = start
+    optimum = la.optimize_prior_precision(prior_structure=prior_structure)
+    torch.testing.assert_close(la.prior_precision.reshape(-1), expected.exp(), rtol=1e-5, atol=0)
+    assert optimum.log_marginal_likelihood == pytest.approx(value, rel=1e-10)
+    assert optimum.gradient_norm < 1e-7
+    assert float(la.log_marginal_likelihood()) == pytest.approx(optimum.log_marginal_likelihood, rel=1e-13)
+
+
+@pytest.mark.parametrize(("prior", "sigma"), [(1e-6, 1e-3), (1.0, 1.0), (1e6, 1e3), (1e6, 1e-3), (1e-6, 1e3)])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("prior_structure", ["scalar", "layerwise"])
+def test_joint_search_of_prior_and_noise_finds_the_same_maximum_from_any_start(
+    structure, prior_structure, prior, sigma
+):
+    la = fitted(problem("mlp", "regression", n=12), structure)
+    groups = {"scalar": 1, "layerwise": 6}[prior_structure]
+    expected, noise, value = referee(la, torch.zeros(groups + 1).double(), with_noise=True)
+    la.prior_precision, la.sigma_noise = prior, sigma
+    optimum = la.optimize_prior_precision(prior_structure=prior_structure, optimize_noise=True)
+    torch.testing.assert_close(la.prior_precision.reshape(-1), expected.exp(), rtol=1e-5, atol=0)
+    assert float(la.sigma_noise) == pytest.approx(noise, rel=1e-6)
+    assert optimum.log_marginal_likelihood == pytest.approx(value, rel=1e-10)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 3.0])
+def test_search_accounts_for_temperature_and_prior_mean(temperature):
+    p = problem("cnn", "regression", n=12)
+    la = Laplace(p.model, p.likelihood, "all", "kron", temperature=temperature, prior_mean=0.05).fit(
+        p.batches()
+    )
+    expected, noise, _ = referee(la, torch.zeros(2).double(), with_noise=True)
+    la.optimize_prior_precision(optimize_noise=True)
+    assert float(la.prior_precision) == pytest.approx(float(expected.exp()), rel=1e-5)
+    assert float(la.sigma_noise) == pytest.approx(noise, rel=1e-6)
+
+
+def test_diagonal_prior_has_a_closed_form_for_the_diagonal_structure():
+    """Per coordinate: gamma = h / (h + d) = d s, so d solves s d^2 + s h d - h = 0."""
+    p = problem("mlp", "regression")
+    p.model[3] = nn.Tanh()  # no dead units: each coordinate has curvature
+    la = fitted(p, "diag")
+    la.optimize_prior_precision(prior_structure="diag")
+    h, s = la.curvature.diagonal(), la.mean.square()
+    expected = (-s * h + torch.sqrt((s * h) ** 2 + 4 * s * h)) / (2 * s)
+    torch.testing.assert_close(la.prior_precision, expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_there_is_no_finite_optimum_when_parameters_equal_the_prior_mean(structure):
+    p = problem("mlp", "classification")
+    with torch.no_grad():
+        p.model[2].bias.zero_()
+    la = fitted(p, structure)
+    before = la.prior_precision
+    la.optimize_prior_precision()  # together with the others there is one
+    la.prior_precision = before
+    with pytest.raises(NoFiniteOptimumError, match=r"parameter '2.bias' equals the prior mean exactly"):
+        la.optimize_prior_precision(prior_structure="layerwise")
+    la.prior_mean = la.mean
+    with pytest.raises(NoFiniteOptimumError, match="the parameter vector equals the prior mean exactly"):
+        la.optimize_prior_precision()
+    assert la.prior_precision is before
+
+
+def test_there_is_no_finite_optimum_without_curvature():
+    p = problem("mlp", "classification")
+    p.model.register_module("spare", nn.Linear(3, 2).double())
+    p.model.forward = lambda x: nn.Sequential(*list(p.model)[:5])(x)
+    la = fitted(p)
+    with pytest.raises(NoFiniteOptimumError, match=r"the curvature of parameter 'spare.weight' is zero"):
+        la.optimize_prior_precision(prior_structure="layerwise")
+
+
+def test_there_is_no_finite_noise_when_the_fit_is_perfect():
+    p = problem("mlp", "regression")
+    perfect = Problem(p.model, "regression", p.x, p.model(p.x).detach(), p.x_test)
+    la = Laplace(p.model, "regression", "all", "kron").fit([(p.x, perfect.y)])
+    with pytest.raises(NoFiniteOptimumError, match="the residuals are all zero"):
+        la.optimize_prior_precision(optimize_noise=True)
+
+
+def test_a_search_that_is_cut_short_says_so_and_changes_nothing():
+    la = fitted(problem("mlp", "classification"))
+    la.prior_precision = 1e6
+    with pytest.raises(ConvergenceError, match="did not converge in 3 steps"):
+        la.optimize_prior_precision(max_steps=3)
+    assert float(la.prior_precision) == 1e6
+
+
+def test_a_prior_structure_that_cuts_through_blocks_is_refused():
+    la = fitted(problem("mlp", "classification"), "kron")
+    with pytest.raises(UnsupportedError, match="cuts through blocks of the curvature"):
+        la.optimize_prior_precision(prior_structure="diag")
+
+
+def test_a_prior_given_as_an_operator_is_not_optimised():
+    la = fitted(problem("mlp", "classification"), "full")
+    la.prior_precision = la.posterior_precision
+    with pytest.raises(UnsupportedError, match="a prior given as an operator cannot be optimised"):
+        la.optimize_prior_precision()

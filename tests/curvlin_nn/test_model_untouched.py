@@ -1,0 +1,184 @@
+"""The user's model and torch's state come back as they were: after every call, and after every failure."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import assert_same, state
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from curvlin_nn import Laplace, curvature, feature_maps
+from curvlin_nn.errors import DataError, OutputError
+
+
+class Model(nn.Module):
+    """Batch norm, dropout, a frozen layer, a buffer written in forward, and gradients from training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(4, 6),
+            nn.BatchNorm1d(6, affine=False),
+            nn.ReLU(inplace=True),
+            nn.Dropout(),
+            nn.Linear(6, 5),
+        )
+        self.head = nn.Linear(5, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.body[0].weight.requires_grad_(False)
+
+    def forward(self, x):
+        self.calls += 1
+        return self.head(torch.tanh(self.body(x)))
+
+
+def trained(seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    model = Model()
+    nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(3, (16,))).backward()
+    model.body[3].eval()  # a mixture of modes
+    model.head.register_forward_hook(lambda module, args, output: output)
+    return model
+
+
+def data(n: int = 12) -> TensorDataset:
+    return TensorDataset(torch.randn(n, 4), torch.randint(3, (n,)))
+
+
+CALLS = {
+    "curvature": lambda model, loader, x: curvature(model, "classification", loader, "diag"),
+    "fit": lambda model, loader, x: Laplace(model, "classification", "all", "kron").fit(loader),
+    "last layer": lambda model, loader, x: Laplace(model, "classification").fit(loader),
+    "jacobian": lambda model, loader, x: feature_maps.JacobianMap(model)(x),
+    "predict": lambda model, loader, x: Laplace(model, "classification", "all", "full").fit(loader)(x),
+    "evidence": lambda model, loader, x: (
+        Laplace(model, "classification").fit(loader).optimize_prior_precision()
+    ),
+}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_model_is_as_it_was_after_a_call(call, shuffle):
+    model, loader, x = trained(), DataLoader(data(), batch_size=5, shuffle=shuffle), torch.randn(3, 4)
+    before = state(model)
+    call(model, loader, x)
+    assert_same(before, state(model))
+
+
+def test_the_model_is_as_it_was_after_sampling_from_a_generator():
+    model, x = trained(), torch.randn(3, 4)
+    la = Laplace(model, "classification", "all", "kron").fit(DataLoader(data(), batch_size=5))
+    before = state(model)
+    la(x, link_approx="mc", generator=torch.Generator())
+    la.functional_samples(x, generator=torch.Generator())
+    assert_same(before, state(model))
+
+
+@given(bad=st.integers(0, 3), kind=st.sampled_from(["loader", "label", "nan", "shape"]), warm=st.booleans())
+def test_everything_is_as_it_was_after_a_failure_at_any_batch(bad, kind, warm):
+    model, x = trained(), torch.randn(3, 4)
+    la = Laplace(model, "classification", "all", "kron")
+    if warm:
+        la.fit(DataLoader(data(), batch_size=5))
+        log_evidence, prediction = la.log_marginal_likelihood(), la(x)
+
+    def batches():
+        for index in range(4):
+            inputs, labels = torch.randn(3, 4), torch.randint(3, (3,))
+            if index == bad:
+                if kind == "loader":
+                    raise OSError("the disk is gone")
+                if kind == "label":
+                    labels = labels + 3
+                if kind == "nan":
+                    inputs[1, 2] = float("nan")
+                if kind == "shape":
+                    labels = labels[:2]
+            yield inputs, labels
+
+    expected = {"loader": OSError, "label": DataError, "nan": OutputError, "shape": DataError}[kind]
+    torch.manual_seed(bad)
+    before = state(model)
+    with pytest.raises(expected, match="disk is gone" if kind == "loader" else f"batch {bad}"):
+        la.fit(batches(), override=False)
+    assert_same(before, state(model))
+    if warm:
+        assert torch.equal(la.log_marginal_likelihood(), log_evidence)
+        assert torch.equal(la(x), prediction)
+        assert la.n_data == 12
+    else:
+        la.fit(DataLoader(data(), batch_size=5))
+        assert la.n_data == 12
+
+
+def test_a_failure_inside_the_forward_pass_leaves_nothing_behind():
+    model, loader = trained(), DataLoader(data(), batch_size=5)
+
+    def fail(module, args):
+        raise RuntimeError("boom")
+
+    handle = model.body[4].register_forward_pre_hook(fail)
+    before = state(model)
+    with pytest.raises(RuntimeError, match="boom"):
+        curvature(model, "classification", loader)
+    assert_same(before, state(model))
+    handle.remove()
+    curvature(model, "classification", loader)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+def test_the_callers_gradient_mode_does_not_matter(context):
+    model, x = trained(), torch.randn(3, 4)
+    loader = DataLoader(data(), batch_size=5)
+    expected = Laplace(model, "classification", "all", "kron").fit(loader)(x)
+    with context():
+        torch.testing.assert_close(Laplace(model, "classification", "all", "kron").fit(loader)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([], "the loader yielded no batch"),
+        ([torch.zeros(3, 4)], r"batch 0 must be a pair \(inputs, targets\)"),
+        ([(torch.zeros(3, 4),)], r"batch 0 must be a pair \(inputs, targets\)"),
+        (
+            [(torch.zeros(3, 4), [0, 1, 2])],
+            r"batch 0 must be a pair \(inputs, targets\) with targets a tensor",
+        ),
+        ([{"x": torch.zeros(3, 4), "y": torch.zeros(3)}], "batch 0 must be a pair .*, found dict"),
+    ],
+)
+def test_loaders_that_yield_no_pairs_are_refused(loader, message):
+    with pytest.raises(DataError, match=message):
+        Laplace(trained(), "classification").fit(loader)
+
+
+def test_samples_are_counted_as_they_come():
+    """A sampler that takes some data, and the last incomplete batch dropped: what was seen counts."""
+    sampler = torch.utils.data.RandomSampler(data(100), replacement=True, num_samples=17)
+    loader = DataLoader(data(100), batch_size=4, sampler=sampler, drop_last=True)
+    assert Laplace(trained(), "classification").fit(loader).n_data == 16
+
+
+def test_outputs_that_change_their_number_are_refused():
+    class Widening(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(2, 3)
+
+        def forward(self, x):
+            return self.a(x)[:, : len(x)]
+
+    batches = [(torch.randn(n, 2), torch.zeros(n, dtype=torch.long)) for n in (2, 3)]
+    with pytest.raises(OutputError, match="model outputs on batch 1 must have 2 columns as before, found 3"):
+        Laplace(Widening(), "classification", "all", "diag").fit(batches)
+
+
+def test_progress_bar_is_shown_on_request_only(capfd):
+    loader = DataLoader(data(), batch_size=5)
+    Laplace(trained(), "classification").fit(loader)
+    assert capfd.readouterr().err == ""
+    Laplace(trained(), "classification").fit(loader, progress_bar=True)
+    assert "curvature" in capfd.readouterr().err
