@@ -33,6 +33,7 @@ from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.kronecker import KroneckerSum, SpectralKronecker, spectral_form
+from curvlin.precision.low_rank import CanonicalFactors, Woodbury
 
 Features = FeatureOperator | None
 Chunk = int | None
@@ -297,3 +298,110 @@ def _parts(
         return K.double()
 
     return functools.reduce(torch.add, (part(b) for b in range(len(blocks))))
+
+
+# -- a base changed in a few directions ----------------------------------------------------------------------
+
+
+@register(CONGRUENCE, FeatureOperator, Woodbury)
+def _less_low_rank(
+    Phi: FeatureOperator, Psi: Features, P: Woodbury, factors: Any, layout: str, chunk: Chunk
+) -> Tensor:
+    """``Phi Z^-1 Psi^T - s w (Phi Z^-1 U) H^-1 (U^T Z^-1 Psi^T)`` with ``H = I + s w U^T Z^-1 U``.
+
+    Everything runs in float64: the difference of two positive terms loses digits where the features lie in
+    the range of U.
+    """
+    if isinstance(factors, CanonicalFactors) and P._needs_grad() and not factors.definite:
+        return by_rows(Phi, Psi, P, factors, layout, chunk)
+    if not _same_kind(Psi, type(Phi)):
+        return _mixed(Phi, Psi, P, factors, chunk)
+    P, factors = P._rooted(factors)
+    lower = P._lower(factors)
+    solved = P.base._solve(P.U, factors.base) if isinstance(P.U, Tensor) else None
+
+    def base(Phi: FeatureOperator, Psi: Features, layout: str) -> Tensor:
+        rule = lookup(CONGRUENCE, type(Phi), type(P.base))
+        if rule is None:
+            raise NotClosedError(
+                f"no exact rule for {type(Phi).__name__} Z^-1 {type(Phi).__name__}^T with Z the "
+                f"{type(P.base).__name__} under a Woodbury; use features whose blocks match it"
+            )
+        K: Tensor = rule(Phi, Psi, P.base, factors.base, layout, chunk)
+        return K.double()
+
+    def whitened(Phi: FeatureOperator) -> Tensor:
+        """``L^-1 U^T Z^-1 Phi^T`` as ``(..., k, N R)``."""
+        if solved is not None:
+            along = Phi._matmul(solved)
+        else:
+            along = base(Phi, cast(FeatureOperator, P.U), "joint").flatten(-2)
+        t: Tensor = torch.linalg.solve_triangular(lower, along.flatten(-3, -2).mT, upper=False)
+        return t
+
+    if layout == "joint":
+        first = Phi.to(torch.float64)
+        second = first if Psi is None else Psi.to(torch.float64)
+        left = whitened(first)
+        right = left if Psi is None else whitened(second)
+        loss = left.mT @ P._weighted(right)
+        loss = loss.reshape(*loss.shape[:-2], *first.shape[-3:-1], *second.shape[-3:-1])
+        return base(first, None if Psi is None else second, layout) - loss
+
+    def variances(n: slice) -> Tensor:
+        part = Phi[n].to(torch.float64)
+        t = whitened(part)
+        left, right = (x.mT.reshape(*x.mT.shape[:-2], *part.shape[-3:-1], -1) for x in (t, P._weighted(t)))
+        removed = (left * right).sum(-1) if layout == "diagonal" else left @ right.mT
+        return base(part, None, layout) - removed
+
+    samples = _rank_pieces(Phi, P, chunk)
+    kernel = contraction.recomputing(variances, len(samples), *_tensors(Phi, P))
+    return contraction.joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
+
+
+@register(CONGRUENCE, DenseFeatures, Woodbury)
+def _low_rank_rows(
+    Phi: DenseFeatures, Psi: Features, P: Woodbury, factors: Any, layout: str, chunk: Chunk
+) -> Tensor:
+    """``E Z^-1 E^T + w T^T T`` with ``T = H^-1 U^T Z^-1 Phi^T`` and ``E = Phi - w T^T U^T``.
+
+    This sum of squares is the minimum over T of a least-squares problem, so that an error in T counts only
+    squared. A downdate has no such form; there the rows are whitened by a root of P.
+    """
+    if layout == "diagonal" or Psi is not None or (isinstance(factors, CanonicalFactors) and P._needs_grad()):
+        return by_rows(Phi, Psi, P, factors, layout, chunk)
+    if layout == "joint":
+        flat = DenseFeatures(Phi.matrix.flatten(-3, -2).unsqueeze(-3))
+        K = _low_rank_rows(flat, None, P, factors, "per_sample", chunk).squeeze(-3)
+        return K.reshape(*K.shape[:-2], *Phi.shape[-3:-1], *Phi.shape[-3:-1])
+    P, factors = P._rooted(factors)
+    lower = P._lower(factors)
+
+    def variances(n: slice) -> Tensor:
+        rows = Phi.matrix[..., n, :, :].double()
+        X = rows.flatten(-3, -2).mT
+        if P.sign < 0:
+            root = _split(P._root_solve(X, factors), rows)
+            return root @ root.mT
+        t = torch.linalg.solve_triangular(lower, P._collect(P.base._solve(X, factors.base)), upper=False)
+        t = torch.linalg.solve_triangular(lower.mT, t, upper=True)
+        weighted = P._weighted(t)
+        E = X - P._spread(weighted)
+        K = _split(E, rows) @ _split(P.base._solve(E, factors.base), rows).mT
+        return K + _split(t, rows) @ _split(weighted, rows).mT
+
+    samples = _row_pieces(Phi, P, chunk)
+    kernel = contraction.recomputing(variances, len(samples), *_tensors(Phi, P))
+    K = contraction.joined([kernel(n) for n in samples], dim=-3)
+    return (K + K.mT) / 2
+
+
+def _split(X: Tensor, rows: Tensor) -> Tensor:
+    """Columns ``(..., m, n R)`` as rows per sample ``(..., n, R, m)``."""
+    return X.mT.reshape(*X.shape[:-2], *rows.shape[-3:-1], X.shape[-2])
+
+
+def _rank_pieces(Phi: FeatureOperator, P: Woodbury, chunk: Chunk) -> list[slice]:
+    batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
+    return contraction.pieces(Phi.n_samples, 3 * 8 * batch * Phi.n_rows * P.rank, chunk)

@@ -92,7 +92,7 @@ class FeatureOperator(Tree, ABC):
             own = self._gram(self)
             assert own is not None  # every kind knows itself
             return (own + own.movedim((-4, -3), (-2, -1))) / 2
-        same_features("Psi", Psi, self)
+        same_features("Psi", Psi, self.size, next(self._tensors())[0])
         if (cross := self._gram(Psi)) is not None:
             return cross
         if (cross := Psi._gram(self)) is not None:
@@ -224,12 +224,16 @@ class FeatureTranspose:
         return product.squeeze(-1) if was_vector else product
 
 
-def same_features(name: str, Psi: object, Phi: FeatureOperator) -> None:
-    """Psi is a feature operator over the same space as Phi."""
-    if not isinstance(Psi, FeatureOperator):
+def same_features(name: str, Phi: object, size: int, like: Tensor) -> None:
+    """Phi is a feature operator over a space of `size` coordinates, of `like`'s dtype and device.
+
+    Raises:
+        TypeError, ValueError: if it is not.
+    """
+    if not isinstance(Phi, FeatureOperator):
         raise TypeError(
-            f"{name} must be a FeatureOperator, found {type(Psi).__name__}; wrap it in DenseFeatures"
+            f"{name} must be a FeatureOperator, found {type(Phi).__name__}; wrap it in DenseFeatures"
         )
-    if Psi.size != Phi.size:
-        raise ValueError(f"{name} must have {Phi.size} features per row, found shape {tuple(Psi.shape)}")
-    same_kind(name, next(Psi._tensors())[0], next(Phi._tensors())[0])
+    if Phi.size != size:
+        raise ValueError(f"{name} must have {size} features per row, found shape {tuple(Phi.shape)}")
+    same_kind(name, next(Phi._tensors())[0], like)
