@@ -3,20 +3,40 @@
 Knows nothing of neural networks; `curvlin_nn` builds on it.
 """
 
+from curvlin import algebra as _algebra  # fills the tables
+from curvlin.covariance import Covariance
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError, StaleFactorError
+from curvlin.features.base import FeatureOperator
+from curvlin.features.block import BlockFeatures
+from curvlin.features.dense import DenseFeatures
+from curvlin.features.khatri_rao import KhatriRaoFeatures
 from curvlin.precision.base import PrecisionOperator
+from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.kronecker import KroneckerSum, SpectralKronecker
+from curvlin.precision.low_rank import LowRankPlusDiag, Woodbury
+from curvlin.projection import Projection
 
 __all__ = [
+    "BlockDiag",
+    "BlockFeatures",
+    "Covariance",
     "Dense",
+    "DenseFeatures",
     "Diagonal",
+    "FeatureOperator",
     "Isotropic",
+    "KhatriRaoFeatures",
     "KroneckerSum",
+    "LowRankPlusDiag",
     "NotClosedError",
     "NotPositiveDefiniteError",
     "PrecisionOperator",
+    "Projection",
     "SpectralKronecker",
     "StaleFactorError",
+    "Woodbury",
 ]
+
+del _algebra

@@ -88,7 +88,7 @@ class Tree:
 
     def expand(self: SelfT, batch_shape: tuple[int, ...] | torch.Size) -> SelfT:
         """Every tensor with its batch dimensions expanded to `batch_shape`, as `torch.vmap` needs them."""
-        return self._map(lambda t, n: t.expand(*batch_shape, *t.shape[t.ndim - n :]))
+        return self._map(lambda t, n: t.expand((*batch_shape, *t.shape[t.ndim - n :])))
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -199,4 +199,6 @@ def _iterate(value: Any, ndim: int) -> Iterator[tuple[Tensor, int]]:
 
 
 def _refuse_load(_: str) -> Any:
-    raise TypeError("curvlin operators are not rebuilt from a pytree's text form; store their tensors instead")
+    raise TypeError(
+        "curvlin operators are not rebuilt from a pytree's text form; store their tensors instead"
+    )

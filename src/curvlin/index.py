@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Index = Tensor | Sequence[int] | slice
@@ -24,7 +27,9 @@ def as_index(index: Index, size: int, device: torch.device) -> Tensor:
     else:
         indices = torch.as_tensor(index, device=device)
         if indices.numel() and (indices.is_floating_point() or indices.dtype == torch.bool):
-            raise TypeError(f"index must hold integers, found {indices.dtype}; use mask.nonzero().squeeze(-1)")
+            raise TypeError(
+                f"index must hold integers, found {indices.dtype}; use mask.nonzero().squeeze(-1)"
+            )
         indices = indices.long()
     if indices.ndim != 1 or indices.numel() == 0:
         raise ValueError(f"index must be a non-empty list of coordinates, found shape {tuple(indices.shape)}")
@@ -47,34 +52,34 @@ class IndexSet:
         ValueError: if a block is empty, two blocks overlap, or a coordinate is missing.
     """
 
-    __slots__ = ("_hash", "blocks", "consecutive", "size")
+    __slots__ = ("_hash", "_inverse", "blocks", "consecutive", "size")
 
-    def __init__(self, blocks: Sequence[Index]) -> None:
+    def __init__(self, blocks: Sequence[Index] | Sequence[NDArray[Any]]) -> None:
         if len(blocks) == 0:
             raise ValueError("indices must hold at least one block, found none")
-        tensors = tuple(torch.as_tensor(b).detach().cpu() for b in blocks)
-        for i, block in enumerate(tensors):
-            if block.ndim != 1 or block.numel() == 0:
-                raise ValueError(f"indices[{i}] must be a non-empty vector, found shape {tuple(block.shape)}")
-            if block.is_floating_point() or block.dtype == torch.bool:
-                raise TypeError(f"indices[{i}] must hold integers, found {block.dtype}")
-        self.blocks = tuple(t.long() for t in tensors)
-        everything = torch.cat(self.blocks)
-        self.size = everything.numel()
-        counts = torch.bincount(everything.clamp(min=0, max=self.size), minlength=self.size + 1)
-        if int(everything.min()) < 0 or int(counts[self.size]) > 0 or bool((counts[: self.size] != 1).any()):
+        # NumPy, not torch: a partition is structure, which no transform in progress may wrap.
+        arrays = [b.detach().cpu().numpy() if isinstance(b, Tensor) else np.asarray(b) for b in blocks]
+        for i, array in enumerate(arrays):
+            if array.ndim != 1 or array.size == 0:
+                raise ValueError(f"indices[{i}] must be a non-empty vector, found shape {array.shape}")
+            if array.dtype.kind not in "iu":
+                raise TypeError(f"indices[{i}] must hold integers, found {array.dtype}")
+        order = np.concatenate(arrays).astype(np.int64)
+        self.size = order.size
+        if order.min() < 0 or order.max() >= self.size or np.unique(order).size != self.size:
             raise ValueError(
                 f"indices must name each of the {self.size} coordinates exactly once; found overlapping blocks, "
                 "or a coordinate out of range"
             )
-        self.consecutive = bool((everything == torch.arange(self.size)).all())
-        digest = hashlib.sha256(everything.numpy().tobytes()).digest()
-        self._hash = hash((self.sizes, digest))
+        self.blocks = tuple(torch.from_numpy(a.astype(np.int64)) for a in arrays)
+        self.consecutive = bool((order == np.arange(self.size)).all())
+        self._inverse = torch.from_numpy(np.argsort(order))
+        self._hash = hash((self.sizes, hashlib.sha256(order.tobytes()).digest()))
 
     @classmethod
     def of_sizes(cls, sizes: Sequence[int]) -> IndexSet:
         """Consecutive blocks of the given sizes."""
-        return cls(torch.arange(sum(sizes)).split(list(sizes)))
+        return cls(np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1]))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -92,10 +97,7 @@ class IndexSet:
         joined = torch.cat(list(parts), dim=dim)
         if self.consecutive:
             return joined
-        order = torch.cat(self.blocks)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(self.size)
-        return joined.index_select(dim, inverse.to(joined.device))
+        return joined.index_select(dim, self._inverse.to(joined.device))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, IndexSet):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvlin._tree import is_concrete
 from curvlin.errors import NotPositiveDefiniteError
+from curvlin.numerics.implicit import graft
 from curvlin.numerics.scaling import power_of_two
 
 
@@ -21,13 +21,11 @@ def normalised_cholesky(A: Tensor, where: str) -> tuple[Tensor, Tensor]:
         where: the name under which a failure is reported.
 
     Raises:
-        NotPositiveDefiniteError: if a pivot is not positive (in eager mode; inside transforms the result is NaN).
+        NotPositiveDefiniteError: if a pivot is not positive.
     """
     scale = power_of_two(A)
     normalised = A / scale[..., None, None]
     lower, info = torch.linalg.cholesky_ex(normalised)
-    if not is_concrete(A):
-        return torch.where(info[..., None, None] > 0, torch.nan, lower), scale
     pivots = lower.diagonal(dim1=-2, dim2=-1).square()
     tiny = A.shape[-1] * torch.finfo(A.dtype).eps
     diagonal = normalised.diagonal(dim1=-2, dim2=-1)
@@ -39,13 +37,16 @@ def normalised_cholesky(A: Tensor, where: str) -> tuple[Tensor, Tensor]:
     return lower, scale
 
 
-def cholesky(A: Tensor, where: str) -> Tensor:
-    """The differentiable Cholesky factor L of ``A = L L^T``; errors as in `normalised_cholesky`."""
-    lower, info = torch.linalg.cholesky_ex(A)
-    if is_concrete(A):
-        normalised_cholesky(A.detach(), where)
-        return lower
-    return torch.where(info[..., None, None] > 0, torch.nan, lower)
+def follow(lower: Tensor, A: Tensor) -> Tensor:
+    """The constant L with the derivatives of ``chol(A)``: accurate also where ``chol(A)`` would not be.
+
+    ``chol(L (I + E) L^T) = L chol(I + E)``, and E, zero in value, carries the derivatives of ``L^-1 A L^-T``.
+    """
+    half = torch.linalg.solve_triangular(lower, A, upper=False)
+    inner = torch.linalg.solve_triangular(lower, half.mT, upper=False)
+    change = graft(torch.zeros_like(inner), (inner + inner.mT) / 2)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return lower @ torch.linalg.cholesky_ex(eye + change).L
 
 
 def _damping(smallest: Tensor, tiny: float) -> float:

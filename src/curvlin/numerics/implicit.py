@@ -1,7 +1,7 @@
 """Gradients of solves, quadratic forms and log-determinants by implicit differentiation.
 
 An operator that uses this module says two things: its product ``P @ X`` by plain differentiable operations, and
-*values* (`_solve_value`, ...) computed from a factorisation that autograd never sees. With ``x = P^-1 b``,
+*values* (`_solve_value`, ...) computed from a factorisation that is a constant of the calculus. With ``x = P^-1 b``,
 
     d(P^-1 b)     = P^-1 (db - dP x)
     d(b^T P^-1 b) = 2 x^T db - x^T dP x
@@ -11,236 +11,304 @@ so no derivative of an eigenvector is ever taken, repeated eigenvalues are harml
 are written with the same differentiable functions, every order of derivative follows. (`log_det` asks the
 operator for ``tr(P^-1 dP)`` as `_logdet_gradient`, and has the orders that this has.)
 
-The functions take the operator apart into its tensors, which is what autograd sees; under `vmap` the batch
-dimension of each tensor moves to the left of the operator's own batch, and the kernel runs once on the batched
-operator, so that checks of values stay inside the kernel.
+Autograd sees an operator as its tensors. `frozen_factors` is the one kernel that looks at values; it has a `vmap` rule of
+its own, so under transforms the checks and algorithm switches inside a factorisation still see numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlin._tree import Structure, Tree, build, needs_grad
+from curvlin._tree import Structure, Tree, build, needs_grad, tensor_field
 
 
 def solve(P: Any, X: Tensor, factors: Any) -> Tensor:
     """``P^-1 X`` for ``X`` of shape ``(..., D, K)``."""
-    if factors is not None and not (P._needs_grad() or needs_grad(X)):
+    if not (P._needs_grad() or needs_grad(X)):
         value: Tensor = P._solve_value(X, factors)
         return value
-    return apply_kernel(_Solve, P._structure(), factors, X, [t for t, _ in P._tensors()])
+    return apply_kernel(_Solve, P, factors, X)
 
 
 def inv_quad(P: Any, X: Tensor, factors: Any) -> Tensor:
     """``x^T P^-1 x`` of each column of ``X``: ``(..., D, K) -> (..., K)``."""
-    if factors is not None and not (P._needs_grad() or needs_grad(X)):
+    if not (P._needs_grad() or needs_grad(X)):
         value: Tensor = P._inv_quad_value(X, factors)
         return value
-    return apply_kernel(_InvQuad, P._structure(), factors, X, [t for t, _ in P._tensors()])
+    return apply_kernel(_InvQuad, P, factors, X)
 
 
 def log_det(P: Any, factors: Any) -> Tensor:
     """``log det P``."""
-    if factors is not None and not P._needs_grad():
+    if not P._needs_grad():
         value: Tensor = P._logdet_value(factors)
         return value
-    return apply_kernel(_LogDet, P._structure(), factors, None, [t for t, _ in P._tensors()])
+    return apply_kernel(_LogDet, P, factors, None)
 
 
-@torch.compiler.disable
-def apply_kernel(function: Any, structure: Structure, factors: Any, X: Tensor | None, leaves: Sequence[Tensor]) -> Tensor:
-    result: Tensor = function.apply(structure, factors, X, *leaves)
+def graft(value: Tensor, expression: Tensor) -> Tensor:
+    """`value` with the derivatives of `expression`: two ways to compute one thing, each for what it is good at."""
+    result: Tensor = _Graft.apply(value, expression)
     return result
 
 
-def rebuilt(structure: Structure, leaves: Sequence[Tensor], factors: Any) -> tuple[Any, Any]:
-    """The operator on these tensors and its factors, for use inside a kernel (no gradient)."""
-    P = build(structure, leaves)
-    with torch.no_grad():
-        return P, (P._factorize() if factors is None else factors)
+def factorize(P: Any) -> Any:
+    """The factors of P as constants: no derivative of any order flows through them."""
+    if P._is_concrete():
+        with torch.no_grad():
+            return P.detach()._factorize()
+    return frozen_factors(P)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Factored(Tree):
+    """An operator beside its factors, so that kernels take both apart in one go."""
+
+    operator: Any = tensor_field(0)
+    factors: Any = tensor_field(0)
+
+
+@torch.compiler.disable
+def apply_kernel(function: Any, P: Any, factors: Any, X: Tensor | None) -> Tensor:
+    """Run a kernel on the tensors of P, of its factors, and of a right-hand side."""
+    pair = Factored(P, factors)
+    result: Tensor = function.apply(pair._structure(), X, *(t for t, _ in pair._tensors()))
+    return result
 
 
 def pull_back(
-    structure: Structure, leaves: Sequence[Tensor], wanted: Sequence[bool], fn: Callable[[Any], Tensor], cotangent: Tensor
+    pair: Factored, wanted: Sequence[bool], fn: Callable[[Any], Tensor], cotangent: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of ``<cotangent, fn(P)>`` with respect to the wanted tensors of P."""
-    chosen = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+    """Gradients of ``<cotangent, fn(P)>`` for the tensors of the pair that are wanted; the factors have none."""
+    structure, leaves = pair.operator._structure(), [t for t, _ in pair.operator._tensors()]
+    want = list(wanted[: len(leaves)])
+    chosen = [leaf for leaf, w in zip(leaves, want, strict=True) if w]
     if not chosen:
-        return [None] * len(leaves)
+        return [None] * len(wanted)
 
     def of_chosen(*tensors: Tensor) -> Tensor:
         queue = list(tensors)
-        merged = [queue.pop(0) if want else leaf for leaf, want in zip(leaves, wanted, strict=True)]
-        return fn(build(structure, merged))
+        return fn(
+            build(structure, [queue.pop(0) if w else leaf for leaf, w in zip(leaves, want, strict=True)])
+        )
 
     output, vjp = torch.func.vjp(of_chosen, *chosen)
     gradients = list(vjp(cotangent.expand_as(output)))
-    return [gradients.pop(0) if want else None for want in wanted]
+    padding = [None] * (len(wanted) - len(leaves))
+    return [*(gradients.pop(0) if w else None for w in want), *padding]
 
 
 def push_forward(
-    structure: Structure, leaves: Sequence[Tensor], tangents: Sequence[Tensor | None], fn: Callable[[Any], Tensor]
+    pair: Factored, tangents: Sequence[Tensor | None], fn: Callable[[Any], Tensor]
 ) -> Tensor | None:
     """The directional derivative of ``fn(P)`` along the tangents of P's tensors, or None if there are none."""
+    structure, leaves = pair.operator._structure(), [t for t, _ in pair.operator._tensors()]
+    tangents = tangents[: len(leaves)]
     moving = [t is not None for t in tangents]
     if not any(moving):
         return None
 
     def of_moving(*tensors: Tensor) -> Tensor:
         queue = list(tensors)
-        merged = [queue.pop(0) if moves else leaf for leaf, moves in zip(leaves, moving, strict=True)]
-        return fn(build(structure, merged))
+        return fn(
+            build(structure, [queue.pop(0) if m else leaf for leaf, m in zip(leaves, moving, strict=True)])
+        )
 
-    primals = tuple(leaf for leaf, moves in zip(leaves, moving, strict=True) if moves)
+    primals = tuple(leaf for leaf, m in zip(leaves, moving, strict=True) if m)
     _, derivative = torch.func.jvp(of_moving, primals, tuple(t for t in tangents if t is not None))
     result: Tensor = derivative
     return result
 
 
-def _aligned(
-    structure: Structure, in_dims: Sequence[int | None], X: Tensor | None, leaves: Sequence[Tensor]
-) -> tuple[Tensor | None, list[Tensor], bool]:
-    """X and the tensors of P with the dimension that `vmap` maps over as the leftmost batch dimension of all."""
-    _, _, x_dim, *leaf_dims = in_dims
-    example: Tree = build(structure, leaves)
-    own = [n for _, n in example._tensors()]
-    tensors, dims, ndims = list(leaves), list(leaf_dims), list(own)
-    if X is not None:
-        tensors, dims, ndims = [*tensors, X], [*dims, x_dim], [*ndims, 2]
-    batch = [t.ndim - (d is not None) - n for t, d, n in zip(tensors, dims, ndims, strict=True)]
-    width = max(batch)
-    moved = []
-    for tensor, dim, n_batch in zip(tensors, dims, batch, strict=True):
-        if dim is not None:
-            tensor = tensor.movedim(dim, 0)
-            tensor = tensor.reshape(tensor.shape[0], *(1,) * (width - n_batch), *tensor.shape[1:])
-        moved.append(tensor)
-    x = moved.pop() if X is not None else None
-    return x, moved, any(d is not None for d in leaf_dims)
-
-
-def mapped(function: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Tensor, int]:
-    """The common `vmap` rule: one call on the batched operator."""
-    structure, factors, X, *leaves = args
-    x, moved, operator_is_mapped = _aligned(structure, in_dims, X, leaves)
-    return apply_kernel(function, structure, None if operator_is_mapped else factors, x, moved), 0
+def _sum_of(*terms: Tensor | None) -> Tensor | None:
+    present = [t for t in terms if t is not None]
+    return sum(present[1:], start=present[0]) if present else None
 
 
 class _Solve(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(structure: Structure, factors: Any, X: Tensor, *leaves: Tensor) -> Tensor:
-        P, factors = rebuilt(structure, leaves, factors)
-        value: Tensor = P._solve_value(X, factors)
+    def forward(structure: Structure, X: Tensor, *tensors: Tensor) -> Tensor:
+        pair = build(structure, tensors)
+        value: Tensor = pair.operator._solve_value(X, pair.factors)
         return value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.structure, ctx.factors, X, *leaves = inputs
+        ctx.structure, X, *tensors = inputs
         ctx.x_shape = X.shape
-        ctx.save_for_backward(output, *leaves)
-        ctx.save_for_forward(output, *leaves)
+        ctx.save_for_backward(output, *tensors)
+        ctx.save_for_forward(output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        solution, *leaves = ctx.saved_tensors
-        Y = apply_kernel(_Solve, ctx.structure, ctx.factors, G, leaves)
-        grads = pull_back(ctx.structure, leaves, ctx.needs_input_grad[3:], lambda P: P._matmul(solution), -Y)
-        return None, None, (Y.sum_to_size(ctx.x_shape) if ctx.needs_input_grad[2] else None), *grads
+        solution, *tensors = ctx.saved_tensors
+        pair = build(ctx.structure, tensors)
+        Y = solve(pair.operator, G, pair.factors)
+        grads = pull_back(pair, ctx.needs_input_grad[2:], lambda P: P._matmul(solution), -Y)
+        return None, (Y.sum_to_size(ctx.x_shape) if ctx.needs_input_grad[1] else None), *grads
 
     @staticmethod
-    def jvp(ctx: Any, _s: Any, _f: Any, dX: Tensor | None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
-        solution, *leaves = ctx.saved_tensors
-        change = push_forward(ctx.structure, leaves, tangents, lambda P: P._matmul(solution))
-        right = -change if dX is None else (dX if change is None else dX - change)  # type: ignore[operator]
-        return apply_kernel(_Solve, ctx.structure, ctx.factors, right.expand_as(solution), leaves)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return mapped(_Solve, in_dims, args)
+    def jvp(ctx: Any, _: Any, dX: Tensor | None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+        solution, *tensors = ctx.saved_tensors
+        pair = build(ctx.structure, tensors)
+        change = push_forward(pair, tangents, lambda P: -P._matmul(solution))
+        right = _sum_of(dX, change)
+        assert right is not None
+        return solve(pair.operator, right.expand_as(solution), pair.factors)
 
 
 class _InvQuad(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(structure: Structure, factors: Any, X: Tensor, *leaves: Tensor) -> Tensor:
-        P, factors = rebuilt(structure, leaves, factors)
-        value: Tensor = P._inv_quad_value(X, factors)
+    def forward(structure: Structure, X: Tensor, *tensors: Tensor) -> Tensor:
+        pair = build(structure, tensors)
+        value: Tensor = pair.operator._inv_quad_value(X, pair.factors)
         return value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.structure, ctx.factors, X, *leaves = inputs
-        ctx.save_for_backward(X, *leaves)
-        ctx.save_for_forward(X, *leaves)
+        ctx.structure, X, *tensors = inputs
+        ctx.save_for_backward(X, *tensors)
+        ctx.save_for_forward(X, *tensors)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        X, *leaves = ctx.saved_tensors
-        solution = apply_kernel(_Solve, ctx.structure, ctx.factors, X, leaves)
-
-        def energy(P: Any) -> Tensor:  # -x^T P x with x held fixed, whose derivative is that of the quadratic form
-            quad: Tensor = -(solution * P._matmul(solution)).sum(-2)
-            return quad
-
-        grads = pull_back(ctx.structure, leaves, ctx.needs_input_grad[3:], energy, g)
-        grad_x = (2 * g.unsqueeze(-2) * solution).sum_to_size(X.shape) if ctx.needs_input_grad[2] else None
-        return None, None, grad_x, *grads
-
-    @staticmethod
-    def jvp(ctx: Any, _s: Any, _f: Any, dX: Tensor | None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
-        X, *leaves = ctx.saved_tensors
-        solution = apply_kernel(_Solve, ctx.structure, ctx.factors, X, leaves)
-        change = push_forward(ctx.structure, leaves, tangents, lambda P: -(solution * P._matmul(solution)).sum(-2))
-        moved = None if dX is None else 2 * (solution * dX).sum(-2)
-        return moved if change is None else (change if moved is None else moved + change)  # type: ignore[return-value]
+        X, *tensors = ctx.saved_tensors
+        pair = build(ctx.structure, tensors)
+        solution = solve(pair.operator, X, pair.factors)
+        # -x^T P x with x held fixed has the derivative of the quadratic form with respect to P.
+        grads = pull_back(
+            pair, ctx.needs_input_grad[2:], lambda P: -(solution * P._matmul(solution)).sum(-2), g
+        )
+        grad_x = (2 * g.unsqueeze(-2) * solution).sum_to_size(X.shape) if ctx.needs_input_grad[1] else None
+        return None, grad_x, *grads
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return mapped(_InvQuad, in_dims, args)
+    def jvp(ctx: Any, _: Any, dX: Tensor | None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+        X, *tensors = ctx.saved_tensors
+        pair = build(ctx.structure, tensors)
+        solution = solve(pair.operator, X, pair.factors)
+        change = push_forward(pair, tangents, lambda P: -(solution * P._matmul(solution)).sum(-2))
+        total = _sum_of(None if dX is None else 2 * (solution * dX).sum(-2), change)
+        assert total is not None
+        return total
 
 
 class _LogDet(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(structure: Structure, factors: Any, _: None, *leaves: Tensor) -> Tensor:
-        P, factors = rebuilt(structure, leaves, factors)
-        value: Tensor = P._logdet_value(factors)
+    def forward(structure: Structure, _: None, *tensors: Tensor) -> Tensor:
+        pair = build(structure, tensors)
+        value: Tensor = pair.operator._logdet_value(pair.factors)
         return value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.structure, ctx.factors, _, *leaves = inputs
-        ctx.save_for_backward(*leaves)
-        ctx.save_for_forward(*leaves)
+        ctx.structure, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        leaves = ctx.saved_tensors
-        P: Any = build(ctx.structure, leaves)
-        gradients = P._logdet_gradient(ctx.factors)
-        batched = []
-        for (leaf, own), gradient in zip(P._tensors(), gradients, strict=True):
-            weight = g.reshape(*g.shape, *(1,) * own)
-            batched.append((weight * gradient).sum_to_size(leaf.shape))
-        return None, None, None, *batched
+        pair = build(ctx.structure, ctx.saved_tensors)
+        gradients = pair.operator._logdet_gradient(pair.factors)
+        grads: list[Tensor | None] = []
+        for (leaf, own), gradient in zip(pair.operator._tensors(), gradients, strict=True):
+            grads.append((g[(..., *(None,) * own)] * gradient).sum_to_size(leaf.shape))
+        return None, None, *grads, *([None] * (len(ctx.saved_tensors) - len(grads)))
 
     @staticmethod
-    def jvp(ctx: Any, _s: Any, _f: Any, _x: Any, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
-        leaves = ctx.saved_tensors
-        P: Any = build(ctx.structure, leaves)
-        total: Tensor | None = None
-        for tangent, gradient, (_, own) in zip(tangents, P._logdet_gradient(ctx.factors), P._tensors(), strict=True):
-            if tangent is None:
-                continue
-            term = (tangent * gradient).sum(tuple(range(-own, 0))) if own else tangent * gradient
-            total = term if total is None else total + term
-        if total is None:
-            raise RuntimeError("log_det was differentiated along no tangent")
+    def jvp(ctx: Any, _: Any, _x: None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+        pair = build(ctx.structure, ctx.saved_tensors)
+        gradients = pair.operator._logdet_gradient(pair.factors)
+        terms: list[Tensor | None] = []
+        for tangent, gradient, (_, own) in zip(tangents, gradients, pair.operator._tensors(), strict=False):
+            if tangent is not None:
+                product = tangent * gradient
+                terms.append(product.flatten(product.ndim - own).sum(-1) if own else product)
+        total = _sum_of(*terms)
+        assert total is not None
         return total
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return mapped(_LogDet, in_dims, args)
 
+class _Graft(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, expression: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.shape = inputs[1].shape
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return None, g.sum_to_size(ctx.shape)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Tensor | None, tangent: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        return None if tangent is None else tangent.clone()
+
+
+@torch.compiler.disable
+def frozen_factors(P: Any) -> Any:
+    """The factors of an operator whose tensors are wrapped by a transform, constant at every level of it."""
+    made = _Note()
+    tensors = _Factorize.apply(P._structure(), made, *(t for t, _ in P._tensors()))
+    assert made.structure is not None
+    return build(made.structure, tensors).factors
+
+
+class _Note:
+    """Carries the structure of the factors out of a kernel, which may return tensors only."""
+
+    structure: Structure | None = None
+
+
+class _Factorize(torch.autograd.Function):
+    @staticmethod
+    def forward(structure: Structure, made: _Note, *leaves: Tensor) -> tuple[Tensor, ...]:
+        P = build(structure, leaves)
+        with torch.no_grad():
+            factors = Factored(None, P._factorize())
+        made.structure = factors._structure()
+        # Outputs of a kernel may not be its inputs, nor share memory with them.
+        return tuple(t.clone() for t, _ in factors._tensors())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+        ctx.n_inputs, ctx.n_outputs = len(inputs), len(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[None, ...]:  # type: ignore[override]
+        return (None,) * ctx.n_inputs
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> tuple[None, ...]:  # type: ignore[override]
+        return (None,) * ctx.n_outputs
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, structure: Structure, made: _Note, *leaves: Tensor) -> Any:
+        """One factorisation of the batched operator: the mapped dimension becomes its leftmost batch dimension."""
+        own = [n for _, n in build(structure, leaves)._tensors()]
+        dims = in_dims[2:]
+        width = max(t.ndim - (d is not None) - n for t, d, n in zip(leaves, dims, own, strict=True))
+        moved = []
+        for tensor, dim, n in zip(leaves, dims, own, strict=True):
+            tensor = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
+            moved.append(
+                tensor.reshape(tensor.shape[0], *(1,) * (width + n + 1 - tensor.ndim), *tensor.shape[1:])
+            )
+        tensors = _Factorize.apply(structure, made, *(t.expand(info.batch_size, *t.shape[1:]) for t in moved))
+        return tensors, (0,) * len(tensors)

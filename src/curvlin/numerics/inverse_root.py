@@ -23,7 +23,9 @@ from curvlin.numerics import implicit
 _AGM_STEPS = 10  # quadratic convergence: enough for every modulus above 1e-150
 
 
-def inverse_square_root_rule(smallest: Tensor, largest: Tensor, n: int | None = None) -> tuple[Tensor, Tensor]:
+def inverse_square_root_rule(
+    smallest: Tensor, largest: Tensor, n: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Nodes t and weights w with ``x^{-1/2} = sum_q w_q / (x + t_q)`` to rounding, for smallest <= x <= largest.
 
     Args:
@@ -75,34 +77,45 @@ def _elliptic(
 
 def inverse_root(K: Any, Z: Tensor, factors: Any) -> Tensor:
     """``K^{-1/2} Z`` for Z of shape ``(..., D, k)``."""
-    return implicit.apply_kernel(_InverseRoot, K._structure(), factors, Z, [t for t, _ in K._tensors()])
+    return implicit.apply_kernel(_InverseRoot, K, factors, Z)
 
 
 class _InverseRoot(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(structure: Structure, factors: Any, Z: Tensor, *leaves: Tensor) -> Tensor:
-        K, factors = implicit.rebuilt(structure, leaves, factors)
-        value: Tensor = K._inverse_root_value(Z, factors)
+    def forward(structure: Structure, Z: Tensor, *tensors: Tensor) -> Tensor:
+        pair = build(structure, tensors)
+        value: Tensor = pair.operator._inverse_root_value(Z, pair.factors)
         return value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.structure, ctx.factors, Z, *leaves = inputs
-        ctx.save_for_backward(Z, *leaves)
+        ctx.structure, Z, *tensors = inputs
+        ctx.save_for_backward(Z, *tensors)
+        ctx.save_for_forward(Z, *tensors)
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        Z, *leaves = ctx.saved_tensors
-        grad_z = implicit.apply_kernel(_InverseRoot, ctx.structure, ctx.factors, G, leaves).sum_to_size(Z.shape)
-        wanted = ctx.needs_input_grad[3:]
-        if not any(wanted):
-            return None, None, grad_z, *([None] * len(leaves))
-        shifted, factors, weights = build(ctx.structure, leaves)._quadrature(ctx.factors)
+        Z, *tensors = ctx.saved_tensors
+        pair = build(ctx.structure, tensors)
+        grad_z = inverse_root(pair.operator, G, pair.factors).sum_to_size(Z.shape)
+        shifted, factors, weights = pair.operator._quadrature(pair.factors)
         x = implicit.solve(shifted, Z, factors)
         y = implicit.solve(shifted, weights * G, factors)
-        grads = implicit.pull_back(ctx.structure, leaves, wanted, lambda K: K._matmul(x), -y)
-        return None, None, grad_z, *grads
+        grads = implicit.pull_back(pair, ctx.needs_input_grad[2:], lambda K: K._matmul(x), -y)
+        return None, grad_z, *grads
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return implicit.mapped(_InverseRoot, in_dims, args)
+    def jvp(ctx: Any, _: Any, dZ: Tensor | None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+        Z, *tensors = ctx.saved_tensors
+        pair = build(ctx.structure, tensors)
+        shifted, factors, weights = pair.operator._quadrature(pair.factors)
+        x = implicit.solve(shifted, Z, factors)
+        change = implicit.push_forward(pair, tangents, lambda K: -K._matmul(x))
+        total = None if dZ is None else inverse_root(pair.operator, dZ, pair.factors)
+        if change is not None:
+            moved = (weights * implicit.solve(shifted, change, factors)).sum(0)
+            total = moved if total is None else total + moved
+        assert total is not None
+        return total

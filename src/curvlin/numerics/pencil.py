@@ -18,23 +18,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlin._tree import is_concrete
+from curvlin._tree import Tree, tensor_field
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.numerics.cholesky import normalised_cholesky
 from curvlin.numerics.scaling import power_of_two
 
 
-@dataclass(frozen=True)
-class Side:
+@dataclass(frozen=True, eq=False, repr=False)
+class Side(Tree):
     """``M_t = Y diag(spectra[t]) Y^T`` for every matrix on this side, with ``Y = L Q`` and ``X = Y^-T``.
 
     ``None`` stands for an identity: a basis that is None rotates nothing, a `lower` that is None whitens nothing.
     """
 
-    spectra: tuple[Tensor, ...]
-    orthogonal: Tensor | None
-    lower: Tensor | None
-    solve_basis: Tensor | None
+    spectra: tuple[Tensor, ...] = tensor_field(1)
+    orthogonal: Tensor | None = tensor_field(2)
+    lower: Tensor | None = tensor_field(2)
+    solve_basis: Tensor | None = tensor_field(2)
 
     @property
     def product_basis(self) -> Tensor | None:
@@ -51,14 +51,18 @@ class Side:
 
 
 def diagonalise(
-    matrices: Sequence[Tensor | None], roots: Sequence[Tensor | None], resolution: float, where: str, size: int
+    matrices: Sequence[Tensor | None],
+    roots: Sequence[Tensor | None],
+    resolution: float,
+    where: str,
+    size: int,
 ) -> Side:
     """Diagonalise the matrices of one side; None is the identity.
 
     Args:
         matrices: one per term, ``(..., n, n)`` in float64; at most two different from the identity, and at most one
             if an identity stands beside them.
-        roots: R with ``M = R^T R``, ``(..., m, n)``, for each matrix where it is known.
+        roots: R with ``M`` a positive multiple of ``R^T R``, ``(..., m, n)``, for each matrix where it is known.
         resolution: relative rounding of the entries; an eigenvalue below ``n * resolution`` of the largest is zero.
         where: the name under which a failure is reported.
         size: n.
@@ -90,12 +94,17 @@ def _eigen(M: Tensor, root: Tensor | None, resolution: float) -> tuple[Tensor, T
     if root is None:
         spectrum, Q = torch.linalg.eigh(M / scale[..., None])
         return _without_rounding(spectrum, resolution) * scale, Q
-    root_scale = power_of_two(root)[..., None]
-    _, singular, Vh = torch.linalg.svd(root / root_scale[..., None], full_matrices=True)
+    _, singular, Vh = torch.linalg.svd(_unit(root), full_matrices=True)
     spectrum = torch.zeros_like(M[..., 0])
     spectrum[..., : singular.shape[-1]] = singular.square()
     negligible = spectrum <= (M.shape[-1] * resolution) ** 2 * spectrum.amax(-1, keepdim=True)
-    return torch.where(negligible, 0.0, spectrum) * root_scale.square(), Vh.mT
+    return torch.where(negligible, 0.0, spectrum) * _trace(M)[..., None], Vh.mT
+
+
+def _unit(root: Tensor) -> Tensor:
+    """The root scaled to unit Frobenius norm: the root of ``M / tr M``."""
+    norm = root.square().sum((-2, -1), keepdim=True).sqrt()
+    return root / torch.where(norm > 0, norm, 1.0)
 
 
 def _without_rounding(spectrum: Tensor, resolution: float) -> Tensor:
@@ -112,9 +121,11 @@ def _pencil(
 ) -> Side:
     trace1, trace2 = _trace(M1), _trace(M2)
     if R1 is not None and R2 is not None:
-        lower, Q, c1, c2 = _from_roots(R1 / trace1.sqrt()[..., None, None], R2 / trace2.sqrt()[..., None, None], where)
+        lower, Q, c1, c2 = _from_roots(_unit(R1), _unit(R2), where)
     else:
-        lower, Q, c1, c2 = _sum_whitened(M1 / trace1[..., None, None], M2 / trace2[..., None, None], where, resolution)
+        lower, Q, c1, c2 = _sum_whitened(
+            M1 / trace1[..., None, None], M2 / trace2[..., None, None], where, resolution
+        )
     tiny = lower.shape[-1] * resolution
     c1, c2 = (torch.where(c.abs() <= tiny, 0.0, c) for c in (c1, c2))
     solve_basis = torch.linalg.solve_triangular(lower.mT, Q, upper=True)
@@ -126,7 +137,9 @@ def _trace(M: Tensor) -> Tensor:
     return torch.where(trace > 0, trace, torch.ones_like(trace))
 
 
-def _sum_whitened(N1: Tensor, N2: Tensor, where: str, resolution: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sum_whitened(
+    N1: Tensor, N2: Tensor, where: str, resolution: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lower, scale = normalised_cholesky(N1 + N2, where)
     lower = lower * scale.sqrt()[..., None, None]
     half = torch.linalg.solve_triangular(lower, N1, upper=False)
@@ -151,7 +164,7 @@ def _from_roots(R1: Tensor, R2: Tensor, where: str) -> tuple[Tensor, Tensor, Ten
     basis = basis * signs[..., None, :]
     pivots = upper.diagonal(dim1=-2, dim2=-1)
     tiny = upper.shape[-1] * torch.finfo(upper.dtype).eps
-    if is_concrete(pivots) and not bool((pivots > tiny * pivots.amax(-1, keepdim=True)).all()):
+    if not bool((pivots > tiny * pivots.amax(-1, keepdim=True)).all()):
         raise NotPositiveDefiniteError(where, float(pivots.min()))
     Q1, Q2 = basis.split([R1.shape[-2], R2.shape[-2]], dim=-2)
     _, _, Vh = torch.linalg.svd(Q1, full_matrices=True)

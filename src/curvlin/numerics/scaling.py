@@ -11,4 +11,6 @@ def power_of_two(A: Tensor) -> Tensor:
     largest = A.detach().abs().amax(dim=(-2, -1))
     mantissa, _ = torch.frexp(largest)
     # The quotient of a number and its own mantissa is an exact power of two.
-    return torch.where(largest > 0, largest / torch.where(largest > 0, mantissa, 1.0), torch.ones_like(largest))
+    return torch.where(
+        largest > 0, largest / torch.where(largest > 0, mantissa, 1.0), torch.ones_like(largest)
+    )

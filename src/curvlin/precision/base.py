@@ -26,6 +26,7 @@ from curvlin._check import floating, same_kind
 from curvlin._tables import ADD, CONGRUENCE, TRACE_SOLVE, lookup
 from curvlin._tree import Tree
 from curvlin.errors import NotClosedError, StaleFactorError
+from curvlin.numerics.implicit import factorize
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
@@ -139,13 +140,17 @@ class PrecisionOperator(Tree, ABC):
     def _congruence(self, Phi: Any, Psi: Any, layout: str, chunk: int | None) -> Tensor:
         if isinstance(Phi, Tensor):
             if Psi is not None and not isinstance(Psi, Tensor):
-                raise TypeError(f"Psi must be a tensor like Phi, found {type(Psi).__name__}; wrap Phi in DenseFeatures")
+                raise TypeError(
+                    f"Psi must be a tensor like Phi, found {type(Psi).__name__}; wrap Phi in DenseFeatures"
+                )
             return self._tensor_congruence(Phi, Psi, layout)
         for name, value in (("Phi", Phi), ("Psi", Psi)):
             if value is None:
                 continue
             if isinstance(value, Tensor) or not hasattr(value, "gram"):
-                raise TypeError(f"{name} must be a FeatureOperator (or both tensors), found {type(value).__name__}")
+                raise TypeError(
+                    f"{name} must be a FeatureOperator (or both tensors), found {type(value).__name__}"
+                )
             if value.shape[-1] != self.size:
                 raise ValueError(f"{name} must have {self.size} columns, found shape {tuple(value.shape)}")
             same_kind(name, next(value._tensors())[0], next(self._tensors())[0])
@@ -252,7 +257,7 @@ class PrecisionOperator(Tree, ABC):
         from curvlin.index import as_index
 
         indices = as_index(index, self.size, self.device)
-        structured = self._marginal(indices)
+        structured = self._marginal(indices, max_size)
         if structured is not None:
             return structured
         self._affordable("marginal", len(indices), max_size)
@@ -274,7 +279,7 @@ class PrecisionOperator(Tree, ABC):
         from curvlin.index import as_index
 
         indices = as_index(index, self.size, self.device)
-        structured = self._conditional(indices)
+        structured = self._conditional(indices, max_size)
         if structured is not None:
             return structured
         self._affordable("conditional", len(indices), max_size)
@@ -316,12 +321,14 @@ class PrecisionOperator(Tree, ABC):
 
     # -- algebra ----------------------------------------------------------------------------------------------
 
-    def __add__(self, Q: PrecisionOperator) -> PrecisionOperator:
+    def __add__(self, Q: PrecisionOperator | int) -> PrecisionOperator:
         """``P + Q`` where that is closed; symmetric in its operands in type, and in value to rounding.
 
         Raises:
             NotClosedError: if no exact structured sum exists.
         """
+        if isinstance(Q, int) and Q == 0:  # where the builtin sum() starts
+            return self
         if not isinstance(Q, PrecisionOperator):
             return NotImplemented
         self._same_space("the right operand of +", Q)
@@ -402,7 +409,7 @@ class PrecisionOperator(Tree, ABC):
         """
         kept = self._map(lambda t, _: t)
         versions = tuple(_version(t) for t, _ in self._tensors())
-        object.__setattr__(kept, "_kept", _Kept(_factorize(self.to(torch.float64)), versions))
+        object.__setattr__(kept, "_kept", _Kept(factorize(self.to(torch.float64)), versions))
         return kept
 
     def _factored(self: OperatorT) -> tuple[OperatorT, Any]:
@@ -410,7 +417,7 @@ class PrecisionOperator(Tree, ABC):
         P = self.to(torch.float64)
         kept: _Kept | None = self.__dict__.get("_kept")
         if kept is None:
-            return P, (_factorize(P) if P._is_concrete() else None)
+            return P, factorize(P)
         if kept.versions != tuple(_version(t) for t, _ in self._tensors()):
             raise StaleFactorError(
                 f"a tensor of this {type(self).__name__} was changed in place after factor(); call factor() again"
@@ -466,12 +473,14 @@ class PrecisionOperator(Tree, ABC):
         same_kind(name, next(Q._tensors())[0], next(self._tensors())[0])
 
     # -- hooks: what an operator has to say -------------------------------------------------------------------
-    # `factors` is what `_factorize` returned, or None inside torch.func transforms, where values cannot steer
-    # control flow from here and a kernel factorises for itself.
+    # `factors` is what `_factorize` returned: a Tree, a tuple of them, or None, always constant to derivatives.
 
     @abstractmethod
     def _factorize(self) -> Any:
-        """Everything that solves, determinants and roots share. Called on detached float64 tensors."""
+        """Everything that solves, determinants and roots share. Called on detached float64 tensors.
+
+        Whatever looks at values (definiteness, a switch of algorithm) belongs here.
+        """
 
     @abstractmethod
     def _matmul(self, X: Tensor) -> Tensor:
@@ -518,11 +527,11 @@ class PrecisionOperator(Tree, ABC):
         """``c P`` for a positive c."""
 
     @abstractmethod
-    def _marginal(self, index: Tensor) -> PrecisionOperator | None:
+    def _marginal(self, index: Tensor, max_size: int) -> PrecisionOperator | None:
         """The structured marginal precision, or None where it is a dense matrix."""
 
     @abstractmethod
-    def _conditional(self, index: Tensor) -> PrecisionOperator | None:
+    def _conditional(self, index: Tensor, max_size: int) -> PrecisionOperator | None:
         """The structured sub-matrix, or None where it is a dense matrix."""
 
     @abstractmethod
@@ -534,11 +543,6 @@ class PrecisionOperator(Tree, ABC):
 class _Kept:
     factors: Any
     versions: tuple[int, ...]
-
-
-def _factorize(P: PrecisionOperator) -> Any:
-    with torch.no_grad():
-        return P.detach()._factorize()
 
 
 def _version(tensor: Tensor) -> int:

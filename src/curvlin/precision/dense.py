@@ -9,18 +9,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlin._check import symmetric
-from curvlin._tree import tensor_field
+from curvlin._tree import Tree, tensor_field
 from curvlin.numerics import implicit
-from curvlin.numerics.cholesky import cholesky, normalised_cholesky
+from curvlin.numerics.cholesky import follow, normalised_cholesky
 from curvlin.precision.implicit import ImplicitOperator
 
 
-@dataclass(frozen=True)
-class CholeskyFactors:
+@dataclass(frozen=True, eq=False, repr=False)
+class CholeskyFactors(Tree):
     """``P = s L L^T`` with s a power of two, so that solves do not depend on the scale of P."""
 
-    lower: Tensor
-    scale: Tensor
+    lower: Tensor = tensor_field(2)
+    scale: Tensor = tensor_field(0)
 
     @property
     def root(self) -> Tensor:
@@ -61,51 +61,52 @@ class Dense(ImplicitOperator):
 
     def _inv_quad_value(self, X: Tensor, factors: CholeskyFactors) -> Tensor:
         lower, X = _broadcast(factors.lower, X)
-        return torch.linalg.solve_triangular(lower, X, upper=False).square().sum(-2) / factors.scale[..., None]
+        return (
+            torch.linalg.solve_triangular(lower, X, upper=False).square().sum(-2) / factors.scale[..., None]
+        )
 
-    def _logdet(self, factors: CholeskyFactors | None) -> Tensor:
+    def _logdet(self, factors: CholeskyFactors) -> Tensor:
         return implicit.log_det(self, factors)
 
     def _logdet_value(self, factors: CholeskyFactors) -> Tensor:
         pivots = factors.lower.diagonal(dim1=-2, dim2=-1)
         return 2 * pivots.log().sum(-1) + self.size * factors.scale.log()
 
-    def _logdet_gradient(self, factors: CholeskyFactors | None) -> list[Tensor]:
+    def _logdet_gradient(self, factors: CholeskyFactors) -> list[Tensor]:
         eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
         return [self._solve(eye, factors)]
 
     def _diagonal(self) -> Tensor:
         return self.matrix.diagonal(dim1=-2, dim2=-1)
 
-    def _inverse_diagonal(self, factors: CholeskyFactors | None) -> Tensor:
+    def _inverse_diagonal(self, factors: CholeskyFactors) -> Tensor:
         # The squared norms of the columns of L^-1: a sum of squares has no cancellation.
         eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
         return self._inv_quad(eye, factors)
 
-    def _root(self, factors: CholeskyFactors | None) -> Tensor:
-        if factors is None or self._needs_grad():
-            return cholesky(self.matrix, "Dense")
-        return factors.root
+    def _root(self, factors: CholeskyFactors) -> Tensor:
+        root = factors.root
+        return follow(root, self.matrix) if self._needs_grad() else root
 
-    def _whiten(self, X: Tensor, factors: CholeskyFactors | None) -> Tensor:
+    def _whiten(self, X: Tensor, factors: CholeskyFactors) -> Tensor:
         return self._root(factors).mT @ X
 
-    def _unwhiten(self, Z: Tensor, factors: CholeskyFactors | None) -> Tensor:
+    def _unwhiten(self, Z: Tensor, factors: CholeskyFactors) -> Tensor:
         return torch.linalg.solve_triangular(self._root(factors).mT, Z, upper=True)
 
-    def _root_matvec(self, Z: Tensor, factors: CholeskyFactors | None) -> Tensor:
+    def _root_matvec(self, Z: Tensor, factors: CholeskyFactors) -> Tensor:
         return self._root(factors) @ Z
 
-    def _root_solve(self, G: Tensor, factors: CholeskyFactors | None) -> Tensor:
+    def _root_solve(self, G: Tensor, factors: CholeskyFactors) -> Tensor:
         return torch.linalg.solve_triangular(self._root(factors), G, upper=False)
 
     def _scale(self, c: Tensor) -> Dense:
         return Dense(self.matrix * c[..., None, None])
 
-    def _marginal(self, index: Tensor) -> None:
+    def _marginal(self, index: Tensor, max_size: int) -> None:
         return None
 
-    def _conditional(self, index: Tensor) -> Dense:
+    def _conditional(self, index: Tensor, max_size: int) -> Dense:
         return Dense(self.matrix[..., index[:, None], index])
 
     def _to_dense(self) -> Tensor:

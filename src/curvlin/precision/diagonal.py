@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlin._check import floating
-from curvlin._tree import is_concrete, static_field, tensor_field
+from curvlin._tree import static_field, tensor_field
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.precision.base import PrecisionOperator
 
@@ -23,7 +23,7 @@ class _DiagonalHooks(PrecisionOperator):
 
     def _factorize(self) -> None:
         smallest = self._diagonal().min()
-        if is_concrete(smallest) and not bool(smallest > 0):
+        if not bool(smallest > 0):
             raise NotPositiveDefiniteError(type(self).__name__, float(smallest))
 
     def _matmul(self, X: Tensor) -> Tensor:
@@ -94,10 +94,10 @@ class Isotropic(_DiagonalHooks):
     def _scale(self, c: Tensor) -> Isotropic:
         return Isotropic(self.value * c, self.size)
 
-    def _marginal(self, index: Tensor) -> Isotropic:
+    def _marginal(self, index: Tensor, max_size: int) -> Isotropic:
         return Isotropic(self.value, len(index))
 
-    def _conditional(self, index: Tensor) -> Isotropic:
+    def _conditional(self, index: Tensor, max_size: int) -> Isotropic:
         return Isotropic(self.value, len(index))
 
 
@@ -137,8 +137,8 @@ class Diagonal(_DiagonalHooks):
     def _scale(self, c: Tensor) -> Diagonal:
         return Diagonal(self.values * c[..., None])
 
-    def _marginal(self, index: Tensor) -> Diagonal:
+    def _marginal(self, index: Tensor, max_size: int) -> Diagonal:
         return Diagonal(self.values[..., index])
 
-    def _conditional(self, index: Tensor) -> Diagonal:
+    def _conditional(self, index: Tensor, max_size: int) -> Diagonal:
         return Diagonal(self.values[..., index])

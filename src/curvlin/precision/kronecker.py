@@ -16,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlin._check import floating, same_kind, square, symmetric
-from curvlin._tree import build, is_concrete, needs_grad, static_field, tensor_field
+from curvlin._tree import Tree, build, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.numerics import implicit
 from curvlin.numerics.inverse_root import inverse_root, inverse_square_root_rule
 from curvlin.numerics.kronecker import congruence, product, rotate
+from curvlin.numerics.cholesky import follow
 from curvlin.numerics.pencil import Side, diagonalise
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.implicit import ImplicitOperator
@@ -28,13 +29,13 @@ from curvlin.precision.implicit import ImplicitOperator
 Pair = tuple[Tensor | None, Tensor | None]
 
 
-@dataclass(frozen=True)
-class KroneckerFactors:
+@dataclass(frozen=True, eq=False, repr=False)
+class KroneckerFactors(Tree):
     """``P = (Y_l (x) Y_r) diag(eigenvalues) (Y_l (x) Y_r)^T`` with the bases of the two sides."""
 
-    left: Side
-    right: Side
-    eigenvalues: Tensor
+    left: Side = tensor_field(0)
+    right: Side = tensor_field(0)
+    eigenvalues: Tensor = tensor_field(2)
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -84,7 +85,9 @@ class KroneckerSum(ImplicitOperator):
             )
         reference = next((M for pair in terms for M in pair if isinstance(M, Tensor)), None)
         if reference is None:
-            raise ValueError("terms must hold at least one matrix; for a multiple of the identity use Isotropic")
+            raise ValueError(
+                "terms must hold at least one matrix; for a multiple of the identity use Isotropic"
+            )
         checked: list[Pair] = []
         for i, pair in enumerate(terms):
             if len(pair) != 2:
@@ -127,7 +130,9 @@ class KroneckerSum(ImplicitOperator):
 
     def _check_roots(self, roots: Sequence[Pair]) -> tuple[Pair, ...]:
         if len(roots) != len(self.terms):
-            raise ValueError(f"roots must hold one pair per term, found {len(roots)} for {len(self.terms)} terms")
+            raise ValueError(
+                f"roots must hold one pair per term, found {len(roots)} for {len(self.terms)} terms"
+            )
         checked: list[Pair] = []
         for i, (pair, matrices) in enumerate(zip(roots, self.terms, strict=True)):
             known: list[Tensor | None] = []
@@ -138,12 +143,11 @@ class KroneckerSum(ImplicitOperator):
                         raise ValueError(f"{name} must be None where the factor is the identity")
                     floating(name, R, ndim=2, like=M)
                     if R.shape[-1] != M.shape[-1]:
-                        raise ValueError(f"{name} must have {M.shape[-1]} columns, found shape {tuple(R.shape)}")
+                        raise ValueError(
+                            f"{name} must have {M.shape[-1]} columns, found shape {tuple(R.shape)}"
+                        )
                     if is_concrete(R) and is_concrete(M):
-                        gap = (R.mT @ R - M).abs().max()
-                        limit = 8 * (R.shape[-2] + R.shape[-1]) * torch.finfo(R.dtype).eps * M.abs().max()
-                        if bool(gap > limit):
-                            raise ValueError(f"{name} must satisfy R^T R = factor, found a difference of {gap:.1e}")
+                        _check_proportional(name, R, M)
                     R = R.detach()
                 known.append(R)
             checked.append((known[0], known[1]))
@@ -188,7 +192,11 @@ class KroneckerSum(ImplicitOperator):
         extended: list[Tensor | None] = []
         for R, M in zip(roots or (None, None), (A, B), strict=True):
             eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-            extended.append(None if R is None else torch.cat([R, (root.sqrt() * eye).expand(*R.shape[:-2], *eye.shape)], -2))
+            extended.append(
+                None
+                if R is None
+                else torch.cat([R, (root.sqrt() * eye).expand(*R.shape[:-2], *eye.shape)], -2)
+            )
         return cls([(damped[0], damped[1])], None, None if roots is None else [(extended[0], extended[1])])
 
     # -- structure --------------------------------------------------------------------------------------------
@@ -215,33 +223,37 @@ class KroneckerSum(ImplicitOperator):
 
     def _factorize(self) -> KroneckerFactors:
         left, right = (
-            diagonalise(self._side(s), self._side_roots(s), self.resolution, f"KroneckerSum.{name}", self.sizes[s])
+            diagonalise(
+                self._side(s), self._side_roots(s), self.resolution, f"KroneckerSum.{name}", self.sizes[s]
+            )
             for s, name in enumerate(("left", "right"))
         )
         eigenvalues = self._combine(left.spectra, right.spectra)
-        if is_concrete(eigenvalues) and not bool((eigenvalues > 0).all()):
+        if not bool((eigenvalues > 0).all()):
             largest, smallest = float(eigenvalues.max()), float(eigenvalues.min())
-            damping = self.resolution * max(self.sizes) * 100 - min(smallest / largest, 0.0) if largest > 0 else None
+            damping = (
+                self.resolution * max(self.sizes) * 100 - min(smallest / largest, 0.0)
+                if largest > 0
+                else None
+            )
             raise NotPositiveDefiniteError("KroneckerSum", smallest, damping)
         return KroneckerFactors(left, right, eigenvalues)
 
     def _combine(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """The eigenvalues ``sum_t l_t r_t^T + shift`` as a matrix ``(..., a, b)``."""
-        total = sum((l[..., :, None] * r[..., None, :] for l, r in zip(left, right, strict=True)), start=torch.zeros(()))
+        total = sum(
+            (l[..., :, None] * r[..., None, :] for l, r in zip(left, right, strict=True)),
+            start=torch.zeros(()),
+        )
         return total if self.shift is None else total + self.shift[..., None, None]
-
-    def _factors(self, factors: KroneckerFactors | None) -> KroneckerFactors:
-        """The given factors, or new ones of the detached operator (bases are constants of the calculus)."""
-        if factors is not None:
-            return factors
-        with torch.no_grad():
-            return self.detach()._factorize()
 
     # -- products, solves, determinants -----------------------------------------------------------------------
 
     def _matmul(self, X: Tensor) -> Tensor:
         V = X.mT.unflatten(-1, self.sizes)
-        total = sum((rotate(left, V, right) for left, right in self.terms), start=torch.zeros((), dtype=X.dtype))
+        total = sum(
+            (rotate(left, V, right) for left, right in self.terms), start=torch.zeros((), dtype=X.dtype)
+        )
         if self.shift is not None:
             total = total + self.shift[..., None, None, None] * V
         return total.flatten(-2).mT
@@ -263,7 +275,7 @@ class KroneckerSum(ImplicitOperator):
         V = congruence(left, X.mT.unflatten(-1, self.sizes), right)
         return (V.square() / factors.eigenvalues.unsqueeze(-3)).sum((-2, -1))
 
-    def _logdet(self, factors: KroneckerFactors | None) -> Tensor:
+    def _logdet(self, factors: KroneckerFactors) -> Tensor:
         return implicit.log_det(self, factors)
 
     def _logdet_value(self, factors: KroneckerFactors) -> Tensor:
@@ -271,14 +283,13 @@ class KroneckerSum(ImplicitOperator):
         whitening = 2 * b * factors.left.logdet_whitening() + 2 * a * factors.right.logdet_whitening()
         return factors.eigenvalues.log().sum((-2, -1)) + whitening
 
-    def _logdet_gradient(self, factors: KroneckerFactors | None) -> list[Tensor]:
+    def _logdet_gradient(self, factors: KroneckerFactors) -> list[Tensor]:
         """``tr(P^-1 dP)`` for every tensor of P, in a basis held fixed.
 
         In that basis ``dL_t`` meets ``G_t = diag(sum_j r_tj / d_ij)``. For a second derivative the off-diagonal
         elements of the rotated factors, which are zero in value, enter G to first order:
         ``- (l_u)_ik sum_j r_tj r_uj / (d_ij d_kj)``.
         """
-        factors = self._factors(factors)
         second_order = torch.is_grad_enabled() and self._needs_grad()
         bases = [side.solve_basis for side in factors.sides]
         rotated: list[list[Tensor | None]] = [[None] * len(self.terms), [None] * len(self.terms)]
@@ -305,7 +316,9 @@ class KroneckerSum(ImplicitOperator):
                 for u, M in enumerate(rotated[s]):
                     if M is not None:
                         off_diagonal = M - torch.diag_embed(M.diagonal(dim1=-2, dim2=-1))
-                        inner = inner - off_diagonal * ((weights * (other[t] * other[u]).unsqueeze(-2)) @ weights.mT)
+                        inner = inner - off_diagonal * (
+                            (weights * (other[t] * other[u]).unsqueeze(-2)) @ weights.mT
+                        )
                 gradients.append(X @ inner @ X.mT)
         if self.shift is not None:
             gradients.append(inverse.sum((-2, -1)))
@@ -317,7 +330,9 @@ class KroneckerSum(ImplicitOperator):
         total: Tensor | float = 0.0
         for left, right in self.terms:
             l, r = (
-                torch.ones(n, dtype=self.dtype, device=self.device) if M is None else M.diagonal(dim1=-2, dim2=-1)
+                torch.ones(n, dtype=self.dtype, device=self.device)
+                if M is None
+                else M.diagonal(dim1=-2, dim2=-1)
                 for M, n in zip((left, right), self.sizes, strict=True)
             )
             total = total + l[..., :, None] * r[..., None, :]
@@ -326,7 +341,7 @@ class KroneckerSum(ImplicitOperator):
             total = total + self.shift[..., None, None]
         return total.flatten(-2)
 
-    def _inverse_diagonal(self, factors: KroneckerFactors | None) -> Tensor:
+    def _inverse_diagonal(self, factors: KroneckerFactors) -> Tensor:
         if self._factors_need_grad():
             eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
             return self._inv_quad(eye, factors)
@@ -338,20 +353,22 @@ class KroneckerSum(ImplicitOperator):
     # P = (L_l (x) L_r) K (L_l (x) L_r)^T with K diagonal in an orthogonal basis; the root is
     # (L_l (x) L_r) K^{1/2}, with the symmetric K^{1/2}: it varies smoothly where eigenvectors do not.
 
-    def _whiten(self, X: Tensor, factors: KroneckerFactors | None) -> Tensor:
+    def _whiten(self, X: Tensor, factors: KroneckerFactors) -> Tensor:
         frame = self._frame(factors)
-        return frame.root(congruence(frame.lowers[0], X.mT.unflatten(-1, self.sizes), frame.lowers[1]).flatten(-2).mT)
+        return frame.root(
+            congruence(frame.lowers[0], X.mT.unflatten(-1, self.sizes), frame.lowers[1]).flatten(-2).mT
+        )
 
-    def _unwhiten(self, Z: Tensor, factors: KroneckerFactors | None) -> Tensor:
+    def _unwhiten(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
         frame = self._frame(factors)
         return self._solve_lower(frame.lowers, frame.inverse_root(Z), transpose=True)
 
-    def _root_matvec(self, Z: Tensor, factors: KroneckerFactors | None) -> Tensor:
+    def _root_matvec(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
         frame = self._frame(factors)
         V = frame.root(Z).mT.unflatten(-1, self.sizes)
         return rotate(frame.lowers[0], V, frame.lowers[1]).flatten(-2).mT
 
-    def _root_solve(self, G: Tensor, factors: KroneckerFactors | None) -> Tensor:
+    def _root_solve(self, G: Tensor, factors: KroneckerFactors) -> Tensor:
         frame = self._frame(factors)
         return frame.inverse_root(self._solve_lower(frame.lowers, G, transpose=False))
 
@@ -366,8 +383,7 @@ class KroneckerSum(ImplicitOperator):
             V = torch.linalg.solve_triangular(M, V.mT, upper=transpose).mT
         return V.flatten(-2).mT
 
-    def _frame(self, factors: KroneckerFactors | None) -> _WhitenedFrame:
-        factors = self._factors(factors)
+    def _frame(self, factors: KroneckerFactors) -> _WhitenedFrame:
         sides = tuple(Side(side.spectra, side.orthogonal, None, side.orthogonal) for side in factors.sides)
         inner_factors = KroneckerFactors(sides[0], sides[1], factors.eigenvalues)
         lowers = [side.lower for side in factors.sides]
@@ -390,18 +406,12 @@ class KroneckerSum(ImplicitOperator):
             (left * matrix_scale, right) if left is not None else (None, right * matrix_scale)  # type: ignore[operator]
             for left, right in self.terms
         ]
-        roots = None
-        if self.roots is not None:
-            root_scale = matrix_scale.sqrt()
-            roots = [
-                (None if l is None else l * root_scale, r)
-                if left is not None
-                else (None, None if r is None else r * root_scale)
-                for (l, r), (left, _) in zip(self.roots, self.terms, strict=True)
-            ]
-        return KroneckerSum(terms, None if self.shift is None else self.shift * c, roots, self.sizes)
+        scaled: KroneckerSum = build(self._structure(), [t for t, _ in self._tensors()])
+        scaled._set("terms", tuple(terms))
+        scaled._set("shift", None if self.shift is None else self.shift * c)
+        return scaled  # roots matter only up to scale, so they stay as they are, and powers of two stay exact
 
-    def _marginal(self, index: Tensor) -> KroneckerSum | None:
+    def _marginal(self, index: Tensor, max_size: int) -> KroneckerSum | None:
         grid = product_index(index, self.sizes[1])
         if grid is None or len(self.terms) > 1 or self.shift is not None:
             return None
@@ -413,7 +423,7 @@ class KroneckerSum(ImplicitOperator):
         ]
         return KroneckerSum([(parts[0], parts[1])], sizes=(len(grid[0]), len(grid[1])))
 
-    def _conditional(self, index: Tensor) -> KroneckerSum | None:
+    def _conditional(self, index: Tensor, max_size: int) -> KroneckerSum | None:
         grid = product_index(index, self.sizes[1])
         if grid is None:
             return None
@@ -428,7 +438,8 @@ class KroneckerSum(ImplicitOperator):
         roots = None
         if self.roots is not None:
             roots = [
-                (None if l is None else l[..., rows], None if r is None else r[..., columns]) for l, r in self.roots
+                (None if l is None else l[..., rows], None if r is None else r[..., columns])
+                for l, r in self.roots
             ]
         return KroneckerSum(terms, self.shift, roots, (len(rows), len(columns)))
 
@@ -440,7 +451,9 @@ class KroneckerSum(ImplicitOperator):
             total = total + product(left, right)
         assert isinstance(total, Tensor)
         if self.shift is not None:
-            total = total + self.shift[..., None, None] * torch.eye(self.size, dtype=self.dtype, device=self.device)
+            total = total + self.shift[..., None, None] * torch.eye(
+                self.size, dtype=self.dtype, device=self.device
+            )
         return total
 
 
@@ -471,7 +484,8 @@ class _CommutingSum(KroneckerSum):
                 continue
             spectrum, Q = torch.linalg.eigh(first)
             spectra = [
-                torch.ones_like(spectrum) if M is None else ((M @ Q) * Q).sum(-2).clamp(min=0.0) for M in matrices
+                torch.ones_like(spectrum) if M is None else ((M @ Q) * Q).sum(-2).clamp(min=0.0)
+                for M in matrices
             ]
             sides.append(Side(tuple(spectra), Q, None, Q))
         return KroneckerFactors(sides[0], sides[1], self._combine(sides[0].spectra, sides[1].spectra))
@@ -479,15 +493,18 @@ class _CommutingSum(KroneckerSum):
     def _inverse_root_value(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
         return _in_basis(Z, 1 / factors.eigenvalues.sqrt(), factors)
 
-    def _quadrature(self, factors: KroneckerFactors | None) -> tuple[_CommutingSum, KroneckerFactors, Tensor]:
+    def _quadrature(self, factors: KroneckerFactors) -> tuple[_CommutingSum, KroneckerFactors, Tensor]:
         """``K + t_q I`` over the nodes as a leading batch dimension, its factors, and the weights."""
-        factors = self._factors(factors)
         d = factors.eigenvalues
         n = None if is_concrete(d) else _NODES_FOR_ANY_CONDITION
         nodes, weights = inverse_square_root_rule(d.amin((-2, -1)), d.amax((-2, -1)), n)
         shifted = build(self._structure(), [t for t, _ in self._tensors()])
         shifted._set("shift", nodes if self.shift is None else self.shift + nodes)
-        return shifted, KroneckerFactors(factors.left, factors.right, d + nodes[..., None, None]), weights[..., None, None]
+        return (
+            shifted,
+            KroneckerFactors(factors.left, factors.right, d + nodes[..., None, None]),
+            weights[..., None, None],
+        )
 
 
 _NODES_FOR_ANY_CONDITION = 72  # what a condition number of 1e14 needs
@@ -536,9 +553,15 @@ def _differentiable_lower(lower: Tensor, matrices: Sequence[Tensor | None]) -> T
         trace = M.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         total = total + M / trace
     assert isinstance(total, Tensor)
-    inner = _solve_both_sides(lower, total)
-    eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
-    return lower @ torch.linalg.cholesky_ex(eye + (inner - inner.detach())).L
+    return follow(lower, total)
+
+
+def _check_proportional(name: str, R: Tensor, M: Tensor) -> None:
+    gram = R.mT @ R
+    sizes = [A.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] for A in (gram, M)]
+    gap = float((gram / sizes[0] - M / sizes[1]).abs().max())
+    if gap > 8 * (R.shape[-2] + R.shape[-1]) * torch.finfo(R.dtype).eps:
+        raise ValueError(f"{name} must satisfy R^T R = factor, found a relative difference of {gap:.1e}")
 
 
 def product_index(index: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
@@ -583,7 +606,9 @@ class SpectralKronecker(PrecisionOperator):
         floating("eigenvalues", self.eigenvalues, ndim=2, like=self.QL)
         expected = (self.QL.shape[-1], self.QR.shape[-1])
         if tuple(self.eigenvalues.shape[-2:]) != expected:
-            raise ValueError(f"eigenvalues must end in {expected}, found shape {tuple(self.eigenvalues.shape)}")
+            raise ValueError(
+                f"eigenvalues must end in {expected}, found shape {tuple(self.eigenvalues.shape)}"
+            )
 
     @property
     def size(self) -> int:
@@ -604,7 +629,7 @@ class SpectralKronecker(PrecisionOperator):
 
     def _factorize(self) -> None:
         smallest = self.eigenvalues.min()
-        if is_concrete(smallest) and not bool(smallest > 0):
+        if not bool(smallest > 0):
             raise NotPositiveDefiniteError("SpectralKronecker", float(smallest))
 
     def _function(self, values: Tensor, X: Tensor) -> Tensor:
@@ -651,10 +676,10 @@ class SpectralKronecker(PrecisionOperator):
     def _scale(self, c: Tensor) -> SpectralKronecker:
         return SpectralKronecker(self.QL, self.QR, self.eigenvalues * c[..., None, None])
 
-    def _marginal(self, index: Tensor) -> None:
+    def _marginal(self, index: Tensor, max_size: int) -> None:
         return None
 
-    def _conditional(self, index: Tensor) -> None:
+    def _conditional(self, index: Tensor, max_size: int) -> None:
         return None
 
     def _to_dense(self) -> Tensor:
@@ -671,6 +696,6 @@ def spectral_form(
     """
     if isinstance(P, SpectralKronecker):
         return P.QL, P.QR, P.eigenvalues
-    factors = P._factors(factors)
+    assert factors is not None
     left, right = factors.sides
     return left.solve_basis, right.solve_basis, P._combine(left.spectra, right.spectra)
