@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvlin._check import symmetric
 from curvlin._tables import CONGRUENCE, lookup
-from curvlin._tree import Tree, static_field, tensor_field
+from curvlin._tree import Tree, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.features.base import FeatureOperator, same_features
 from curvlin.index import Index
@@ -136,11 +136,7 @@ class Covariance(Tree):
             return restore(C._inv_quad(X, factors).unsqueeze(-2)).squeeze(-1), C._logdet(factors)
         X, restore = self.operator._vectors("x", x)
         P, factors = self.operator._factored()
-        # With R R^T = P the square of R^T x loses digits with the root of P's condition, x^T P x with all of
-        # it; but the derivatives of the product are plain, and those of a root need not exist.
-        with torch.no_grad():
-            length = P.detach()._whiten(X.detach(), factors).square().sum(-2)
-        quad = graft(length, (X * P._matmul(X)).sum(-2))
+        quad = precision_quad(P, factors, X)
         return restore(quad.unsqueeze(-2)).squeeze(-1), -P._logdet(factors)
 
     def diagonal(self) -> Float[Tensor, "*batch D"]:
@@ -261,7 +257,7 @@ class Covariance(Tree):
 
     def _failure(self) -> NotPositiveDefiniteError:
         spectrum = torch.linalg.eigvalsh(self._matrix64())
-        largest, smallest = float(spectrum.max()), float(spectrum[..., 0].min())
+        largest, smallest = float(spectrum.abs().max()), float(spectrum[..., 0].min())
         damping = (
             100 * self.size * self.operator.resolution + max(0.0, -2 * smallest / largest)
             if largest > 0
@@ -274,7 +270,8 @@ class Covariance(Tree):
         K, spread = self._correlations()
         spectrum, V = torch.linalg.eigh(K)
         kept = torch.where(spectrum > self._tolerance(spectrum)[..., None], spectrum, 0.0)
-        return spread[..., None] * V * kept.sqrt()[..., None, :]
+        root: Tensor = spread[..., None] * V * kept.sqrt()[..., None, :]
+        return root
 
     def _tolerance(self, spectrum: Tensor) -> Tensor:
         tolerance: Tensor = self.size * self.operator.resolution * spectrum[..., -1].clamp(min=0.0)
@@ -310,3 +307,14 @@ class Covariance(Tree):
 
 def _symmetrised(K: Tensor) -> Tensor:
     return (K + K.mT) / 2
+
+
+def precision_quad(P: PrecisionOperator, factors: Any, X: Tensor) -> Tensor:
+    """``x^T P x`` of each column of X, by hooks: ``(..., D, K) -> (..., K)``."""
+    # With R R^T = P the square of R^T x loses digits with the root of P's condition, x^T P x with all of it;
+    # but the derivatives of the product are plain, and those of a root need not exist.
+    with torch.no_grad():
+        value = P.detach()._whiten(X.detach(), factors).square().sum(-2)
+    if not (P._needs_grad() or needs_grad(X)):
+        return value
+    return graft(value, (X * P._matmul(X)).sum(-2))

@@ -15,18 +15,21 @@ A rule is called with P in float64 and its factors, the features in the caller's
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from curvlin._tables import CONGRUENCE, lookup, register
+from curvlin._tables import CONGRUENCE, Rule, lookup, register
+from curvlin._tree import needs_grad
 from curvlin.errors import NotClosedError
 from curvlin.features.base import FeatureOperator
 from curvlin.features.block import BlockFeatures
 from curvlin.features.dense import DenseFeatures
 from curvlin.features.khatri_rao import KhatriRaoFeatures, same_layer
 from curvlin.numerics import contraction
+from curvlin.numerics.implicit import graft
 from curvlin.numerics.scaling import power_of_two
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
@@ -45,11 +48,16 @@ Sides = tuple[Tensor, Tensor]
 
 
 @register(CONGRUENCE, DenseFeatures, PrecisionOperator)
+@register(CONGRUENCE, DenseFeatures, Woodbury)
 @register(CONGRUENCE, FeatureOperator, Dense)
 def by_rows(
     Phi: FeatureOperator, Psi: Features, P: PrecisionOperator, factors: Any, layout: str, chunk: Chunk
 ) -> Tensor:
     """Rows multiplied out one chunk at a time and solved for in float64; exact for every P."""
+    if layout == "joint" and isinstance(Phi, DenseFeatures) and Psi is None:
+        flat = DenseFeatures(Phi.matrix.flatten(-3, -2).unsqueeze(-3))
+        K = by_rows(flat, None, P, factors, "per_sample", chunk).squeeze(-3)
+        return K.reshape(*K.shape[:-2], *Phi.shape[-3:-1], *Phi.shape[-3:-1])
     if layout == "joint":
         other = Phi if Psi is None else Psi
         if isinstance(Phi, DenseFeatures) and not isinstance(other, DenseFeatures):
@@ -60,18 +68,28 @@ def by_rows(
 
     def variances(n: slice) -> Tensor:
         rows = Phi[n].to_dense().double()
-        flat = rows.flatten(-3, -2).mT
+        X = rows.flatten(-3, -2).mT
         if layout == "diagonal":
-            quad = P._inv_quad(flat, factors)
+            quad = P._inv_quad(X, factors)
             return quad.reshape(*quad.shape[:-1], *rows.shape[-3:-1])
-        solution = P._solve(flat, factors).mT
-        solution = solution.reshape(*solution.shape[:-2], *rows.shape[-3:])
-        K = rows @ solution.mT
-        return (K + K.mT) / 2
+        # A Gram matrix of whitened rows is positive semidefinite and loses digits only with the root of P's
+        # condition; derivatives come from the solve, which always has them.
+        with torch.no_grad():
+            white = _split(P.detach()._root_solve(X.detach(), factors), rows)
+            value = white @ white.mT
+        if not (P._needs_grad() or needs_grad(rows)):
+            return value
+        K = rows @ _split(P._solve(X, factors), rows).mT
+        return graft(value, (K + K.mT) / 2)
 
     samples = _row_pieces(Phi, P, chunk)
     kernel = contraction.recomputing(variances, len(samples), *_tensors(Phi, P))
     return contraction.joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
+
+
+def _split(X: Tensor, rows: Tensor) -> Tensor:
+    """Columns ``(..., m, n R)`` as rows per sample ``(..., n, R, m)``."""
+    return X.mT.reshape(*X.shape[:-2], *rows.shape[-3:-1], X.shape[-2])
 
 
 def _solved(
@@ -312,96 +330,61 @@ def _less_low_rank(
     Everything runs in float64: the difference of two positive terms loses digits where the features lie in
     the range of U.
     """
-    if isinstance(factors, CanonicalFactors) and P._needs_grad() and not factors.definite:
-        return by_rows(Phi, Psi, P, factors, layout, chunk)
     if not _same_kind(Psi, type(Phi)):
         return _mixed(Phi, Psi, P, factors, chunk)
-    P, factors = P._rooted(factors)
-    lower = P._lower(factors)
-    solved = P.base._solve(P.U, factors.base) if isinstance(P.U, Tensor) else None
-
-    def base(Phi: FeatureOperator, Psi: Features, layout: str) -> Tensor:
-        rule = lookup(CONGRUENCE, type(Phi), type(P.base))
-        if rule is None:
-            raise NotClosedError(
-                f"no exact rule for {type(Phi).__name__} Z^-1 {type(Phi).__name__}^T with Z the "
-                f"{type(P.base).__name__} under a Woodbury; use features whose blocks match it"
-            )
-        K: Tensor = rule(Phi, Psi, P.base, factors.base, layout, chunk)
-        return K.double()
-
-    def whitened(Phi: FeatureOperator) -> Tensor:
-        """``L^-1 U^T Z^-1 Phi^T`` as ``(..., k, N R)``."""
-        if solved is not None:
-            along = Phi._matmul(solved)
-        else:
-            along = base(Phi, cast(FeatureOperator, P.U), "joint").flatten(-2)
-        t: Tensor = torch.linalg.solve_triangular(lower, along.flatten(-3, -2).mT, upper=False)
-        return t
-
+    if isinstance(factors, CanonicalFactors) and P._needs_grad() and not factors.definite:
+        return by_rows(Phi, Psi, P, factors, layout, chunk)
+    P, factors, _ = P._rooted_normal(factors)  # P over a power of two, so that w is a number
+    whitened = _whitening(P, factors, chunk)
     if layout == "joint":
         first = Phi.to(torch.float64)
         second = first if Psi is None else Psi.to(torch.float64)
         left = whitened(first)
-        right = left if Psi is None else whitened(second)
-        loss = left.mT @ P._weighted(right)
+        loss = left.mT @ (left if Psi is None else whitened(second))
         loss = loss.reshape(*loss.shape[:-2], *first.shape[-3:-1], *second.shape[-3:-1])
-        return base(first, None if Psi is None else second, layout) - loss
+        kept = _base_rule(Phi, P)(first, None if Psi is None else second, P.base, factors.base, layout, chunk)
+        return (kept.double() - P.sign * loss) / _as_batch(factors.scale, layout)
 
     def variances(n: slice) -> Tensor:
         part = Phi[n].to(torch.float64)
         t = whitened(part)
-        left, right = (x.mT.reshape(*x.mT.shape[:-2], *part.shape[-3:-1], -1) for x in (t, P._weighted(t)))
-        removed = (left * right).sum(-1) if layout == "diagonal" else left @ right.mT
-        return base(part, None, layout) - removed
+        t = t.mT.reshape(*t.shape[:-2], *part.shape[-3:-1], t.shape[-2])
+        loss = t.square().sum(-1) if layout == "diagonal" else t @ t.mT
+        kept = _base_rule(Phi, P)(part, None, P.base, factors.base, layout, chunk)
+        return (kept.double() - P.sign * loss) / _as_batch(factors.scale, layout)
 
-    samples = _rank_pieces(Phi, P, chunk)
+    batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
+    samples = contraction.pieces(Phi.n_samples, 3 * 8 * batch * Phi.n_rows * P.rank, chunk)
     kernel = contraction.recomputing(variances, len(samples), *_tensors(Phi, P))
     return contraction.joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
 
 
-@register(CONGRUENCE, DenseFeatures, Woodbury)
-def _low_rank_rows(
-    Phi: DenseFeatures, Psi: Features, P: Woodbury, factors: Any, layout: str, chunk: Chunk
-) -> Tensor:
-    """``E Z^-1 E^T + w T^T T`` with ``T = H^-1 U^T Z^-1 Phi^T`` and ``E = Phi - w T^T U^T``.
+def _whitening(P: Woodbury, factors: Any, chunk: Chunk) -> Callable[[FeatureOperator], Tensor]:
+    """The function ``Phi -> sqrt(w) H^-1/2 U^T Z^-1 Phi^T``, ``(..., k, N R)``."""
+    assert P.weight is not None
+    weight = P.weight.sqrt()[..., None, None]
+    solved = P.base._solve(P.U, factors.base) if isinstance(P.U, Tensor) else None
+    lower = torch.linalg.cholesky_ex(P._capacitance(factors)).L if P._needs_grad() else None
 
-    This sum of squares is the minimum over T of a least-squares problem, so that an error in T counts only
-    squared. A downdate has no such form; there the rows are whitened by a root of P.
-    """
-    if layout == "diagonal" or Psi is not None or (isinstance(factors, CanonicalFactors) and P._needs_grad()):
-        return by_rows(Phi, Psi, P, factors, layout, chunk)
-    if layout == "joint":
-        flat = DenseFeatures(Phi.matrix.flatten(-3, -2).unsqueeze(-3))
-        K = _low_rank_rows(flat, None, P, factors, "per_sample", chunk).squeeze(-3)
-        return K.reshape(*K.shape[:-2], *Phi.shape[-3:-1], *Phi.shape[-3:-1])
-    P, factors = P._rooted(factors)
-    lower = P._lower(factors)
+    def whitened(Phi: FeatureOperator) -> Tensor:
+        if solved is not None:
+            along = Phi._matmul(solved)
+        else:
+            along = _base_rule(Phi, P)(Phi, P.U, P.base, factors.base, "joint", chunk).double().flatten(-2)
+        along = weight * along.flatten(-3, -2).mT
+        if lower is None:
+            return (factors.W / factors.h.sqrt().unsqueeze(-2)).mT @ along
+        t: Tensor = torch.linalg.solve_triangular(lower, along, upper=False)
+        return t
 
-    def variances(n: slice) -> Tensor:
-        rows = Phi.matrix[..., n, :, :].double()
-        X = rows.flatten(-3, -2).mT
-        if P.sign < 0:
-            root = _split(P._root_solve(X, factors), rows)
-            return root @ root.mT
-        t = torch.linalg.solve_triangular(lower, P._collect(P.base._solve(X, factors.base)), upper=False)
-        t = torch.linalg.solve_triangular(lower.mT, t, upper=True)
-        weighted = P._weighted(t)
-        E = X - P._spread(weighted)
-        K = _split(E, rows) @ _split(P.base._solve(E, factors.base), rows).mT
-        return K + _split(t, rows) @ _split(weighted, rows).mT
-
-    samples = _row_pieces(Phi, P, chunk)
-    kernel = contraction.recomputing(variances, len(samples), *_tensors(Phi, P))
-    K = contraction.joined([kernel(n) for n in samples], dim=-3)
-    return (K + K.mT) / 2
+    return whitened
 
 
-def _split(X: Tensor, rows: Tensor) -> Tensor:
-    """Columns ``(..., m, n R)`` as rows per sample ``(..., n, R, m)``."""
-    return X.mT.reshape(*X.shape[:-2], *rows.shape[-3:-1], X.shape[-2])
-
-
-def _rank_pieces(Phi: FeatureOperator, P: Woodbury, chunk: Chunk) -> list[slice]:
-    batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
-    return contraction.pieces(Phi.n_samples, 3 * 8 * batch * Phi.n_rows * P.rank, chunk)
+def _base_rule(Phi: FeatureOperator, P: Woodbury) -> Rule:
+    rule = lookup(CONGRUENCE, type(Phi), type(P.base))
+    if rule is None:
+        raise NotClosedError(
+            f"no exact rule for {type(Phi).__name__} Z^-1 {type(Phi).__name__}^T with Z the "
+            f"{type(P.base).__name__} under a Woodbury; use features whose blocks match it"
+        )
+    return rule

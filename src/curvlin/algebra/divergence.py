@@ -1,0 +1,277 @@
+"""The part of a Kullback-Leibler divergence due to the shapes of two Gaussians, without cancellation.
+
+    2 KL( N(m1, P^-1) | N(m2, Q^-1) ) = sum_i (r_i - log(1 + r_i)) + (m1 - m2)^T Q (m1 - m2),
+    r = eig(P^-1 Q) - 1
+
+The textbook form ``tr(P^-1 Q) - D + log det P - log det Q`` is a difference of numbers of the size of D and
+loses a small divergence in their rounding. So r itself is formed wherever the two operators share a basis:
+
+    diagonals               (q - p) / p
+    Kronecker kinds         the same in a common eigenbasis, if that of one diagonalises the other
+    equal bases Z           eigenvalues of a (k1 + k2)-square pencil for ``Z + U1 U1^T`` and ``Z + U2 U2^T``
+    Dense with anything     eigenvalues of ``R^-1 (Q - P) R^-T`` with ``R R^T = P``
+    equal partitions        block by block
+
+and the textbook form serves the rest. Derivatives are always those of the textbook form, which are exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlin._tables import CONGRUENCE, TRACE_SOLVE, lookup
+from curvlin.errors import NotClosedError
+from curvlin.numerics.implicit import graft
+from curvlin.precision.base import PrecisionOperator
+from curvlin.precision.block_diag import BlockDiag
+from curvlin.precision.dense import Dense
+from curvlin.precision.diagonal import Diagonal, Isotropic
+from curvlin.precision.kronecker import KroneckerSum, SpectralKronecker, spectral_form
+from curvlin.precision.low_rank import Woodbury
+
+Known = tuple[PrecisionOperator, Any]
+"""An operator in float64 and its factors."""
+Change = tuple[Tensor, Tensor]
+"""r and ``log(1 + r)``."""
+
+
+def shape_divergence(P: PrecisionOperator, Q: PrecisionOperator) -> Tensor:
+    """``sum_i (r_i - log(1 + r_i))`` with ``r = eig(P^-1 Q) - 1``, in float64; exactly 0 for equal operators.
+
+    Raises:
+        NotPositiveDefiniteError: if P or Q is singular.
+        NotClosedError: if ``tr(P^-1 Q)`` is not closed for the two structures.
+    """
+    p, q = P._factored(), Q._factored()
+    if not (P._is_concrete() and Q._is_concrete()):
+        return _textbook(p, q)
+    with torch.no_grad():
+        value = _value(_detached(p), _detached(q)).expand(
+            torch.broadcast_shapes(P.batch_shape, Q.batch_shape)
+        )
+    return graft(value, _textbook(p, q)) if P._needs_grad() or Q._needs_grad() else value
+
+
+def _detached(known: Known) -> Known:
+    return known[0].detach(), known[1]
+
+
+def _textbook(p: Known, q: Known) -> Tensor:
+    (P, p_factors), (Q, q_factors) = p, q
+    rule = lookup(TRACE_SOLVE, type(P), type(Q))
+    if rule is None:
+        raise NotClosedError(
+            f"the divergence between a {type(P).__name__} and a {type(Q).__name__} precision is not closed; "
+            "project one onto the structure of the other, or use Dense for both"
+        )
+    trace: Tensor = rule(P, Q, p_factors)
+    return trace - P.size - (Q._logdet(q_factors) - P._logdet(p_factors))
+
+
+def _value(p: Known, q: Known) -> Tensor:
+    P, Q = p[0], q[0]
+    if identical(P, Q):
+        return torch.zeros(P.batch_shape, dtype=torch.float64, device=P.device)
+    blocks = _blocks(p, q)
+    if blocks is not None:
+        total = torch.zeros((), dtype=torch.float64, device=P.device)
+        for pair in blocks:
+            total = total + _value(*pair)
+        return total
+    change = _relative_change(p, q)
+    if change is not None:
+        return _excess(*change).flatten(len(torch.broadcast_shapes(P.batch_shape, Q.batch_shape))).sum(-1)
+    # The divergence is not negative; what rounding leaves below zero is nearer to it as zero.
+    return _textbook(p, q).clamp(min=0.0)
+
+
+def identical(P: PrecisionOperator, Q: PrecisionOperator) -> bool:
+    """Whether the two are made of equal tensors in the same way."""
+    if P is Q:
+        return True
+    if P._structure() != Q._structure():
+        return False
+    return all(torch.equal(s, t) for (s, _), (t, _) in zip(P._tensors(), Q._tensors(), strict=True))
+
+
+def _excess(r: Tensor, log: Tensor) -> Tensor:
+    """``r - log(1 + r)`` to full relative accuracy, from r and the logarithm."""
+    # The series sum_k (-1)^k r^k / k from k = 2; eleven terms reach 1e-19 of the first one at |r| = 0.02.
+    series = torch.zeros_like(r)
+    for k in range(12, 1, -1):
+        series = (1 if k % 2 == 0 else -1) / k + r * series
+    return torch.where(r.abs() < 0.02, r * r * series, r - log)
+
+
+def _relative_change(p: Known, q: Known) -> Change | None:
+    """r and ``log(1 + r)``, any number of dimensions right of the batch; None where there is no short way."""
+    P, Q = p[0], q[0]
+    if isinstance(P, (Isotropic, Diagonal)) and isinstance(Q, (Isotropic, Diagonal)):
+        return _with_log((Q.diagonal() - P.diagonal()) / P.diagonal())
+    kronecker = (KroneckerSum, SpectralKronecker)
+    if isinstance(P, (*kronecker, Isotropic)) and isinstance(Q, (*kronecker, Isotropic)):
+        return _kronecker_change(p, q)
+    if isinstance(P, Dense) or isinstance(Q, Dense):
+        half = P._root_solve(Q.to_dense() - P.to_dense(), p[1])
+        return _moderate(torch.linalg.eigvalsh(P._root_solve(half.mT, p[1])))
+    return _low_rank_change(p, q)
+
+
+def _with_log(r: Tensor) -> Change:
+    return r, torch.log1p(r)
+
+
+def _moderate(r: Tensor) -> Change | None:
+    """r, unless an eigenvalue is so far from 0 that its rounding spoils the others (textbook form)."""
+    return _with_log(r) if bool((r.abs() < 0.5).all()) else None
+
+
+# -- blocks --------------------------------------------------------------------------------------------------
+
+
+def _blocks(p: Known, q: Known) -> list[tuple[Known, Known]] | None:
+    """Pairs of blocks, where one operator is block-diagonal and the other can be cut in the same way."""
+    (P, _), (Q, _) = p, q
+    like = P if isinstance(P, BlockDiag) else Q
+    if not isinstance(like, BlockDiag):
+        return None
+    left, right = _cut(p, like), _cut(q, like)
+    return None if left is None or right is None else list(zip(left, right, strict=True))
+
+
+def _cut(known: Known, like: BlockDiag) -> list[Known] | None:
+    P, factors = known
+    if isinstance(P, BlockDiag):
+        return list(zip(P.blocks, factors, strict=True)) if P.indices == like.indices else None
+    if isinstance(P, Isotropic):
+        return [(Isotropic(P.value, size), factors) for size in like.indices.sizes]
+    if isinstance(P, Diagonal):
+        return [(Diagonal(values), factors) for values in like.indices.split(P.values, dim=-1)]
+    return None
+
+
+# -- Kronecker kinds -----------------------------------------------------------------------------------------
+
+
+def _kronecker_change(p: Known, q: Known) -> Change | None:
+    """``(d_Q - d_P) / d_P`` in the basis of one of the two, if it diagonalises the other."""
+    for home, factors in (p, q):
+        if not isinstance(home, (KroneckerSum, SpectralKronecker)):
+            continue
+        basis = spectral_form(home, factors)
+        d_P, d_Q = (basis[2] if P is home else _spectrum_in(basis, P) for P in (p[0], q[0]))
+        if d_P is not None and d_Q is not None:
+            return _with_log((d_Q - d_P) / d_P)
+    return None
+
+
+def _spectrum_in(basis: tuple[Tensor | None, Tensor | None, Tensor], P: PrecisionOperator) -> Tensor | None:
+    """The diagonal ``(..., a, b)`` of P in a basis X, Y, if there is nothing beside it."""
+    X, Y, d = basis
+    a, b = d.shape[-2:]
+    terms: list[tuple[Tensor | None, Tensor | None]] = []
+    if isinstance(P, SpectralKronecker):
+        aligned = P.sizes == (a, b) and _is_identity(X, P.QL) and _is_identity(Y, P.QR)
+        return P.eigenvalues if aligned else None
+    if isinstance(P, Isotropic):
+        shift: Tensor | None = P.value
+    elif isinstance(P, KroneckerSum) and P.sizes == (a, b):
+        terms, shift = list(P.terms), P.shift
+    else:
+        return None
+    weights = [torch.ones((), dtype=d.dtype, device=d.device)] * len(terms)
+    if shift is not None:
+        terms, weights = [*terms, (None, None)], [*weights, shift]
+    total = torch.zeros((), dtype=d.dtype, device=d.device)
+    for weight, (L, R) in zip(weights, terms, strict=True):
+        left, right = _diagonal_in(X, L, a, d), _diagonal_in(Y, R, b, d)
+        if left is None or right is None:
+            return None
+        total = total + weight[..., None, None] * left[..., :, None] * right[..., None, :]
+    return total
+
+
+def _diagonal_in(X: Tensor | None, M: Tensor | None, size: int, like: Tensor) -> Tensor | None:
+    """The diagonal of ``X^T M X`` (None is the identity) if its other entries are rounding."""
+    if X is None and M is None:
+        return torch.ones(size, dtype=like.dtype, device=like.device)
+    inner = M if X is None else X.mT @ (X if M is None else M @ X)
+    assert inner is not None
+    diagonal = inner.diagonal(dim1=-2, dim2=-1)
+    rest = torch.linalg.matrix_norm(inner - torch.diag_embed(diagonal))
+    rounding = 8 * size * torch.finfo(like.dtype).eps * torch.linalg.matrix_norm(inner)
+    return diagonal if bool((rest <= rounding).all()) else None
+
+
+def _is_identity(X: Tensor | None, Q: Tensor) -> bool:
+    """Whether the columns of X are those of the orthogonal Q, in order."""
+    if X is None:
+        return False
+    rounding = 8 * Q.shape[-1] * torch.finfo(Q.dtype).eps
+    return bool(((X - Q).abs() <= rounding).all())
+
+
+# -- low rank ------------------------------------------------------------------------------------------------
+
+
+def _low_rank_change(p: Known, q: Known) -> Change | None:
+    """In coordinates that whiten a common base, P and Q are ``I + s_i V_i V_i^T``."""
+    (P, p_factors), (Q, q_factors) = p, q
+    first = P._rooted_normal(p_factors) if isinstance(P, Woodbury) else None
+    second = Q._rooted_normal(q_factors) if isinstance(Q, Woodbury) else None
+    if first is not None and second is not None:
+        return (
+            _two_changes(first[0], first[1].base, second[0])
+            if _equal(first[0].base, second[0].base)
+            else None
+        )
+    if first is not None and _equal(P.base, Q):
+        gain, log_h = _spectrum(first[0], first[1])
+        return -gain / first[1].h, -log_h
+    if second is not None and _equal(Q.base, P):
+        return _spectrum(second[0], second[1])
+    return None
+
+
+def _spectrum(P: Woodbury, factors: Any) -> Change:
+    """The eigenvalues of ``s V V^T`` and the logarithms of those of ``I + s V V^T``."""
+    gain = P.sign * factors.gain
+    return gain, torch.log1p(gain) if P.sign > 0 else factors.h.log()
+
+
+def _two_changes(P: Woodbury, base_factors: Any, Q: Woodbury) -> Change | None:
+    """A pencil of the size of both ranks: ``[V_1, V_2]`` may be any root of its Gram matrix."""
+    blocks = [[_gram(P.base, base_factors, left, right) for right in (P, Q)] for left in (P, Q)]
+    if any(block is None for row in blocks for block in row):
+        return None
+    gram = torch.cat([torch.cat([b for b in row if b is not None], dim=-1) for row in blocks], dim=-2)
+    spectrum, E = torch.linalg.eigh((gram + gram.mT) / 2)
+    root = spectrum.clamp(min=0.0).sqrt().unsqueeze(-1) * E.mT
+    columns = root.split([P.rank, Q.rank], dim=-1)
+    before, after = (change._weighted(A @ A.mT) for change, A in zip((P, Q), columns, strict=True))
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    lower = torch.linalg.cholesky_ex(eye + before).L
+    half = torch.linalg.solve_triangular(lower, after - before, upper=False)
+    return _moderate(torch.linalg.eigvalsh(torch.linalg.solve_triangular(lower, half.mT, upper=False)))
+
+
+def _equal(Z: PrecisionOperator, other: PrecisionOperator) -> bool:
+    if isinstance(Z, (Isotropic, Diagonal)) and isinstance(other, (Isotropic, Diagonal)):
+        return torch.equal(Z.diagonal(), other.diagonal())
+    return identical(Z, other)
+
+
+def _gram(Z: PrecisionOperator, factors: Any, P: Woodbury, Q: Woodbury) -> Tensor | None:
+    """``U^T Z^-1 V`` for the columns U of P and V of Q."""
+    if isinstance(Q.U, Tensor):
+        return P._collect(Z._solve(Q.U, factors))
+    if isinstance(P.U, Tensor):
+        return Q._collect(Z._solve(P.U, factors)).mT
+    rule = lookup(CONGRUENCE, type(P.U), type(Z))
+    if rule is None or type(P.U) is not type(Q.U):
+        return None
+    K: Tensor = rule(P.U, Q.U, Z, factors, "joint", None)
+    return K.double().flatten(-2).flatten(-3, -2)
