@@ -4,7 +4,7 @@
     Q: Woodbury kinds            the base's trace plus tr(C U^T P^-1 U), for every P
     P: Isotropic, Diagonal       sum of Q's diagonal over p, for every Q
     P or Q: Dense                a dense solve
-    P: Woodbury kinds            the base's trace less tr(W^T Q W), W = Z^-1 U L^-T, for every Q that the base knows
+    P: Woodbury kinds            the base's trace less tr(H^-1 W^T Q W), W = Z^-1 U, for every Q that the base knows
     Kronecker with Kronecker     in the eigenbasis of P, equal sizes
     BlockDiag with BlockDiag     block by block, equal partitions
 
@@ -81,14 +81,13 @@ def dense_anything(P: PrecisionOperator, Q: PrecisionOperator, factors: Any) -> 
 
 @register(TRACE_SOLVE, Woodbury, PrecisionOperator)
 def low_rank_anything(P: Woodbury, Q: PrecisionOperator, factors: Any) -> Tensor:
-    P, factors = P._rooted(factors)
+    P, factors, _ = P._rooted_normal(factors)  # P over a power of two
+    Q = Q / factors.scale
     eye = torch.eye(P.rank, dtype=P.dtype, device=P.device)
-    L = P._lower(factors)
-    W = P.base._solve(
-        P._spread(torch.linalg.solve_triangular(L.mT, eye.expand_as(L), upper=True)), factors.base
-    )
-    removed = (W * Q._matmul(W)).sum((-2, -1))
-    return trace_solve(P.base, Q, factors.base) - P._weighted(removed[..., None, None])[..., 0, 0]
+    assert P.weight is not None
+    W = P.base._solve(P._spread(eye * P.weight.sqrt()[..., None, None]), factors.base)
+    removed = (W * torch.linalg.solve(P._capacitance(factors), Q._matmul(W).mT).mT).sum((-2, -1))
+    return trace_solve(P.base, Q, factors.base) - P.sign * removed
 
 
 @register(TRACE_SOLVE, SpectralKronecker, KroneckerSum)

@@ -1,92 +1,118 @@
-"""The k x k factorisation behind a low-rank change of a precision, and how its accuracy is kept.
+"""The eigenproblem of size k behind a low-rank change of a precision, and how its accuracy is kept.
 
-For ``P = Z + s w U U^T`` with ``s = +1`` or ``-1`` and ``w > 0``, everything follows from the Cholesky factor of the
-capacitance matrix
+In coordinates that whiten the base, ``P = Z + s w U U^T`` is ``I + s V V^T`` with ``V = sqrt(w) R_Z^-1 U``. Two routes to its
+spectrum, both exact:
 
-    H = I + s w U^T Z^-1 U = L L^T.
-
-Forming H costs the accuracy ``eps cond(H)``. Where that is too much, L comes instead from orthogonal factorisations of
-``V = sqrt(w) R_Z^-1 U`` (``R_Z R_Z^T = Z``), which never forms H: for ``s = +1`` a QR of V stacked on I (Yip 1986), for
-``s = -1`` the singular values of V, as ``1 - sigma^2 = (1 - sigma)(1 + sigma)``.
+- *orthonormal*: ``V = Q diag(sigma) W^T`` by QR and SVD; functions of P act as ``f(1 + s sigma^2)`` on ``Q^T x`` and as the
+  identity on the rest, so nothing cancels. O(D k^2), with the larger constant.
+- *Gram*: ``V^T V = W diag(sigma^2) W^T``; functions of P act as ``I + V W diag(...) W^T V^T``. Loses a factor cond(V^T V + I) of
+  accuracy, so it is taken only where that is harmless and where the size makes the other route expensive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlin.errors import NotPositiveDefiniteError
+from curvlin._tree import Tree, static_field, tensor_field
 
 _SAFE_PIVOT = 1e-6
-"""The smallest squared pivot, relative to its diagonal entry, at which forming H still leaves 10 digits."""
+"""The smallest squared pivot, relative to its diagonal entry, at which forming a Gram matrix leaves 10 digits."""
+
+_ALWAYS_ORTHONORMAL = 2**21
+"""Entries of V up to which a QR costs milliseconds."""
 
 
-def capacitance_lower(H: Tensor, whitened: Callable[[], Tensor] | None, sign: int, where: str) -> Tensor:
-    """L with ``L L^T = H``.
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRankFactors(Tree):
+    """``P / scale`` as a change of ``Z / scale`` in the directions of V.
 
-    Args:
-        H: ``I + s V^T V``, ``(..., k, k)``, float64.
-        whitened: makes V, ``(..., D, k)``, when H turns out to be too ill-conditioned; None if V cannot be formed.
-        sign: s.
-        where: the name under which a failure is reported.
-
-    Raises:
-        NotPositiveDefiniteError: if the changed precision is not positive definite.
+    Attributes:
+        base: the factors of ``Z / scale``.
+        scale: a power of two per batch element, taken out so that results do not depend on the scale of P.
+        V: ``(..., D, r)``: the orthonormal Q or V itself; None where V is a feature operator that is not multiplied out.
+        W: ``(..., k, r)``, orthonormal columns.
+        gain: ``sigma^2``, ``(..., r)``.
+        h: ``1 + s sigma^2``, ``(..., r)``.
+        orthonormal: whether V holds Q.
     """
+
+    base: Any = tensor_field(0)
+    scale: Tensor = tensor_field(0)
+    V: Tensor | None = tensor_field(2)
+    W: Tensor = tensor_field(2)
+    gain: Tensor = tensor_field(1)
+    h: Tensor = tensor_field(1)
+    orthonormal: bool = static_field()
+
+
+def from_columns(V: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """V (or Q), W, gain, h and whether the first is orthonormal, by the cheaper route that is accurate enough."""
+    if V.numel() > _ALWAYS_ORTHONORMAL:
+        gram = V.mT @ V
+        if _gram_is_safe(gram, sign):
+            return V, *from_gram(gram, sign), False
+    Q, R = torch.linalg.qr(V)
+    left, sigma, Wh = torch.linalg.svd(R, full_matrices=False)
+    gain = sigma.square()
+    h = 1 + gain if sign > 0 else (1 - sigma) * (1 + sigma)
+    return Q @ left, Wh.mT, gain, h, True
+
+
+def from_gram(gram: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor]:
+    """W, gain and h from ``V^T V``."""
+    gain, W = torch.linalg.eigh(gram)
+    gain = gain.clamp(min=0.0)
+    return W, gain, 1 + gain if sign > 0 else 1 - gain
+
+
+def _gram_is_safe(gram: Tensor, sign: int) -> bool:
+    H = sign * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     lower, info = torch.linalg.cholesky_ex(H)
-    pivots = lower.diagonal(dim1=-2, dim2=-1).square() / H.diagonal(dim1=-2, dim2=-1)
-    if bool((info == 0).all()) and bool((pivots > _SAFE_PIVOT).all()):
-        return lower
-    if whitened is None:
-        if bool((info == 0).all()):
-            return lower
-        raise NotPositiveDefiniteError(where, float(torch.linalg.eigvalsh(H).min()))
-    V = whitened()
-    if sign > 0:
-        eye = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device).expand(*V.shape[:-2], -1, -1)
-        return _positive(torch.linalg.qr(torch.cat([V, eye], dim=-2), mode="r").R)
-    _, singular, Wh = torch.linalg.svd(torch.linalg.qr(V, mode="r").R, full_matrices=True)
-    singular = torch.nn.functional.pad(singular, (0, Wh.shape[-1] - singular.shape[-1]))
-    remaining = (1 - singular) * (1 + singular)
-    if not bool((remaining > 0).all()):
-        raise NotPositiveDefiniteError(where, float(remaining.min()))
-    return _positive(torch.linalg.qr(remaining.sqrt()[..., None] * Wh, mode="r").R)
+    pivots = lower.diagonal(dim1=-2, dim2=-1).square()
+    # A downdate leaves at most 1, and what is near 0 is a difference.
+    reference = H.diagonal(dim1=-2, dim2=-1) if sign > 0 else torch.ones_like(pivots)
+    return bool((info == 0).all()) and bool((pivots > _SAFE_PIVOT * reference).all())
 
 
-def _positive(upper: Tensor) -> Tensor:
-    """The lower factor R^T of a QR, with positive pivots."""
-    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-    return (upper * signs[..., None].to(upper)).mT
+INVERSE, ROOT, INVERSE_ROOT = "inverse", "root", "inverse root"
 
 
-def leverage_split(d: Tensor, V: Tensor, lower: Tensor) -> Tensor:
-    """The diagonal of ``(diag(d) + U U^T)^-1`` to full relative accuracy, with ``V = d^{-1/2} U`` and ``L L^T = I + V^T V``.
+def spectral_value(h: Tensor, function: str) -> Tensor:
+    """f(h) for h^-1, h^(1/2) and h^(-1/2)."""
+    return {INVERSE: h.reciprocal, ROOT: h.sqrt, INVERSE_ROOT: h.rsqrt}[function]()
 
-    The formula ``(1 - h_i) / d_i`` with leverages ``h_i = |L^-1 v_i|^2`` cancels as h_i nears 1. Since the leverages sum to
-    at most k, few rows S do; for them ``(P^-1)_SS = (D_S + G G^T)^-1`` with ``G = U_S R^-1``, R the triangular factor of the
-    other rows stacked on I, by a QR of ``[D_S^{1/2}; G^T]``.
+
+def spectral_change(h: Tensor, function: str, sign: int) -> Tensor:
+    """``(f(h) - 1) / sigma^2`` with ``h = 1 + s sigma^2``, free of cancellation."""
+    root = h.sqrt()
+    magnitude = {INVERSE: -1 / h, ROOT: 1 / (1 + root), INVERSE_ROOT: -1 / (h + root)}[function]
+    return sign * magnitude
+
+
+def leverage_split(V: Tensor, leverage: Tensor) -> Tensor:
+    """The diagonal of ``(I + V V^T)^-1`` to full relative accuracy, given the leverages ``h_i`` of its rows.
+
+    The formula ``1 - h_i`` cancels as h_i nears 1. Since the leverages sum to at most k, few rows S come near; for them
+    ``((I + V V^T)^-1)_SS = (I + G G^T)^-1`` with ``G = V_S R^-1``, R the triangular factor of the other rows stacked on I.
 
     Args:
-        d: ``(D,)``, positive.
         V: ``(D, k)``.
-        lower: ``(k, k)``.
+        leverage: ``(D,)``.
     """
-    leverage = torch.linalg.solve_triangular(lower, V.mT, upper=False).square().sum(-2)
-    result = (1 - leverage) / d
+    result = 1 - leverage
     high = leverage > 0.5
     if not bool(high.any()):
         return result
-    rest = V[~high]
     eye = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
-    upper = torch.linalg.qr(torch.cat([rest, eye]), mode="r").R
-    # In whitened rows (P^-1)_SS = D_S^{-1/2} (I + W W^T)^-1 D_S^{-1/2}, W = V_S R^-1.
-    W = torch.linalg.solve_triangular(upper.mT, V[high].mT, upper=False).mT
-    eye_s = torch.eye(W.shape[0], dtype=V.dtype, device=V.device)
-    scale = d[high].sqrt()
-    stacked = torch.cat([torch.diag_embed(scale), (W * scale[:, None]).mT])
-    inverse = torch.linalg.solve_triangular(torch.linalg.qr(stacked, mode="r").R, eye_s, upper=True)
-    result = result.clone()
+    R = torch.linalg.qr(torch.cat([V[~high], eye]), mode="r").R
+    G = torch.linalg.solve_triangular(R.mT, V[high].mT, upper=False).mT
+    eye = torch.eye(G.shape[0], dtype=V.dtype, device=V.device)
+    inverse = torch.linalg.solve_triangular(
+        torch.linalg.qr(torch.cat([eye, G.mT]), mode="r").R, eye, upper=True
+    )
     result[high] = inverse.square().sum(-1)
     return result

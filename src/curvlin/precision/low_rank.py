@@ -1,10 +1,9 @@
 """Low-rank changes of a precision: ``Z + U C U^T`` for any base Z, and ``diag(d) + U U^T``.
 
-With ``P = Z + s w U U^T`` (s = +1 or -1, w > 0), ``H = I + s w U^T Z^-1 U = L L^T``, ``R_Z R_Z^T = Z`` and
-``V = sqrt(w) R_Z^-1 U``, the root of P is ``R = R_Z (I + s V (I + L)^-1 V^T)``, its inverse
-``(I - s V (I + L^T)^-1 L^-1 V^T) R_Z^-1``: triangular matrices of size k only, smooth in all that they depend on, and
-U enters only as ``U c`` and ``U^T x``. So U may be a feature operator that is never multiplied out; this is then
-the dual (kernel) form of a posterior precision. A factorisation costs one congruence with Z and O(k^3).
+All of it happens in coordinates that whiten the base, ``R_Z R_Z^T = Z``, where P is ``I + s V V^T`` with
+``V = sqrt(w) R_Z^-1 U`` and ``s = +1`` (update) or ``-1`` (downdate); the root of P is ``R_Z (I + s V V^T)^{1/2}``. A feature
+operator in the place of U is never multiplied out: V then acts as ``V c = R_Z^-1 U c``, ``V^T x = U^T R_Z^-T x``, and only
+the k x k congruence with Z is formed. That is the dual (kernel) form of a posterior precision.
 """
 
 from __future__ import annotations
@@ -18,26 +17,28 @@ from torch import Tensor
 
 from curvlin._check import floating, same_kind, symmetric
 from curvlin._tables import CONGRUENCE, lookup
-from curvlin._tree import Tree, is_concrete, static_field, tensor_field
+from curvlin._tree import Tree, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.features.base import FeatureOperator
-from curvlin.numerics.cholesky import follow
 from curvlin.numerics.implicit import graft
-from curvlin.numerics.low_rank import capacitance_lower, leverage_split
+from curvlin.numerics.low_rank import (
+    INVERSE,
+    INVERSE_ROOT,
+    ROOT,
+    LowRankFactors,
+    from_columns,
+    from_gram,
+    leverage_split,
+    spectral_change,
+    spectral_value,
+)
 from curvlin.numerics.scaling import power_of_two
+from curvlin.numerics.symmetric_root import symmetric_root
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.implicit import ImplicitOperator
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LowRankFactors(Tree):
-    """L with ``L L^T = I + s w U^T Z^-1 U``, and the factors of Z."""
-
-    base: Any = tensor_field(0)
-    lower: Tensor = tensor_field(2)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,8 +132,8 @@ class Woodbury(ImplicitOperator):
         X = X if self.weight is None else self.weight[..., None, None] * X
         return X if self.sign > 0 else -X
 
-    def _capacitance(self, base_factors: Any) -> Tensor:
-        """``I + s w U^T Z^-1 U``, differentiable."""
+    def _gram(self, base_factors: Any) -> Tensor:
+        """``w U^T Z^-1 U``, differentiable."""
         if isinstance(self.U, FeatureOperator):
             rule = lookup(CONGRUENCE, type(self.U), type(self.base))
             if rule is None:
@@ -144,30 +145,35 @@ class Woodbury(ImplicitOperator):
             gram = gram.flatten(-2).flatten(-3, -2)
         else:
             gram = self.U.mT @ self.base._solve(self.U, base_factors)
-        gram = self._weighted((gram + gram.mT) / 2)
-        return gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        gram = (gram + gram.mT) / 2
+        return gram if self.weight is None else self.weight[..., None, None] * gram
 
-    def _whitened(self, base_factors: Any) -> Tensor:
-        """``V = sqrt(w) R_Z^-1 U``, formed so that a common power-of-two scale of Z and w leaves no trace."""
-        assert isinstance(self.U, Tensor)
-        if self.weight is None:
-            return self.base._root_solve(self.U, base_factors)
-        scale = power_of_two(self.weight[..., None, None])
-        base = self.base._scale(1 / scale)
-        return base._root_solve(self.U, base._factorize()) * (self.weight / scale).sqrt()[..., None, None]
+    def _normal(self, scale: Tensor) -> Woodbury:
+        """``P / scale``."""
+        weight = 1 / scale if self.weight is None else self.weight / scale
+        return self._with(base=self.base._scale(1 / scale), weight=weight)
 
     # -- factorisation ----------------------------------------------------------------------------------------
 
     def _factorize(self) -> LowRankFactors | CanonicalFactors:
         if self.core is not None:
             return self._canonical()
+        scale = power_of_two(self.base._diagonal().unsqueeze(-1))
+        normal = self._normal(scale)
         try:
-            base = self.base._factorize()
+            base = normal.base._factorize()
         except NotPositiveDefiniteError as error:
             raise error.within("Woodbury.base") from None
-        whitened = None if isinstance(self.U, FeatureOperator) else lambda: self._whitened(base)
-        lower = capacitance_lower(self._capacitance(base), whitened, self.sign, "Woodbury")
-        return LowRankFactors(base, lower)
+        if isinstance(self.U, FeatureOperator):
+            V, orthonormal = None, False
+            W, gain, h = from_gram(normal._gram(base), self.sign)
+        else:
+            assert normal.weight is not None
+            columns = normal.base._root_solve(self.U, base) * normal.weight.sqrt()[..., None, None]
+            V, W, gain, h, orthonormal = from_columns(columns, self.sign)
+        if not bool((h > 0).all()):
+            raise NotPositiveDefiniteError("Woodbury", float((h.amin(-1) * scale).min()))
+        return LowRankFactors(base, scale, V, W, gain, h, orthonormal)
 
     def _canonical(self) -> CanonicalFactors:
         """The core as ``E diag(gamma) E^T``, its positive part an update and its negative part a downdate."""
@@ -200,10 +206,49 @@ class Woodbury(ImplicitOperator):
         assert self.core is not None and isinstance(self.U, Tensor)
         return self._with(core=None, U=self.U @ torch.linalg.cholesky_ex(self.core).L), factors.factors
 
-    def _lower(self, factors: LowRankFactors) -> Tensor:
-        if not self._needs_grad():
-            return factors.lower
-        return follow(factors.lower, self._capacitance(factors.base))
+    # -- in whitened coordinates -------------------------------------------------------------------------------
+
+    def _collect_white(self, v: Tensor, factors: LowRankFactors) -> Tensor:
+        """``V^T v`` without V."""
+        c = self._collect(self.base._unwhiten(v, factors.base))
+        return c if self.weight is None else c * self.weight.sqrt()[..., None, None]
+
+    def _spread_white(self, c: Tensor, factors: LowRankFactors) -> Tensor:
+        """``V c`` without V."""
+        c = c if self.weight is None else c * self.weight.sqrt()[..., None, None]
+        return self.base._root_solve(self._spread(c), factors.base)
+
+    def _apply(self, v: Tensor, function: str, factors: LowRankFactors) -> Tensor:
+        """``f(I + s V V^T) v`` for this operator in its normal scale; a value."""
+        V, W, h = factors.V, factors.W, factors.h.unsqueeze(-1)
+        if factors.orthonormal:
+            assert V is not None
+            c, rest = split_off(V, v)
+            return rest + V @ (spectral_value(h, function) * c)
+        c = W.mT @ (self._collect_white(v, factors) if V is None else V.mT @ v)
+        c = W @ (spectral_change(h, function, self.sign) * c)
+        return v + (self._spread_white(c, factors) if V is None else V @ c)
+
+    def _apply_live(self, v: Tensor, function: str, factors: LowRankFactors) -> Tensor:
+        """The same by differentiable operations: ``v + s V g(H) V^T v`` with ``H = I + s V^T V``."""
+        H = self._capacitance(factors)
+        c = self._collect_white(v, factors)
+        eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+        _, W, h = _full_spectrum(factors, self.sign)
+        S = symmetric_root(H, W, h)
+        c = torch.linalg.solve(eye + S, c) if function == ROOT else -torch.linalg.solve(H + S, c)
+        return v + self.sign * self._spread_white(c, factors)
+
+    def _capacitance(self, factors: LowRankFactors) -> Tensor:
+        """``H = I + s V^T V``, differentiable."""
+        gram = self._gram(factors.base)
+        return self.sign * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+    def _root_function(self, v: Tensor, function: str, factors: LowRankFactors) -> Tensor:
+        value = self._apply(v, function, factors)
+        if not (self._needs_grad() or needs_grad(v)):
+            return value
+        return graft(value, self._apply_live(v, function, factors))
 
     # -- products, solves, determinants -----------------------------------------------------------------------
 
@@ -214,51 +259,70 @@ class Woodbury(ImplicitOperator):
     def _solve_value(self, X: Tensor, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
             return factors.operator._solve_value(X, factors.factors)
-        x = self._solve_once(X, factors)
-        # One step of refinement repairs the digits that a right-hand side near the range of U loses.
-        return x + self._solve_once(X - self._matmul(x), factors)
+        normal = self._normal(factors.scale)
+        x = normal._solve_once(X, factors)
+        # One step of refinement repairs what whitening by an ill-conditioned base has cost.
+        x = x + normal._solve_once(X - normal._matmul(x), factors)
+        return x / factors.scale[..., None, None]
 
     def _solve_once(self, X: Tensor, factors: LowRankFactors) -> Tensor:
-        return self.base._solve(
-            X - self._spread(self._weighted(self._coefficients(X, factors))), factors.base
-        )
-
-    def _coefficients(self, X: Tensor, factors: LowRankFactors) -> Tensor:
-        """``H^-1 U^T Z^-1 X = U^T P^-1 X``."""
-        c = self._collect(self.base._solve(X, factors.base))
-        lower = factors.lower.expand(*torch.broadcast_shapes(factors.lower.shape[:-2], c.shape[:-2]), -1, -1)
-        return torch.cholesky_solve(c.expand(*lower.shape[:-2], -1, -1), lower)
+        white = self._apply(self.base._root_solve(X, factors.base), INVERSE, factors)
+        return self.base._unwhiten(white, factors.base)
 
     def _inv_quad_value(self, X: Tensor, factors: Any) -> Tensor:
-        """``|y|^2_Z + w |t|^2``: the minimum of a least-squares problem, so errors in t count only squared."""
+        """A sum of squares in every route; in the Gram route the minimum of a least-squares problem, in which
+        errors of the coefficients count only squared."""
         if isinstance(factors, CanonicalFactors):
             return factors.operator._inv_quad_value(X, factors.factors)
-        if self.sign < 0:
-            return self._root_solve_value(X, factors).square().sum(-2)
-        t = self._coefficients(X, factors)
-        fit = t.square().sum(-2) if self.weight is None else self.weight[..., None] * t.square().sum(-2)
-        return self.base._inv_quad(X - self._spread(self._weighted(t)), factors.base) + fit
+        normal = self._normal(factors.scale)
+        white = normal.base._root_solve(X, factors.base)
+        V, W, h = factors.V, factors.W, factors.h.unsqueeze(-1)
+        if factors.orthonormal:
+            assert V is not None
+            c, rest = split_off(V, white)
+            quad = rest.square().sum(-2) + (c.square() / h).sum(-2)
+        elif self.sign < 0:
+            quad = normal._apply(white, INVERSE_ROOT, factors).square().sum(-2)
+        else:
+            t = W @ ((W.mT @ (normal._collect_white(white, factors) if V is None else V.mT @ white)) / h)
+            rest = white - (normal._spread_white(t, factors) if V is None else V @ t)
+            quad = rest.square().sum(-2) + t.square().sum(-2)
+        return quad / factors.scale[..., None]
 
     def _logdet(self, factors: Any) -> Tensor:
-        if isinstance(factors, LowRankFactors):
-            pivots = self._lower(factors).diagonal(dim1=-2, dim2=-1)
-            return self.base._logdet(factors.base) + 2 * pivots.log().sum(-1)
-        value = factors.operator._logdet(factors.factors)
-        if not self._needs_grad():
-            return value
-        return self._core_logdet(value, factors)
+        if isinstance(factors, CanonicalFactors):
+            value = factors.operator._logdet(factors.factors)
+            return graft(value, self._core_logdet(factors)) if self._needs_grad() else value
+        base = self._normal(factors.scale).base._logdet(factors.base) + self.size * factors.scale.log()
+        return base + self._logdet_change(factors)
 
-    def _core_logdet(self, value: Tensor, factors: CanonicalFactors) -> Tensor:
-        """The derivatives of ``logdet Z + logdet(I + G C)``: no root of the core, which may be singular."""
+    def _logdet_change(self, factors: LowRankFactors) -> Tensor:
+        """``log det P - log det Z = log det H``."""
+        change = torch.log1p(factors.gain) if self.sign > 0 else factors.h.log()
+        value = change.sum(-1)
+        return (
+            graft(value, self._normal(factors.scale)._live_logdet(factors)) if self._needs_grad() else value
+        )
+
+    def _live_logdet(self, factors: LowRankFactors) -> Tensor:
+        """``log det H`` around the accurate spectrum: its derivative ``H^-1 dH`` comes from there."""
+        _, W, h = _full_spectrum(factors, self.sign)
+        whitening = W / h.sqrt().unsqueeze(-2)
+        inner = whitening.mT @ self._capacitance(factors) @ whitening
+        eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+        lower = torch.linalg.cholesky_ex(graft(eye.expand_as(inner), inner)).L
+        return 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def _core_logdet(self, factors: CanonicalFactors) -> Tensor:
+        """``logdet Z + logdet(I + G C)``: no root of the core, which may be singular."""
         assert self.core is not None and isinstance(self.U, Tensor)
-        base_factors = factors.factors.base
-        if (
-            factors.operator.sign != self.sign
-        ):  # the negative part of the core stands outside its positive part
-            base_factors = base_factors.base
-        gram = self.U.mT @ self.base._solve(self.U, base_factors)
-        M = self._weighted(gram @ self.core) + torch.eye(self.rank, dtype=gram.dtype, device=gram.device)
-        return graft(value, self.base._logdet(base_factors) + torch.linalg.slogdet(M).logabsdet)
+        innermost, inner_factors = factors.operator, factors.factors
+        while isinstance(innermost.base, Woodbury) and innermost.base is not self.base:
+            innermost, inner_factors = innermost.base, inner_factors.base
+        normal = self._normal(inner_factors.scale)
+        gram = normal._gram(inner_factors.base)
+        M = self.sign * gram @ self.core + torch.eye(self.rank, dtype=gram.dtype, device=gram.device)
+        return normal.base._logdet(inner_factors.base) + torch.linalg.slogdet(M).logabsdet
 
     def _diagonal(self) -> Tensor:
         return self.base._diagonal() + self._weighted(self._low_rank_diagonal().unsqueeze(-1)).squeeze(-1)
@@ -272,60 +336,86 @@ class Woodbury(ImplicitOperator):
 
     def _inverse_diagonal(self, factors: Any) -> Tensor:
         P, factors = self._rooted(factors)
-        lower = P._lower(factors)
-        if isinstance(P.U, Tensor):
-            plain = isinstance(P.base, (Diagonal, Isotropic)) and P.sign > 0 and not P.batch_shape
-            if plain and is_concrete(P.U) and not P._needs_grad():
-                return leverage_split(P.base.diagonal(), P._whitened(factors.base), lower)
-            removed = torch.linalg.solve_triangular(lower, P.base._solve(P.U, factors.base).mT, upper=False)
-            gain = removed.square().sum(-2)
-        else:
-            gain = P._feature_gain(lower, factors.base)
-        return P.base._inverse_diagonal(factors.base) - P._weighted(gain.unsqueeze(-1)).squeeze(-1)
+        normal = P._normal(factors.scale)
+        if not P._needs_grad():
+            return normal._inverse_diagonal_value(factors) / factors.scale.unsqueeze(-1)
+        eye = torch.eye(normal.rank, dtype=P.dtype, device=P.device)
+        H = normal._capacitance(factors)
+        columns = normal._spread(
+            eye if normal.weight is None else eye * normal.weight.sqrt()[..., None, None]
+        )
+        columns = normal.base._solve(columns, factors.base)
+        removed = (columns * torch.linalg.solve(H, columns.mT).mT).sum(-1)
+        live = normal.base._inverse_diagonal(factors.base) - P.sign * removed
+        return graft(normal._inverse_diagonal_value(factors), live) / factors.scale.unsqueeze(-1)
 
-    def _feature_gain(self, lower: Tensor, base_factors: Any) -> Tensor:
-        """The diagonal of ``Z^-1 U H^-1 U^T Z^-1``, a chunk of k right-hand sides at a time."""
-        eye = torch.eye(self.rank, dtype=self.dtype, device=self.device)
-        coefficients = torch.linalg.solve_triangular(lower.mT, eye.expand_as(lower), upper=True)
-        width = max(1, _CHUNK // self.size)
+    def _inverse_diagonal_value(self, factors: LowRankFactors) -> Tensor:
+        """``diag(Z^-1)`` less what the update removes; where that cancels, a leverage split or single solves."""
+        prior = self.base._inverse_diagonal(factors.base)
+        h = factors.h.unsqueeze(-2)
+        if factors.V is None:
+            return prior - self.sign * self._removed_by_features(factors)
+        if isinstance(self.base, (Diagonal, Isotropic)):
+            directions = factors.V if factors.orthonormal else factors.V @ factors.W
+            share = factors.gain.unsqueeze(-2) / h if factors.orthonormal else 1 / h
+            leverage = (directions.square() * share).sum(-1)
+            if self.sign < 0 or self.batch_shape or not is_concrete(leverage):
+                return prior * (1 - self.sign * leverage)
+            V = directions * factors.gain.sqrt() if factors.orthonormal else factors.V
+            return prior * leverage_split(V, leverage)
+        spread = factors.V if factors.orthonormal else factors.V @ factors.W
+        columns = self.base._unwhiten(spread, factors.base)
+        share = factors.gain.unsqueeze(-2) / h if factors.orthonormal else 1 / h
+        result = prior - self.sign * (columns.square() * share).sum(-1)
+        if self.sign < 0 or not is_concrete(result):
+            return result
+        cancelled = (result < prior / 2).flatten(0, -2).any(0) if result.ndim > 1 else result < prior / 2
+        if bool(cancelled.any()):
+            rows = cancelled.nonzero().squeeze(-1)
+            selection = torch.zeros(self.size, len(rows), dtype=self.dtype, device=self.device)
+            selection[rows, torch.arange(len(rows), device=self.device)] = 1.0
+            identity = torch.ones_like(factors.scale)
+            unscaled = LowRankFactors(
+                factors.base, identity, factors.V, factors.W, factors.gain, factors.h, factors.orthonormal
+            )
+            result[..., rows] = self._inv_quad_value(selection, unscaled)
+        return result
+
+    def _removed_by_features(self, factors: LowRankFactors) -> Tensor:
+        """The diagonal of ``w Z^-1 U H^-1 U^T Z^-1``, a chunk of k right-hand sides at a time."""
+        coefficients = factors.W / factors.h.sqrt().unsqueeze(-2)
+        if self.weight is not None:
+            coefficients = coefficients * self.weight.sqrt()[..., None, None]
         total: Tensor | float = 0.0
-        for part in coefficients.split(width, dim=-1):
-            total = total + self.base._solve(self._spread(part), base_factors).square().sum(-1)
+        for part in coefficients.split(max(1, _CHUNK // self.size), dim=-1):
+            total = total + self.base._solve(self._spread(part), factors.base).square().sum(-1)
         assert isinstance(total, Tensor)
         return total
 
     # -- roots ------------------------------------------------------------------------------------------------
 
     def _whiten(self, X: Tensor, factors: Any) -> Tensor:
-        P, factors = self._rooted(factors)
-        c = torch.linalg.solve_triangular(_plus_identity(P._lower(factors)).mT, P._collect(X), upper=True)
-        return P.base._whiten(X, factors.base) + P.base._root_solve(P._spread(P._weighted(c)), factors.base)
+        normal, factors, root_scale = self._rooted_normal(factors)
+        return normal._root_function(normal.base._whiten(X, factors.base), ROOT, factors) * root_scale
 
     def _unwhiten(self, Z: Tensor, factors: Any) -> Tensor:
-        P, factors = self._rooted(factors)
-        lower = P._lower(factors)
-        u = P.base._unwhiten(Z, factors.base)
-        c = torch.linalg.solve_triangular(_plus_identity(lower), P._collect(u), upper=False)
-        c = torch.linalg.solve_triangular(lower.mT, c, upper=True)
-        return u - P.base._solve(P._spread(P._weighted(c)), factors.base)
+        normal, factors, root_scale = self._rooted_normal(factors)
+        return (
+            normal.base._unwhiten(normal._root_function(Z, INVERSE_ROOT, factors), factors.base) / root_scale
+        )
 
     def _root_matvec(self, Z: Tensor, factors: Any) -> Tensor:
-        P, factors = self._rooted(factors)
-        c = P._collect(P.base._unwhiten(Z, factors.base))
-        c = torch.linalg.solve_triangular(_plus_identity(P._lower(factors)), c, upper=False)
-        return P.base._root_matvec(Z, factors.base) + P._spread(P._weighted(c))
+        normal, factors, root_scale = self._rooted_normal(factors)
+        return normal.base._root_matvec(normal._root_function(Z, ROOT, factors), factors.base) * root_scale
 
     def _root_solve(self, G: Tensor, factors: Any) -> Tensor:
-        P, factors = self._rooted(factors)
-        return P._root_solve_value(G, LowRankFactors(factors.base, P._lower(factors)))
+        normal, factors, root_scale = self._rooted_normal(factors)
+        white = normal.base._root_solve(G, factors.base)
+        return normal._root_function(white, INVERSE_ROOT, factors) / root_scale
 
-    def _root_solve_value(self, G: Tensor, factors: LowRankFactors) -> Tensor:
-        lower = factors.lower
-        c = torch.linalg.solve_triangular(
-            lower, self._collect(self.base._solve(G, factors.base)), upper=False
-        )
-        c = torch.linalg.solve_triangular(_plus_identity(lower).mT, c, upper=True)
-        return self.base._root_solve(G - self._spread(self._weighted(c)), factors.base)
+    def _rooted_normal(self, factors: Any) -> tuple[Woodbury, LowRankFactors, Tensor]:
+        P, factors = self._rooted(factors)
+        return P._normal(factors.scale), factors, factors.scale.sqrt()[..., None, None]
 
     # -- algebra ----------------------------------------------------------------------------------------------
 
@@ -340,8 +430,8 @@ class Woodbury(ImplicitOperator):
         return self._with(base=base, U=self.U[..., index, :])
 
     def _marginal(self, index: Tensor, max_size: int) -> PrecisionOperator | None:
-        """With Z = Z_A + Z_B without coupling: ``Z_A + U_A (C^-1 + U_B^T Z_B^-1 U_B)^-1 U_A^T``."""
-        if self.core is not None or isinstance(self.U, FeatureOperator) or self.sign < 0:
+        """With Z = Z_A + Z_B without coupling: ``Z_A + s w U_A (I + s w U_B^T Z_B^-1 U_B)^-1 U_A^T``."""
+        if self.core is not None or isinstance(self.U, FeatureOperator):
             return None
         if not _decouples(self.base, index):
             return None
@@ -353,8 +443,10 @@ class Woodbury(ImplicitOperator):
             return kept
         others = self._with(base=self.base.conditional(rest, max_size=max_size), U=self.U[..., rest, :])
         others, factors = others._factored()
-        lower = others._lower(factors).to(self.dtype)
-        return kept._with(U=torch.linalg.solve_triangular(lower, kept.U.mT, upper=False).mT)
+        _, W, h = _full_spectrum(factors, self.sign)
+        root = symmetric_root(others._normal(factors.scale)._capacitance(factors), W, h)
+        assert isinstance(kept.U, Tensor)
+        return kept._with(U=torch.linalg.solve(root, kept.U.double().mT).mT.to(self.dtype))
 
     def _to_dense(self) -> Tensor:
         eye = torch.eye(self.rank, dtype=self.dtype, device=self.device)
@@ -394,8 +486,23 @@ def _by_chunks(features: FeatureOperator, reduce: Any) -> Tensor:
     return torch.cat([reduce(features._columns(part)) for part in positions.split(width)], dim=-1)
 
 
-def _plus_identity(lower: Tensor) -> Tensor:
-    return lower + torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+def split_off(Q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``c = Q^T v`` and ``v - Q c`` for orthonormal Q, orthogonalised twice so that the rest keeps its digits."""
+    c = Q.mT @ v
+    rest = v - Q @ c
+    again = Q.mT @ rest
+    return c + again, rest - Q @ again
+
+
+def _full_spectrum(factors: LowRankFactors, sign: int) -> tuple[Tensor, Tensor, Tensor]:
+    """gain, W and h over all k directions, also where the orthonormal route kept fewer than k."""
+    k, r = factors.W.shape[-2:]
+    if k == r:
+        return factors.gain, factors.W, factors.h
+    W = torch.linalg.qr(factors.W, mode="complete").Q
+    W = torch.cat([factors.W, W[..., r:]], dim=-1)
+    gain = torch.nn.functional.pad(factors.gain, (0, k - r))
+    return gain, W, torch.nn.functional.pad(factors.h, (0, k - r), value=1.0)
 
 
 def _decouples(base: PrecisionOperator, index: Tensor) -> bool:
