@@ -1,8 +1,8 @@
 """Projections onto a structure: the nearest operator in the Frobenius norm, asked for by name, with its error.
 
 For a structured P nothing dense is formed: traces, diagonals and inner products of factors suffice. The nearest
-Kronecker product is the leading singular triple of the rearranged matrix (Van Loan & Pitsianis 1993), which for a sum of
-r Kronecker terms has rank r and needs matrices of size r only.
+Kronecker product is the leading singular triple of the rearranged matrix (Van Loan & Pitsianis 1993), which for
+a sum of r Kronecker terms has rank r and needs matrices of size r only.
 """
 
 from __future__ import annotations

@@ -92,9 +92,7 @@ def low_rank_anything(P: Woodbury, Q: PrecisionOperator, factors: Any) -> Tensor
 
 @register(TRACE_SOLVE, SpectralKronecker, KroneckerSum)
 @register(TRACE_SOLVE, KroneckerSum, KroneckerSum)
-def kronecker_kronecker(
-    P: KroneckerSum | SpectralKronecker, Q: KroneckerSum, factors: KroneckerFactors
-) -> Tensor:
+def kronecker_kronecker(P: KroneckerSum | SpectralKronecker, Q: KroneckerSum, factors: Any) -> Tensor:
     """``sum_ij (X^T L X)_ii (Y^T R Y)_jj / d_ij`` over the terms ``L (x) R`` of Q."""
     _check_sizes(P, Q)
     left, right, d = spectral_form(P, factors)

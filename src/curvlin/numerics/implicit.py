@@ -11,8 +11,9 @@ so no derivative of an eigenvector is ever taken, repeated eigenvalues are harml
 are written with the same differentiable functions, every order of derivative follows. (`log_det` asks the
 operator for ``tr(P^-1 dP)`` as `_logdet_gradient`, and has the orders that this has.)
 
-Autograd sees an operator as its tensors. `frozen_factors` is the one kernel that looks at values; it has a `vmap` rule of
-its own, so under transforms the checks and algorithm switches inside a factorisation still see numbers.
+Autograd sees an operator as its tensors. `frozen_factors` is the one kernel that looks at values; it has a
+`vmap` rule of its own, so under transforms the checks and algorithm switches inside a factorisation still see
+numbers.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def log_det(P: Any, factors: Any) -> Tensor:
 
 def graft(value: Tensor, expression: Tensor) -> Tensor:
     """`value` with the derivatives of `expression`: two ways to compute one thing, each for what it is good at."""
-    result: Tensor = _Graft.apply(value, expression)
+    result: Tensor = _Graft.apply(value, expression)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -73,7 +74,7 @@ class Factored(Tree):
     factors: Any = tensor_field(0)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def apply_kernel(function: Any, P: Any, factors: Any, X: Tensor | None) -> Tensor:
     """Run a kernel on the tensors of P, of its factors, and of a right-hand side."""
     pair = Factored(P, factors)
@@ -97,7 +98,7 @@ def pull_back(
             build(structure, [queue.pop(0) if w else leaf for leaf, w in zip(leaves, want, strict=True)])
         )
 
-    output, vjp = torch.func.vjp(of_chosen, *chosen)
+    output, vjp = torch.func.vjp(of_chosen, *chosen)[:2]
     gradients = list(vjp(cotangent.expand_as(output)))
     padding = [None] * (len(wanted) - len(leaves))
     return [*(gradients.pop(0) if w else None for w in want), *padding]
@@ -120,9 +121,8 @@ def push_forward(
         )
 
     primals = tuple(leaf for leaf, m in zip(leaves, moving, strict=True) if m)
-    _, derivative = torch.func.jvp(of_moving, primals, tuple(t for t in tangents if t is not None))
-    result: Tensor = derivative
-    return result
+    derivative = torch.func.jvp(of_moving, primals, tuple(t for t in tangents if t is not None))[1]
+    return derivative
 
 
 def _sum_of(*terms: Tensor | None) -> Tensor | None:
@@ -147,7 +147,7 @@ class _Solve(torch.autograd.Function):
         ctx.save_for_forward(output, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
         solution, *tensors = ctx.saved_tensors
         pair = build(ctx.structure, tensors)
         Y = solve(pair.operator, G, pair.factors)
@@ -155,7 +155,7 @@ class _Solve(torch.autograd.Function):
         return None, (Y.sum_to_size(ctx.x_shape) if ctx.needs_input_grad[1] else None), *grads
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, dX: Tensor | None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, _: Any, dX: Tensor | None, *tangents: Tensor | None) -> Tensor:
         solution, *tensors = ctx.saved_tensors
         pair = build(ctx.structure, tensors)
         change = push_forward(pair, tangents, lambda P: -P._matmul(solution))
@@ -180,7 +180,7 @@ class _InvQuad(torch.autograd.Function):
         ctx.save_for_forward(X, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         X, *tensors = ctx.saved_tensors
         pair = build(ctx.structure, tensors)
         solution = solve(pair.operator, X, pair.factors)
@@ -192,7 +192,7 @@ class _InvQuad(torch.autograd.Function):
         return None, grad_x, *grads
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, dX: Tensor | None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, _: Any, dX: Tensor | None, *tangents: Tensor | None) -> Tensor:
         X, *tensors = ctx.saved_tensors
         pair = build(ctx.structure, tensors)
         solution = solve(pair.operator, X, pair.factors)
@@ -218,7 +218,7 @@ class _LogDet(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         pair = build(ctx.structure, ctx.saved_tensors)
         gradients = pair.operator._logdet_gradient(pair.factors)
         grads: list[Tensor | None] = []
@@ -227,7 +227,7 @@ class _LogDet(torch.autograd.Function):
         return None, None, *grads, *([None] * (len(ctx.saved_tensors) - len(grads)))
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, _x: None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, _: Any, _x: None, *tangents: Tensor | None) -> Tensor:
         pair = build(ctx.structure, ctx.saved_tensors)
         gradients = pair.operator._logdet_gradient(pair.factors)
         terms: list[Tensor | None] = []
@@ -252,19 +252,21 @@ class _Graft(torch.autograd.Function):
         ctx.shape = inputs[1].shape
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         return None, g.sum_to_size(ctx.shape)
 
     @staticmethod
-    def jvp(ctx: Any, _: Tensor | None, tangent: Tensor | None) -> Tensor | None:  # type: ignore[override]
+    def jvp(ctx: Any, _: Tensor | None, tangent: Tensor | None) -> Tensor | None:
         return None if tangent is None else tangent.clone()
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def frozen_factors(P: Any) -> Any:
     """The factors of an operator whose tensors are wrapped by a transform, constant at every level of it."""
     made = _Note()
-    tensors = _Factorize.apply(P._structure(), made, *(t for t, _ in P._tensors()))
+    tensors = _Factorize.apply(  # type: ignore[no-untyped-call]
+        P._structure(), made, *(t for t, _ in P._tensors())
+    )
     assert made.structure is not None
     return build(made.structure, tensors).factors
 
@@ -291,11 +293,11 @@ class _Factorize(torch.autograd.Function):
         ctx.n_inputs, ctx.n_outputs = len(inputs), len(output)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple[None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *_: Any) -> tuple[None, ...]:
         return (None,) * ctx.n_inputs
 
     @staticmethod
-    def jvp(ctx: Any, *_: Any) -> tuple[None, ...]:  # type: ignore[override]
+    def jvp(ctx: Any, *_: Any) -> tuple[None, ...]:
         return (None,) * ctx.n_outputs
 
     @staticmethod
@@ -310,5 +312,7 @@ class _Factorize(torch.autograd.Function):
             moved.append(
                 tensor.reshape(tensor.shape[0], *(1,) * (width + n + 1 - tensor.ndim), *tensor.shape[1:])
             )
-        tensors = _Factorize.apply(structure, made, *(t.expand(info.batch_size, *t.shape[1:]) for t in moved))
+        tensors = _Factorize.apply(  # type: ignore[no-untyped-call]
+            structure, made, *(t.expand(info.batch_size, *t.shape[1:]) for t in moved)
+        )
         return tensors, (0,) * len(tensors)

@@ -29,7 +29,8 @@ def inverse_square_root_rule(
     """Nodes t and weights w with ``x^{-1/2} = sum_q w_q / (x + t_q)`` to rounding, for smallest <= x <= largest.
 
     Args:
-        smallest, largest: positive, ``(...)``.
+        smallest: positive, ``(...)``.
+        largest: likewise.
         n: the number of nodes; what the worst ratio needs when None.
 
     Returns:
@@ -96,7 +97,7 @@ class _InverseRoot(torch.autograd.Function):
         ctx.save_for_forward(Z, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
         Z, *tensors = ctx.saved_tensors
         pair = build(ctx.structure, tensors)
         grad_z = inverse_root(pair.operator, G, pair.factors).sum_to_size(Z.shape)
@@ -107,7 +108,7 @@ class _InverseRoot(torch.autograd.Function):
         return None, grad_z, *grads
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, dZ: Tensor | None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, _: Any, dZ: Tensor | None, *tangents: Tensor | None) -> Tensor:
         Z, *tensors = ctx.saved_tensors
         pair = build(ctx.structure, tensors)
         shifted, factors, weights = pair.operator._quadrature(pair.factors)

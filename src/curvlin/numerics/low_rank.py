@@ -1,12 +1,13 @@
 """The eigenproblem of size k behind a low-rank change of a precision, and how its accuracy is kept.
 
-In coordinates that whiten the base, ``P = Z + s w U U^T`` is ``I + s V V^T`` with ``V = sqrt(w) R_Z^-1 U``. Two routes to its
-spectrum, both exact:
+In coordinates that whiten the base, ``P = Z + s w U U^T`` is ``I + s V V^T`` with ``V = sqrt(w) R_Z^-1 U``. Two
+routes to its spectrum, both exact:
 
-- *orthonormal*: ``V = Q diag(sigma) W^T`` by QR and SVD; functions of P act as ``f(1 + s sigma^2)`` on ``Q^T x`` and as the
-  identity on the rest, so nothing cancels. O(D k^2), with the larger constant.
-- *Gram*: ``V^T V = W diag(sigma^2) W^T``; functions of P act as ``I + V W diag(...) W^T V^T``. Loses a factor cond(V^T V + I) of
-  accuracy, so it is taken only where that is harmless and where the size makes the other route expensive.
+- *orthonormal*: ``V = Q diag(sigma) W^T`` by QR and SVD; functions of P act as ``f(1 + s sigma^2)`` on ``Q^T
+  x`` and as the identity on the rest, so nothing cancels. O(D k^2), with the larger constant.
+- *Gram*: ``V^T V = W diag(sigma^2) W^T``; functions of P act as ``I + V W diag(...) W^T V^T``. Loses a factor
+  cond(V^T V + I) of accuracy, so it is taken only where that is harmless and where the size makes the other
+  route expensive.
 """
 
 from __future__ import annotations
@@ -96,8 +97,9 @@ def spectral_change(h: Tensor, function: str, sign: int) -> Tensor:
 def leverage_split(V: Tensor, leverage: Tensor) -> Tensor:
     """The diagonal of ``(I + V V^T)^-1`` to full relative accuracy, given the leverages ``h_i`` of its rows.
 
-    The formula ``1 - h_i`` cancels as h_i nears 1. Since the leverages sum to at most k, few rows S come near; for them
-    ``((I + V V^T)^-1)_SS = (I + G G^T)^-1`` with ``G = V_S R^-1``, R the triangular factor of the other rows stacked on I.
+    The formula ``1 - h_i`` cancels as h_i nears 1. Since the leverages sum to at most k, few rows S come near;
+    for them ``((I + V V^T)^-1)_SS = (I + G G^T)^-1`` with ``G = V_S R^-1``, R the triangular factor of the
+    other rows stacked on I.
 
     Args:
         V: ``(D, k)``.

@@ -1,8 +1,8 @@
 """The symmetric square root of a positive definite matrix, differentiable to every order.
 
-With ``S = H^{1/2}``, ``dS`` solves the Lyapunov equation ``S dS + dS S = dH``, which divides by sums of eigenvalues of S and
-never by differences (Higham, Functions of Matrices, section 6.1). The solution of that equation is differentiated the
-same way.
+With ``S = H^{1/2}``, ``dS`` solves the Lyapunov equation ``S dS + dS S = dH``, which divides by sums of
+eigenvalues of S and never by differences (Higham, Functions of Matrices, section 6.1). The solution of that
+equation is differentiated the same way.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 def symmetric_root(H: Tensor, W: Tensor, h: Tensor) -> Tensor:
     """``H^{1/2}`` for ``H = W diag(h) W^T``, all ``(..., k, k)``; the eigendecomposition is a constant."""
-    result: Tensor = _Root.apply(H, W, h.sqrt())
+    result: Tensor = _Root.apply(H, W, h.sqrt())  # type: ignore[no-untyped-call]
     return result
 
 
 def _lyapunov(S: Tensor, C: Tensor, W: Tensor, r: Tensor) -> Tensor:
-    result: Tensor = _Lyapunov.apply(S, C, W, r)
+    result: Tensor = _Lyapunov.apply(S, C, W, r)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -1,0 +1,1 @@
+"""Precision operators: one structure per file, the contract in `base`."""

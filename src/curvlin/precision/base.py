@@ -99,7 +99,7 @@ class PrecisionOperator(Tree, ABC):
         P, factors = self._factored()
         return P._logdet(factors).to(self.dtype).expand(self.batch_shape)
 
-    def inv_quad(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+    def inv_quad(self, x: Float[Tensor, "... D"]) -> Float[Tensor, ...]:
         """``x^T P^-1 x`` as a sum of squares, hence never negative; leading dimensions of x are batch."""
         X, restore = self._vectors("x", x)
         P, factors = self._factored()

@@ -19,9 +19,9 @@ from curvlin._check import floating, same_kind, square, symmetric
 from curvlin._tree import Tree, build, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.numerics import implicit
+from curvlin.numerics.cholesky import follow
 from curvlin.numerics.inverse_root import inverse_root, inverse_square_root_rule
 from curvlin.numerics.kronecker import congruence, product, rotate
-from curvlin.numerics.cholesky import follow
 from curvlin.numerics.pencil import Side, diagonalise
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.implicit import ImplicitOperator

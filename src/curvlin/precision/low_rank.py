@@ -1,9 +1,10 @@
 """Low-rank changes of a precision: ``Z + U C U^T`` for any base Z, and ``diag(d) + U U^T``.
 
-All of it happens in coordinates that whiten the base, ``R_Z R_Z^T = Z``, where P is ``I + s V V^T`` with
-``V = sqrt(w) R_Z^-1 U`` and ``s = +1`` (update) or ``-1`` (downdate); the root of P is ``R_Z (I + s V V^T)^{1/2}``. A feature
-operator in the place of U is never multiplied out: V then acts as ``V c = R_Z^-1 U c``, ``V^T x = U^T R_Z^-T x``, and only
-the k x k congruence with Z is formed. That is the dual (kernel) form of a posterior precision.
+All of it happens in coordinates that whiten the base, ``R_Z R_Z^T = Z``, where P is ``I + s V V^T`` with ``V =
+sqrt(w) R_Z^-1 U`` and ``s = +1`` (update) or ``-1`` (downdate); the root of P is ``R_Z (I + s V V^T)^{1/2}``. A
+feature operator in the place of U is never multiplied out: V then acts as ``V c = R_Z^-1 U c``, ``V^T x = U^T
+R_Z^-T x``, and only the k x k congruence with Z is formed. That is the dual (kernel) form of a posterior
+precision.
 """
 
 from __future__ import annotations
@@ -270,8 +271,10 @@ class Woodbury(ImplicitOperator):
         return self.base._unwhiten(white, factors.base)
 
     def _inv_quad_value(self, X: Tensor, factors: Any) -> Tensor:
-        """A sum of squares in every route; in the Gram route the minimum of a least-squares problem, in which
-        errors of the coefficients count only squared."""
+        """A sum of squares in every route.
+
+        In the Gram route it is the minimum of a least-squares problem, where errors of the coefficients count squared.
+        """
         if isinstance(factors, CanonicalFactors):
             return factors.operator._inv_quad_value(X, factors.factors)
         normal = self._normal(factors.scale)
