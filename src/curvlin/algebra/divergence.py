@@ -8,7 +8,7 @@ loses a small divergence in their rounding. So r itself is formed wherever the t
 
     diagonals               (q - p) / p
     Kronecker kinds         the same in a common eigenbasis, if that of one diagonalises the other
-    equal bases Z           eigenvalues of a (k1 + k2)-square pencil for ``Z + U1 U1^T`` and ``Z + U2 U2^T``
+    Z + U U^T, c Z + V V^T  eigenvalues of a pencil of the size of both ranks, c - 1 elsewhere
     Dense with anything     eigenvalues of ``R^-1 (Q - P) R^-T`` with ``R R^T = P``
     equal partitions        block by block
 
@@ -30,7 +30,7 @@ from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.kronecker import KroneckerSum, SpectralKronecker, spectral_form
-from curvlin.precision.low_rank import Woodbury
+from curvlin.precision.low_rank import Woodbury, joined_columns
 
 Known = tuple[PrecisionOperator, Any]
 """An operator in float64 and its factors."""
@@ -81,9 +81,10 @@ def _value(p: Known, q: Known) -> Tensor:
         for pair in blocks:
             total = total + _value(*pair)
         return total
-    change = _relative_change(p, q)
-    if change is not None:
+    if (change := _relative_change(p, q)) is not None:
         return _excess(*change).flatten(len(torch.broadcast_shapes(P.batch_shape, Q.batch_shape))).sum(-1)
+    if (low_rank := _low_rank_sum(p, q)) is not None:
+        return low_rank
     # The divergence is not negative; what rounding leaves below zero is nearer to it as zero.
     return _textbook(p, q).clamp(min=0.0)
 
@@ -117,7 +118,7 @@ def _relative_change(p: Known, q: Known) -> Change | None:
     if isinstance(P, Dense) or isinstance(Q, Dense):
         half = P._root_solve(Q.to_dense() - P.to_dense(), p[1])
         return _moderate(torch.linalg.eigvalsh(P._root_solve(half.mT, p[1])))
-    return _low_rank_change(p, q)
+    return None
 
 
 def _with_log(r: Tensor) -> Change:
@@ -217,51 +218,91 @@ def _is_identity(X: Tensor | None, Q: Tensor) -> bool:
 # -- low rank ------------------------------------------------------------------------------------------------
 
 
-def _low_rank_change(p: Known, q: Known) -> Change | None:
-    """In coordinates that whiten a common base, P and Q are ``I + s_i V_i V_i^T``."""
-    (P, p_factors), (Q, q_factors) = p, q
-    first = P._rooted_normal(p_factors) if isinstance(P, Woodbury) else None
-    second = Q._rooted_normal(q_factors) if isinstance(Q, Woodbury) else None
-    if first is not None and second is not None:
-        return (
-            _two_changes(first[0], first[1].base, second[0])
-            if _equal(first[0].base, second[0].base)
-            else None
-        )
-    if first is not None and _equal(P.base, Q):
-        gain, log_h = _spectrum(first[0], first[1])
-        return -gain / first[1].h, -log_h
-    if second is not None and _equal(Q.base, P):
-        return _spectrum(second[0], second[1])
-    return None
-
-
-def _spectrum(P: Woodbury, factors: Any) -> Change:
-    """The eigenvalues of ``s V V^T`` and the logarithms of those of ``I + s V V^T``."""
-    gain = P.sign * factors.gain
-    return gain, torch.log1p(gain) if P.sign > 0 else factors.h.log()
-
-
-def _two_changes(P: Woodbury, base_factors: Any, Q: Woodbury) -> Change | None:
-    """A pencil of the size of both ranks: ``[V_1, V_2]`` may be any root of its Gram matrix."""
-    blocks = [[_gram(P.base, base_factors, left, right) for right in (P, Q)] for left in (P, Q)]
-    if any(block is None for row in blocks for block in row):
+def _low_rank_sum(p: Known, q: Known) -> Tensor | None:
+    """In coordinates that whiten Z, P is ``p I + s_1 V_1 V_1^T`` and Q is ``q I + s_2 V_2 V_2^T``."""
+    P, Q = (_rooted(known) for known in (p, q))
+    if isinstance(P, Woodbury):
+        home, factors, scale = P._rooted_normal(p[1])
+        P, Q = home, Q / scale
+    elif isinstance(Q, Woodbury):
+        home, factors, scale = Q._rooted_normal(q[1])
+        P, Q = P / scale, home
+    else:
         return None
-    gram = torch.cat([torch.cat([b for b in row if b is not None], dim=-1) for row in blocks], dim=-2)
-    spectrum, E = torch.linalg.eigh((gram + gram.mT) / 2)
-    root = spectrum.clamp(min=0.0).sqrt().unsqueeze(-1) * E.mT
-    columns = root.split([P.rank, Q.rank], dim=-1)
-    before, after = (change._weighted(A @ A.mT) for change, A in zip((P, Q), columns, strict=True))
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    lower = torch.linalg.cholesky_ex(eye + before).L
-    half = torch.linalg.solve_triangular(lower, after - before, upper=False)
-    return _moderate(torch.linalg.eigvalsh(torch.linalg.solve_triangular(lower, half.mT, upper=False)))
+    p_excess, q_excess = (_proportion(home.base, X.base if isinstance(X, Woodbury) else X) for X in (P, Q))
+    if p_excess is None or q_excess is None:
+        return None
+    changes = [X for X in (P, Q) if isinstance(X, Woodbury)]
+    if len(changes) == 1 and bool((p_excess == q_excess).all()):
+        return _excess(*_one_change(home, factors, update=home is Q)).sum(-1)
+    roots = _column_roots(home.base, factors.base, changes)
+    if roots is None:
+        return None
+    grown = {id(X): X._weighted(A @ A.mT) for X, A in zip(changes, roots, strict=True)}
+    m = roots[0].shape[-2]
+    eye = torch.eye(m, dtype=torch.float64, device=home.device)
+    zero = torch.zeros_like(eye)
+    before, after = grown.get(id(P), zero), grown.get(id(Q), zero)
+    apart = (q_excess - p_excess)[..., None, None]
+    lower = torch.linalg.cholesky_ex((1 + p_excess)[..., None, None] * eye + before).L
+    half = torch.linalg.solve_triangular(lower, apart * eye + after - before, upper=False)
+    inside = _moderate(torch.linalg.eigvalsh(torch.linalg.solve_triangular(lower, half.mT, upper=False)))
+    outside = _moderate((q_excess - p_excess) / (1 + p_excess))
+    if inside is None or outside is None:
+        return None
+    # Directions of the pencil beyond D do not exist; they count as "outside" and are taken off again there.
+    return _excess(*inside).sum(-1) + (home.size - m) * _excess(*outside)
 
 
-def _equal(Z: PrecisionOperator, other: PrecisionOperator) -> bool:
+def _rooted(known: Known) -> PrecisionOperator:
+    P, factors = known
+    return P._rooted(factors)[0] if isinstance(P, Woodbury) else P
+
+
+def _proportion(Z: PrecisionOperator, other: PrecisionOperator) -> Tensor | None:
+    """``c - 1`` if `other` is ``c Z``, known from its tensors."""
     if isinstance(Z, (Isotropic, Diagonal)) and isinstance(other, (Isotropic, Diagonal)):
-        return torch.equal(Z.diagonal(), other.diagonal())
-    return identical(Z, other)
+        Z, other = Diagonal(Z.diagonal()), Diagonal(other.diagonal())
+    if identical(Z, other):
+        return torch.zeros(Z.batch_shape, dtype=torch.float64, device=Z.device)
+    if Z._structure() != other._structure():
+        return None
+    before, after = Z.diagonal(), other.diagonal()
+    excess = (after - before).sum(-1) / before.sum(-1)
+    rounding = 4 * other.resolution
+    for (s, _), (t, _) in zip(Z._scale(1 + excess)._tensors(), other._tensors(), strict=True):
+        if not torch.allclose(s, t, rtol=rounding, atol=rounding * float(t.abs().max())):
+            return None
+    return excess
+
+
+def _one_change(P: Woodbury, factors: Any, *, update: bool) -> Change:
+    """From Z to ``Z + s V V^T``, or back: r is ``s sigma^2``, or what undoes it."""
+    gain = P.sign * factors.gain
+    log = torch.log1p(gain) if P.sign > 0 else factors.h.log()
+    return (gain, log) if update else (-gain / factors.h, -log)
+
+
+def _column_roots(Z: PrecisionOperator, factors: Any, changes: list[Woodbury]) -> list[Tensor] | None:
+    """``A_1, A_2`` with ``A_i^T A_j = U_i^T Z^-1 U_j``, of few rows."""
+    ranks = [X.rank for X in changes]
+    columns = [X.U for X in changes if isinstance(X.U, Tensor)]
+    if len(columns) == len(changes):
+        white = Z._root_solve(joined_columns(*columns) if len(columns) > 1 else columns[0], factors)
+        return list(torch.linalg.qr(white, mode="r").R.split(ranks, dim=-1))
+    rows = []
+    for left in changes:
+        row = [_gram(Z, factors, left, right) for right in changes]
+        blocks = [block for block in row if block is not None]
+        if len(blocks) < len(row):
+            return None
+        rows.append(torch.cat(blocks, dim=-1))
+    gram = torch.cat(rows, dim=-2)
+    spectrum, E = torch.linalg.eigh((gram + gram.mT) / 2)
+    # The root of a rounding error is not one: common directions of U_1 and U_2 leave zero eigenvalues.
+    rounding = gram.shape[-1] * torch.finfo(gram.dtype).eps * spectrum[..., -1:]
+    root = torch.where(spectrum > rounding, spectrum, 0.0).sqrt().unsqueeze(-1) * E.mT
+    return list(root.split(ranks, dim=-1))
 
 
 def _gram(Z: PrecisionOperator, factors: Any, P: Woodbury, Q: Woodbury) -> Tensor | None:
