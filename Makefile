@@ -44,7 +44,8 @@ format: $(STAMP)  ## let ruff rewrite the files
 types: $(STAMP)  ## mypy --strict over src/
 	$(BIN)/mypy
 
-docs: $(STAMP)  ## run the documentation's code, build it with warnings as errors
+docs: $(STAMP)  ## check its tables, run its code, build it with warnings as errors
+	$(BIN)/python docs/hooks/tables.py --check
 	$(BIN)/python -W ignore docs/hooks/run_snippets.py README.md $$(find docs -name '*.md' | sort)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

@@ -32,26 +32,28 @@ class Images:
         return int(self.y_train.max()) + 1
 
 
-def digits(held_out: tuple[int, ...] = (8, 9), seed: int = 0) -> Images:
-    """8x8 digits. The `held_out` classes are never trained on: they are the out-of-distribution images."""
+def digits(held_out: tuple[int, ...] = (8, 9), noise: float = 0.5, seed: int = 0) -> Images:
+    """8x8 digits in pixel noise, heavy enough that a network trained on them becomes overconfident.
+
+    The `held_out` classes are never trained on: they, in the same noise, are the out-of-distribution images.
+    """
     images, labels = load_digits(return_X_y=True)
-    x = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
-    y = torch.tensor(labels)
-    out = torch.isin(y, torch.tensor(held_out))
-    known = sorted(set(range(10)) - set(held_out))
-    y_known = torch.searchsorted(torch.tensor(known), y[~out])
-    x_train, x_test, y_train, y_test = train_test_split(
-        x[~out].numpy(), y_known.numpy(), test_size=0.4, random_state=seed, stratify=y_known.numpy()
-    )
+    clean = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    x = clean + noise * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    is_out = torch.isin(torch.tensor(labels), torch.tensor(held_out))
+    known = [digit for digit in range(10) if digit not in held_out]
+    y = torch.searchsorted(torch.tensor(known), torch.tensor(labels)[~is_out])
+    train, test = train_test_split(range(len(y)), test_size=0.4, random_state=seed, stratify=y)
     return Images(
-        "digits",
-        *map(torch.from_numpy, (x_train, y_train, x_test, y_test)),
-        x_ood=x[out],
-        ood_name="digits " + " and ".join(map(str, held_out)) + ", never seen in training",
+        f"digits in noise of {noise:g}",
+        *(x[~is_out][train], y[train]),
+        *(x[~is_out][test], y[test]),
+        x_ood=x[is_out],
+        ood_name=f"digits {' and '.join(map(str, held_out))}, never trained on",
     )
 
 
-def fashion_mnist(folder: Path, n_train: int = 10_000, n_test: int = 2_000) -> Images:
+def fashion_mnist(folder: Path, n_train: int = 4_000, n_test: int = 2_000) -> Images:
     """Fashion-MNIST from IDX files in `folder` or ``folder/fashion-mnist``."""
     here = folder / "fashion-mnist" if (folder / "fashion-mnist").is_dir() else folder
     x_train, y_train = _idx_pair(here, "train", n_train)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
+FEW = 5  # images in a bin: with fewer its accuracy is noise
 BLUE, ORANGE, GREY = "#1f5fa8", "#d9601a", "#8a8f98"
 
 mpl.rcParams.update(
@@ -41,9 +42,11 @@ def reliability(
         confidence, hit = p.max(1), p.argmax(1) == labels
         where = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
         used, count = np.unique(where, return_counts=True)
+        bars = {"width": 1 / n_bins, "align": "edge", "edgecolor": "white"}
+        bottom.bar(used / n_bins, count / len(hit), color=GREY, **bars)
+        used = used[count >= FEW]
         accuracy = np.array([hit[where == b].mean() for b in used])
         stated = np.array([confidence[where == b].mean() for b in used])
-        bars = {"width": 1 / n_bins, "align": "edge", "edgecolor": "white"}
         top.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--", zorder=3)
         top.bar(used / n_bins, accuracy, color=BLUE, alpha=0.8, label="accuracy", **bars)
         top.vlines(
@@ -51,9 +54,8 @@ def reliability(
         )
         top.plot(stated, stated, ".", color=ORANGE, ms=7, zorder=4)
         top.set(title=f"{name}   (ECE {100 * ece[name]:.1f} %)", xlim=(0, 1), ylim=(0, 1.02))
-        bottom.bar(used / n_bins, count / len(hit), color=GREY, **bars)
         bottom.set(xlabel="confidence", ylim=(0, 1))
-    axes[0, 0].set_ylabel("accuracy")
+    axes[0, 0].set_ylabel(f"accuracy (bins of {FEW} images or more)")
     axes[1, 0].set_ylabel("share of\ntest images")
     axes[0, 0].legend(loc="upper left")
     _save(figure, path)

@@ -64,6 +64,7 @@ def draw(path: Path) -> None:
             log_z = float(la.log_marginal_likelihood())
             name = weights.replace("_", " ")
             axis.set_title(f"{name}, {structure}   (noise {sigma:.2f}, log Z {log_z:.1f})")
+            axis.set(xlim=(-5.5, 5.5), ylim=(-6, 6))
 
 
 if __name__ == "__main__":

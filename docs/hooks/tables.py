@@ -51,10 +51,10 @@ def operators() -> dict[str, PrecisionOperator]:
         "`Isotropic`": Isotropic(shift, 6),
         "`Diagonal`": Diagonal(d),
         "`Dense`": Dense(spd(6)),
-        "Kronecker, 1 term": KroneckerSum([(G, A)]),
-        "1 term + shift": KroneckerSum.shifted(G, A, shift),
-        "direct sum": KroneckerSum.direct(G, A),
-        "2 terms": KroneckerSum([(G, A), (spd(2), spd(3))]),
+        "K, 1 term": KroneckerSum([(G, A)]),
+        "K, shifted": KroneckerSum.shifted(G, A, shift),
+        "K, direct sum": KroneckerSum.direct(G, A),
+        "K, 2 terms": KroneckerSum([(G, A), (spd(2), spd(3))]),
         "`SpectralKronecker`": SpectralKronecker(QL, QR, d.reshape(2, 3)),
         "`BlockDiag`": BlockDiag([KroneckerSum([(spd(2), spd(2))]), Diagonal(d[:2])]),
         "`LowRankPlusDiag`": LowRankPlusDiag(d, U),
@@ -62,10 +62,22 @@ def operators() -> dict[str, PrecisionOperator]:
     }
 
 
-def outcome(compute: Callable[[], Any]) -> str:
-    """The type of a result, or a dash where there is none."""
+CODES = {
+    Isotropic: "I",
+    Diagonal: "D",
+    Dense: "M",
+    KroneckerSum: "K",
+    SpectralKronecker: "S",
+    BlockDiag: "B",
+    LowRankPlusDiag: "L",
+    Woodbury: "W",
+}
+
+
+def outcome(compute: Callable[[], PrecisionOperator]) -> str:
+    """A letter for the type of a result, or a dash where there is none."""
     try:
-        return f"`{type(compute()).__name__}`"
+        return CODES[type(compute())]
     except NotClosedError:
         return REFUSED
 
@@ -79,8 +91,8 @@ def sums() -> str:
         swapped = [outcome(lambda P=P, Q=Q: Q + P) for Q in right.values()]
         if row != swapped:
             raise SystemExit(f"the sum table is not symmetric at {name}: {row} and {swapped}")
-        rows.append([f"**{name}**", *row])
-    return table(["+", *right], rows)
+        rows.append([f"{name} **{CODES[type(P)]}**" if "`" in name else f"`KroneckerSum` **{name}**", *row])
+    return table(["+", *(name if "`" not in name else CODES[type(Q)] for name, Q in right.items())], rows)
 
 
 def congruences() -> str:
@@ -131,9 +143,9 @@ def main(check: bool) -> None:
     for page in sorted(DOCS.rglob("*.md")):
         text = new = page.read_text()
         for name in re.findall(r"^<!-- (\w+) -->$", text, re.M):
-            marked = re.compile(f"(<!-- {name} -->\n)(.*?)(\n<!-- /{name} -->)", re.S)
+            marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
             content = TABLES[name]()
-            new = marked.sub(lambda m, content=content: f"{m[1]}\n{content}\n{m[3]}", new)
+            new = marked.sub(lambda m, content=content: f"{m[1]}\n{content}\n\n{m[2]}", new)
         if new != text and check:
             raise SystemExit(
                 f"{page.relative_to(DOCS.parent)}: a table does not agree with the code; run {__file__}"
