@@ -334,7 +334,7 @@ def _less_low_rank(
         return _mixed(Phi, Psi, P, factors, chunk)
     if isinstance(factors, CanonicalFactors) and P._needs_grad() and not factors.definite:
         return by_rows(Phi, Psi, P, factors, layout, chunk)
-    P, factors, _ = P._rooted_normal(factors)  # P over a power of two, so that w is a number
+    P, factors, scale = P._rooted_normal(factors)
     whitened = _whitening(P, factors, chunk)
     if layout == "joint":
         first = Phi.to(torch.float64)
@@ -343,7 +343,7 @@ def _less_low_rank(
         loss = left.mT @ (left if Psi is None else whitened(second))
         loss = loss.reshape(*loss.shape[:-2], *first.shape[-3:-1], *second.shape[-3:-1])
         kept = _base_rule(Phi, P)(first, None if Psi is None else second, P.base, factors.base, layout, chunk)
-        return (kept.double() - P.sign * loss) / _as_batch(factors.scale, layout)
+        return (kept.double() - P.sign * loss) / _as_batch(scale, layout)
 
     def variances(n: slice) -> Tensor:
         part = Phi[n].to(torch.float64)
@@ -351,7 +351,7 @@ def _less_low_rank(
         t = t.mT.reshape(*t.shape[:-2], *part.shape[-3:-1], t.shape[-2])
         loss = t.square().sum(-1) if layout == "diagonal" else t @ t.mT
         kept = _base_rule(Phi, P)(part, None, P.base, factors.base, layout, chunk)
-        return (kept.double() - P.sign * loss) / _as_batch(factors.scale, layout)
+        return (kept.double() - P.sign * loss) / _as_batch(scale, layout)
 
     batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
     samples = contraction.pieces(Phi.n_samples, 3 * 8 * batch * Phi.n_rows * P.rank, chunk)
@@ -360,9 +360,7 @@ def _less_low_rank(
 
 
 def _whitening(P: Woodbury, factors: Any, chunk: Chunk) -> Callable[[FeatureOperator], Tensor]:
-    """The function ``Phi -> sqrt(w) H^-1/2 U^T Z^-1 Phi^T``, ``(..., k, N R)``."""
-    assert P.weight is not None
-    weight = P.weight.sqrt()[..., None, None]
+    """The function ``Phi -> H^-1/2 U^T Z^-1 Phi^T``, ``(..., k, N R)``."""
     solved = P.base._solve(P.U, factors.base) if isinstance(P.U, Tensor) else None
     lower = torch.linalg.cholesky_ex(P._capacitance(factors)).L if P._needs_grad() else None
 
@@ -371,7 +369,7 @@ def _whitening(P: Woodbury, factors: Any, chunk: Chunk) -> Callable[[FeatureOper
             along = Phi._matmul(solved)
         else:
             along = _base_rule(Phi, P)(Phi, P.U, P.base, factors.base, "joint", chunk).double().flatten(-2)
-        along = weight * along.flatten(-3, -2).mT
+        along = along.flatten(-3, -2).mT
         if lower is None:
             return (factors.W / factors.h.sqrt().unsqueeze(-2)).mT @ along
         t: Tensor = torch.linalg.solve_triangular(lower, along, upper=False)

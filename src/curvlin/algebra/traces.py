@@ -81,11 +81,10 @@ def dense_anything(P: PrecisionOperator, Q: PrecisionOperator, factors: Any) -> 
 
 @register(TRACE_SOLVE, Woodbury, PrecisionOperator)
 def low_rank_anything(P: Woodbury, Q: PrecisionOperator, factors: Any) -> Tensor:
-    P, factors, _ = P._rooted_normal(factors)  # P over a power of two
-    Q = Q / factors.scale
+    P, factors, scale = P._rooted_normal(factors)
+    Q = Q / scale
     eye = torch.eye(P.rank, dtype=P.dtype, device=P.device)
-    assert P.weight is not None
-    W = P.base._solve(P._spread(eye * P.weight.sqrt()[..., None, None]), factors.base)
+    W = P.base._solve(P._spread(eye), factors.base)
     removed = (W * torch.linalg.solve(P._capacitance(factors), Q._matmul(W).mT).mT).sum((-2, -1))
     return trace_solve(P.base, Q, factors.base) - P.sign * removed
 

@@ -1,6 +1,6 @@
 """The eigenproblem of size k behind a low-rank change of a precision, and how its accuracy is kept.
 
-In coordinates that whiten the base, ``P = Z + s w U U^T`` is ``I + s V V^T`` with ``V = sqrt(w) R_Z^-1 U``. Two
+In coordinates that whiten the base, ``P = Z + s U U^T`` is ``I + s V V^T`` with ``V = R_Z^-1 U``. Two
 routes to its spectrum, both exact:
 
 - *orthonormal*: ``V = Q diag(sigma) W^T`` by QR and SVD; functions of P act as ``f(1 + s sigma^2)`` on ``Q^T
@@ -29,12 +29,11 @@ _ALWAYS_ORTHONORMAL = 2**21
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRankFactors(Tree):
-    """``P / scale`` as a change of ``Z / scale`` in the directions of V.
+    """P (without a weight) as a change of Z in the directions of V.
 
     Attributes:
-        base: the factors of ``Z / scale``.
-        scale: a power of two per batch element, taken out so that results do not depend on the scale of P.
-        V: ``(..., D, r)``: the orthonormal Q or V itself; None where V is a feature operator that is not multiplied out.
+        base: the factors of Z.
+        V: ``(..., D, r)``: the orthonormal Q or V itself; None where V is a feature operator and stays one.
         W: ``(..., k, r)``, orthonormal columns.
         gain: ``sigma^2``, ``(..., r)``.
         h: ``1 + s sigma^2``, ``(..., r)``.
@@ -42,7 +41,6 @@ class LowRankFactors(Tree):
     """
 
     base: Any = tensor_field(0)
-    scale: Tensor = tensor_field(0)
     V: Tensor | None = tensor_field(2)
     W: Tensor = tensor_field(2)
     gain: Tensor = tensor_field(1)

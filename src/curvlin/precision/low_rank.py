@@ -33,7 +33,6 @@ from curvlin.numerics.low_rank import (
     spectral_change,
     spectral_value,
 )
-from curvlin.numerics.scaling import power_of_two
 from curvlin.numerics.symmetric_root import symmetric_root
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
@@ -134,7 +133,7 @@ class Woodbury(ImplicitOperator):
         return X if self.sign > 0 else -X
 
     def _gram(self, base_factors: Any) -> Tensor:
-        """``w U^T Z^-1 U``, differentiable."""
+        """``U^T Z^-1 U``, differentiable."""
         if isinstance(self.U, FeatureOperator):
             rule = lookup(CONGRUENCE, type(self.U), type(self.base))
             if rule is None:
@@ -146,21 +145,24 @@ class Woodbury(ImplicitOperator):
             gram = gram.flatten(-2).flatten(-3, -2)
         else:
             gram = self.U.mT @ self.base._solve(self.U, base_factors)
-        gram = (gram + gram.mT) / 2
-        return gram if self.weight is None else self.weight[..., None, None] * gram
+        return (gram + gram.mT) / 2
 
-    def _normal(self, scale: Tensor) -> Woodbury:
-        """``P / scale``."""
-        weight = 1 / scale if self.weight is None else self.weight / scale
-        return self._with(base=self.base._scale(1 / scale), weight=weight)
+    def _unweighted(self) -> Woodbury:
+        """``P / w = Z / w + s U U^T``, on which all numerics run: a common scale of Z and w leaves no trace."""
+        return (
+            self if self.weight is None else self._with(base=self.base._scale(1 / self.weight), weight=None)
+        )
+
+    def _over_weight(self, X: Tensor, own: int) -> Tensor:
+        """``X / w`` for X with `own` dimensions of its own."""
+        return X if self.weight is None else X / self.weight[(..., *(None,) * own)]
 
     # -- factorisation ----------------------------------------------------------------------------------------
 
     def _factorize(self) -> LowRankFactors | CanonicalFactors:
         if self.core is not None:
             return self._canonical()
-        scale = power_of_two(self.base._diagonal().unsqueeze(-1))
-        normal = self._normal(scale)
+        normal = self._unweighted()
         try:
             base = normal.base._factorize()
         except NotPositiveDefiniteError as error:
@@ -169,12 +171,10 @@ class Woodbury(ImplicitOperator):
             V, orthonormal = None, False
             W, gain, h = from_gram(normal._gram(base), self.sign)
         else:
-            assert normal.weight is not None
-            columns = normal.base._root_solve(self.U, base) * normal.weight.sqrt()[..., None, None]
-            V, W, gain, h, orthonormal = from_columns(columns, self.sign)
+            V, W, gain, h, orthonormal = from_columns(normal.base._root_solve(self.U, base), self.sign)
         if not bool((h > 0).all()):
-            raise NotPositiveDefiniteError("Woodbury", float((h.amin(-1) * scale).min()))
-        return LowRankFactors(base, scale, V, W, gain, h, orthonormal)
+            raise NotPositiveDefiniteError("Woodbury, relative to its base,", float(h.min()))
+        return LowRankFactors(base, V, W, gain, h, orthonormal)
 
     def _canonical(self) -> CanonicalFactors:
         """The core as ``E diag(gamma) E^T``, its positive part an update and its negative part a downdate."""
@@ -211,16 +211,14 @@ class Woodbury(ImplicitOperator):
 
     def _collect_white(self, v: Tensor, factors: LowRankFactors) -> Tensor:
         """``V^T v`` without V."""
-        c = self._collect(self.base._unwhiten(v, factors.base))
-        return c if self.weight is None else c * self.weight.sqrt()[..., None, None]
+        return self._collect(self.base._unwhiten(v, factors.base))
 
     def _spread_white(self, c: Tensor, factors: LowRankFactors) -> Tensor:
         """``V c`` without V."""
-        c = c if self.weight is None else c * self.weight.sqrt()[..., None, None]
         return self.base._root_solve(self._spread(c), factors.base)
 
     def _apply(self, v: Tensor, function: str, factors: LowRankFactors) -> Tensor:
-        """``f(I + s V V^T) v`` for this operator in its normal scale; a value."""
+        """``f(I + s V V^T) v`` ; a value."""
         V, W, h = factors.V, factors.W, factors.h.unsqueeze(-1)
         if factors.orthonormal:
             assert V is not None
@@ -260,11 +258,11 @@ class Woodbury(ImplicitOperator):
     def _solve_value(self, X: Tensor, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
             return factors.operator._solve_value(X, factors.factors)
-        normal = self._normal(factors.scale)
+        normal = self._unweighted()
         x = normal._solve_once(X, factors)
         # One step of refinement repairs what whitening by an ill-conditioned base has cost.
         x = x + normal._solve_once(X - normal._matmul(x), factors)
-        return x / factors.scale[..., None, None]
+        return self._over_weight(x, 2)
 
     def _solve_once(self, X: Tensor, factors: LowRankFactors) -> Tensor:
         white = self._apply(self.base._root_solve(X, factors.base), INVERSE, factors)
@@ -277,7 +275,7 @@ class Woodbury(ImplicitOperator):
         """
         if isinstance(factors, CanonicalFactors):
             return factors.operator._inv_quad_value(X, factors.factors)
-        normal = self._normal(factors.scale)
+        normal = self._unweighted()
         white = normal.base._root_solve(X, factors.base)
         V, W, h = factors.V, factors.W, factors.h.unsqueeze(-1)
         if factors.orthonormal:
@@ -290,22 +288,22 @@ class Woodbury(ImplicitOperator):
             t = W @ ((W.mT @ (normal._collect_white(white, factors) if V is None else V.mT @ white)) / h)
             rest = white - (normal._spread_white(t, factors) if V is None else V @ t)
             quad = rest.square().sum(-2) + t.square().sum(-2)
-        return quad / factors.scale[..., None]
+        return self._over_weight(quad, 1)
 
     def _logdet(self, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
             value = factors.operator._logdet(factors.factors)
             return graft(value, self._core_logdet(factors)) if self._needs_grad() else value
-        base = self._normal(factors.scale).base._logdet(factors.base) + self.size * factors.scale.log()
+        base = self._unweighted().base._logdet(factors.base)
+        if self.weight is not None:
+            base = base + self.size * self.weight.log()
         return base + self._logdet_change(factors)
 
     def _logdet_change(self, factors: LowRankFactors) -> Tensor:
         """``log det P - log det Z = log det H``."""
         change = torch.log1p(factors.gain) if self.sign > 0 else factors.h.log()
         value = change.sum(-1)
-        return (
-            graft(value, self._normal(factors.scale)._live_logdet(factors)) if self._needs_grad() else value
-        )
+        return graft(value, self._unweighted()._live_logdet(factors)) if self._needs_grad() else value
 
     def _live_logdet(self, factors: LowRankFactors) -> Tensor:
         """``log det H`` around the accurate spectrum: its derivative ``H^-1 dH`` comes from there."""
@@ -322,10 +320,13 @@ class Woodbury(ImplicitOperator):
         innermost, inner_factors = factors.operator, factors.factors
         while isinstance(innermost.base, Woodbury) and innermost.base is not self.base:
             innermost, inner_factors = innermost.base, inner_factors.base
-        normal = self._normal(inner_factors.scale)
+        normal = self._unweighted()
         gram = normal._gram(inner_factors.base)
         M = self.sign * gram @ self.core + torch.eye(self.rank, dtype=gram.dtype, device=gram.device)
-        return normal.base._logdet(inner_factors.base) + torch.linalg.slogdet(M).logabsdet
+        base = normal.base._logdet(inner_factors.base)
+        if self.weight is not None:
+            base = base + self.size * self.weight.log()
+        return base + torch.linalg.slogdet(M).logabsdet
 
     def _diagonal(self) -> Tensor:
         return self.base._diagonal() + self._weighted(self._low_rank_diagonal().unsqueeze(-1)).squeeze(-1)
@@ -339,18 +340,14 @@ class Woodbury(ImplicitOperator):
 
     def _inverse_diagonal(self, factors: Any) -> Tensor:
         P, factors = self._rooted(factors)
-        normal = P._normal(factors.scale)
-        if not P._needs_grad():
-            return normal._inverse_diagonal_value(factors) / factors.scale.unsqueeze(-1)
-        eye = torch.eye(normal.rank, dtype=P.dtype, device=P.device)
-        H = normal._capacitance(factors)
-        columns = normal._spread(
-            eye if normal.weight is None else eye * normal.weight.sqrt()[..., None, None]
-        )
-        columns = normal.base._solve(columns, factors.base)
-        removed = (columns * torch.linalg.solve(H, columns.mT).mT).sum(-1)
-        live = normal.base._inverse_diagonal(factors.base) - P.sign * removed
-        return graft(normal._inverse_diagonal_value(factors), live) / factors.scale.unsqueeze(-1)
+        normal = P._unweighted()
+        value = normal._inverse_diagonal_value(factors)
+        if P._needs_grad():
+            eye = torch.eye(normal.rank, dtype=P.dtype, device=P.device)
+            columns = normal.base._solve(normal._spread(eye), factors.base)
+            removed = (columns * torch.linalg.solve(normal._capacitance(factors), columns.mT).mT).sum(-1)
+            value = graft(value, normal.base._inverse_diagonal(factors.base) - P.sign * removed)
+        return P._over_weight(value, 1)
 
     def _inverse_diagonal_value(self, factors: LowRankFactors) -> Tensor:
         """``diag(Z^-1)`` less what the update removes; where that cancels, a leverage split or single solves."""
@@ -377,18 +374,12 @@ class Woodbury(ImplicitOperator):
             rows = cancelled.nonzero().squeeze(-1)
             selection = torch.zeros(self.size, len(rows), dtype=self.dtype, device=self.device)
             selection[rows, torch.arange(len(rows), device=self.device)] = 1.0
-            identity = torch.ones_like(factors.scale)
-            unscaled = LowRankFactors(
-                factors.base, identity, factors.V, factors.W, factors.gain, factors.h, factors.orthonormal
-            )
-            result[..., rows] = self._inv_quad_value(selection, unscaled)
+            result[..., rows] = self._inv_quad_value(selection, factors)
         return result
 
     def _removed_by_features(self, factors: LowRankFactors) -> Tensor:
-        """The diagonal of ``w Z^-1 U H^-1 U^T Z^-1``, a chunk of k right-hand sides at a time."""
+        """The diagonal of ``Z^-1 U H^-1 U^T Z^-1``, a chunk of k right-hand sides at a time."""
         coefficients = factors.W / factors.h.sqrt().unsqueeze(-2)
-        if self.weight is not None:
-            coefficients = coefficients * self.weight.sqrt()[..., None, None]
         total: Tensor | float = 0.0
         for part in coefficients.split(max(1, _CHUNK // self.size), dim=-1):
             total = total + self.base._solve(self._spread(part), factors.base).square().sum(-1)
@@ -398,27 +389,36 @@ class Woodbury(ImplicitOperator):
     # -- roots ------------------------------------------------------------------------------------------------
 
     def _whiten(self, X: Tensor, factors: Any) -> Tensor:
-        normal, factors, root_scale = self._rooted_normal(factors)
-        return normal._root_function(normal.base._whiten(X, factors.base), ROOT, factors) * root_scale
+        normal, factors, scale = self._rooted_normal(factors)
+        return (
+            normal._root_function(normal.base._whiten(X, factors.base), ROOT, factors)
+            * scale.sqrt()[..., None, None]
+        )
 
     def _unwhiten(self, Z: Tensor, factors: Any) -> Tensor:
-        normal, factors, root_scale = self._rooted_normal(factors)
+        normal, factors, scale = self._rooted_normal(factors)
         return (
-            normal.base._unwhiten(normal._root_function(Z, INVERSE_ROOT, factors), factors.base) / root_scale
+            normal.base._unwhiten(normal._root_function(Z, INVERSE_ROOT, factors), factors.base)
+            / scale.sqrt()[..., None, None]
         )
 
     def _root_matvec(self, Z: Tensor, factors: Any) -> Tensor:
-        normal, factors, root_scale = self._rooted_normal(factors)
-        return normal.base._root_matvec(normal._root_function(Z, ROOT, factors), factors.base) * root_scale
+        normal, factors, scale = self._rooted_normal(factors)
+        return (
+            normal.base._root_matvec(normal._root_function(Z, ROOT, factors), factors.base)
+            * scale.sqrt()[..., None, None]
+        )
 
     def _root_solve(self, G: Tensor, factors: Any) -> Tensor:
-        normal, factors, root_scale = self._rooted_normal(factors)
+        normal, factors, scale = self._rooted_normal(factors)
         white = normal.base._root_solve(G, factors.base)
-        return normal._root_function(white, INVERSE_ROOT, factors) / root_scale
+        return normal._root_function(white, INVERSE_ROOT, factors) / scale.sqrt()[..., None, None]
 
     def _rooted_normal(self, factors: Any) -> tuple[Woodbury, LowRankFactors, Tensor]:
+        """``P / w`` without core or weight, its factors, and w, all differentiable."""
         P, factors = self._rooted(factors)
-        return P._normal(factors.scale), factors, factors.scale.sqrt()[..., None, None]
+        ones = torch.ones((), dtype=self.dtype, device=self.device)
+        return P._unweighted(), factors, ones if P.weight is None else P.weight
 
     # -- algebra ----------------------------------------------------------------------------------------------
 
@@ -447,7 +447,7 @@ class Woodbury(ImplicitOperator):
         others = self._with(base=self.base.conditional(rest, max_size=max_size), U=self.U[..., rest, :])
         others, factors = others._factored()
         _, W, h = _full_spectrum(factors, self.sign)
-        root = symmetric_root(others._normal(factors.scale)._capacitance(factors), W, h)
+        root = symmetric_root(others._unweighted()._capacitance(factors), W, h)
         assert isinstance(kept.U, Tensor)
         return kept._with(U=torch.linalg.solve(root, kept.U.double().mT).mT.to(self.dtype))
 
