@@ -90,7 +90,7 @@ def draw(
 ) -> Float[Tensor, "S N C"]:
     """Draws of N(mean, covariance), independent over N; the covariances may be singular."""
     eigenvalues, vectors = torch.linalg.eigh(covariance.double())
-    root = (vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)).to(mean.dtype)
+    root: Tensor = (vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)).to(mean.dtype)
     noise = torch.randn((n_samples, *mean.shape), generator=generator, dtype=mean.dtype, device=mean.device)
     return mean + (root @ noise.unsqueeze(-1)).squeeze(-1)
 

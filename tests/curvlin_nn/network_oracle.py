@@ -101,7 +101,7 @@ def _layer_factors(
 
 
 def _input_and_gradients(model: nn.Module, module: nn.Module, sample: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's input, and the Jacobian ``(C, 1, *output)`` of the model's outputs in the layer's output."""
+    """The layer's input, and the Jacobian of the model's outputs in its output, ``(C, 1, *output)``."""
     seen: dict[str, Tensor] = {}
 
     def hooked(hook: Callable[..., Tensor | None]) -> Tensor:

@@ -49,11 +49,8 @@ def problem(kind: str, likelihood: str, n: int = 8, n_outputs: int = 3) -> Probl
     model = mlp(n_outputs) if kind == "mlp" else cnn(n_outputs)
     shape = (4,) if kind == "mlp" else (2, 6, 4)
     x, x_test = torch.randn(n, *shape).double(), torch.randn(5, *shape).double()
-    if likelihood == "classification":
-        y = torch.randint(n_outputs, (n,))
-    else:
-        y = torch.randn(n, n_outputs).double()
-    return Problem(model, likelihood, x, y, x_test)
+    labels, targets = torch.randint(n_outputs, (n,)), torch.randn(n, n_outputs).double()
+    return Problem(model, likelihood, x, labels if likelihood == "classification" else targets, x_test)
 
 
 class Sequences(nn.Module):

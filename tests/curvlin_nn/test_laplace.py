@@ -8,7 +8,8 @@ import torch
 from networks import Problem, problem
 from torch import nn
 
-from curvlin import BlockDiag, Dense, Diagonal, Gaussian, NotClosedError
+from curvlin import BlockDiag, Dense, Diagonal, NotClosedError
+from curvlin.gaussian import Gaussian
 from curvlin_nn import Laplace, ParameterSpace
 from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
 
