@@ -32,8 +32,9 @@ def normalised_cholesky(A: Tensor, where: str) -> tuple[Tensor, Tensor]:
     # Relative to each row's own diagonal entry: a badly scaled but well conditioned matrix passes.
     if bool((info > 0).any()) or bool((pivots <= tiny * diagonal.abs()).any()):
         spectrum = torch.linalg.eigvalsh(normalised)
-        worst = spectrum[..., 0].min()
-        raise NotPositiveDefiniteError(where, float((spectrum[..., 0] * scale).min()), _damping(worst, tiny))
+        relative = float((spectrum[..., 0] / spectrum.abs().amax(-1).clamp(min=tiny)).min())
+        smallest = float((spectrum[..., 0] * scale).min())
+        raise NotPositiveDefiniteError(where, smallest, max(2 * -relative, 100 * tiny))
     return lower, scale
 
 
@@ -47,7 +48,3 @@ def follow(lower: Tensor, A: Tensor) -> Tensor:
     change = graft(torch.zeros_like(inner), (inner + inner.mT) / 2)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     return lower @ torch.linalg.cholesky_ex(eye + change).L
-
-
-def _damping(smallest: Tensor, tiny: float) -> float:
-    return max(2 * -float(smallest), 100 * tiny)

@@ -1,7 +1,7 @@
 """Low-rank changes of a precision: ``Z + U C U^T`` for any base Z, and ``diag(d) + U U^T``.
 
 All of it happens in coordinates that whiten the base, ``R_Z R_Z^T = Z``, where P is ``I + s V V^T`` with ``V =
-sqrt(w) R_Z^-1 U`` and ``s = +1`` (update) or ``-1`` (downdate); the root of P is ``R_Z (I + s V V^T)^{1/2}``. A
+R_Z^-1 U`` and ``s = +1`` (update) or ``-1`` (downdate); the root of P is ``R_Z (I + s V V^T)^{1/2}``. A
 feature operator in the place of U is never multiplied out: V then acts as ``V c = R_Z^-1 U c``, ``V^T x = U^T
 R_Z^-T x``, and only the k x k congruence with Z is formed. That is the dual (kernel) form of a posterior
 precision.
@@ -217,37 +217,41 @@ class Woodbury(ImplicitOperator):
         """``V c`` without V."""
         return self.base._root_solve(self._spread(c), factors.base)
 
-    def _apply(self, v: Tensor, function: str, factors: LowRankFactors) -> Tensor:
-        """``f(I + s V V^T) v`` ; a value."""
-        V, W, h = factors.V, factors.W, factors.h.unsqueeze(-1)
+    def _along(self, v: Tensor, factors: LowRankFactors) -> Tensor:
+        """``W^T V^T v``."""
+        V = factors.V
         if factors.orthonormal:
             assert V is not None
-            c, rest = split_off(V, v)
-            return rest + V @ (spectral_value(h, function) * c)
-        c = W.mT @ (self._collect_white(v, factors) if V is None else V.mT @ v)
-        c = W @ (spectral_change(h, function, self.sign) * c)
-        return v + (self._spread_white(c, factors) if V is None else V @ c)
+            return factors.gain.sqrt().unsqueeze(-1) * (V.mT @ v)
+        return factors.W.mT @ (self._collect_white(v, factors) if V is None else V.mT @ v)
 
-    def _apply_live(self, v: Tensor, function: str, factors: LowRankFactors) -> Tensor:
-        """The same by differentiable operations: ``v + s V g(H) V^T v`` with ``H = I + s V^T V``."""
-        H = self._capacitance(factors)
-        c = self._collect_white(v, factors)
-        eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-        _, W, h = _full_spectrum(factors, self.sign)
-        S = symmetric_root(H, W, h)
-        c = torch.linalg.solve(eye + S, c) if function == ROOT else -torch.linalg.solve(H + S, c)
-        return v + self.sign * self._spread_white(c, factors)
+    def _back(self, c: Tensor, factors: LowRankFactors) -> Tensor:
+        """``V W c``."""
+        V = factors.V
+        if factors.orthonormal:
+            assert V is not None
+            return V @ (factors.gain.sqrt().unsqueeze(-1) * c)
+        return self._spread_white(factors.W @ c, factors) if V is None else V @ (factors.W @ c)
+
+    def _shrink(self, v: Tensor, function: str, factors: LowRankFactors) -> Tensor:
+        """``f(I + s V V^T) v`` for the inverse and the inverse root."""
+        h = factors.h.unsqueeze(-1)
+        if factors.orthonormal:
+            assert factors.V is not None
+            c, rest = split_off(factors.V, v)
+            return rest + factors.V @ (spectral_value(h, function) * c)
+        return v + self._back(spectral_change(h, function, self.sign) * self._along(v, factors), factors)
 
     def _capacitance(self, factors: LowRankFactors) -> Tensor:
         """``H = I + s V^T V``, differentiable."""
         gram = self._gram(factors.base)
         return self.sign * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
-    def _root_function(self, v: Tensor, function: str, factors: LowRankFactors) -> Tensor:
-        value = self._apply(v, function, factors)
-        if not (self._needs_grad() or needs_grad(v)):
-            return value
-        return graft(value, self._apply_live(v, function, factors))
+    def _capacitance_root(self, factors: LowRankFactors) -> tuple[Tensor, Tensor]:
+        """H and ``S = H^{1/2}``, differentiable."""
+        H = self._capacitance(factors)
+        W, h = _full_spectrum(factors)
+        return H, symmetric_root(H, W, h)
 
     # -- products, solves, determinants -----------------------------------------------------------------------
 
@@ -265,7 +269,7 @@ class Woodbury(ImplicitOperator):
         return self._over_weight(x, 2)
 
     def _solve_once(self, X: Tensor, factors: LowRankFactors) -> Tensor:
-        white = self._apply(self.base._root_solve(X, factors.base), INVERSE, factors)
+        white = self._shrink(self.base._root_solve(X, factors.base), INVERSE, factors)
         return self.base._unwhiten(white, factors.base)
 
     def _inv_quad_value(self, X: Tensor, factors: Any) -> Tensor:
@@ -283,7 +287,7 @@ class Woodbury(ImplicitOperator):
             c, rest = split_off(V, white)
             quad = rest.square().sum(-2) + (c.square() / h).sum(-2)
         elif self.sign < 0:
-            quad = normal._apply(white, INVERSE_ROOT, factors).square().sum(-2)
+            quad = normal._shrink(white, INVERSE_ROOT, factors).square().sum(-2)
         else:
             t = W @ ((W.mT @ (normal._collect_white(white, factors) if V is None else V.mT @ white)) / h)
             rest = white - (normal._spread_white(t, factors) if V is None else V @ t)
@@ -307,7 +311,7 @@ class Woodbury(ImplicitOperator):
 
     def _live_logdet(self, factors: LowRankFactors) -> Tensor:
         """``log det H`` around the accurate spectrum: its derivative ``H^-1 dH`` comes from there."""
-        _, W, h = _full_spectrum(factors, self.sign)
+        W, h = _full_spectrum(factors)
         whitening = W / h.sqrt().unsqueeze(-2)
         inner = whitening.mT @ self._capacitance(factors) @ whitening
         eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
@@ -388,31 +392,46 @@ class Woodbury(ImplicitOperator):
 
     # -- roots ------------------------------------------------------------------------------------------------
 
+    # Each value has a twin by differentiable operations, with S = H^{1/2}, whose derivatives it takes:
+    #   I + s V (I + S)^-1 V^T for the root of I + s V V^T, I - s V (H + S)^-1 V^T for its inverse.
+    # The root adds U c itself, not R_Z V c: rows of very different size keep their digits.
+
     def _whiten(self, X: Tensor, factors: Any) -> Tensor:
-        normal, factors, scale = self._rooted_normal(factors)
-        return (
-            normal._root_function(normal.base._whiten(X, factors.base), ROOT, factors)
-            * scale.sqrt()[..., None, None]
-        )
+        P, factors, scale = self._rooted_normal(factors)
+        c = (factors.W.mT @ P._collect(X)) * spectral_change(factors.h, ROOT, P.sign).unsqueeze(-1)
+        value = P.base._whiten(X, factors.base) + P._back(c, factors)
+        if P._needs_grad() or needs_grad(X):
+            c = P.sign * _after_identity(P._capacitance_root(factors)[1], P._collect(X))
+            value = graft(value, P.base._whiten(X, factors.base) + P._spread_white(c, factors))
+        return value * scale.sqrt()[..., None, None]
 
     def _unwhiten(self, Z: Tensor, factors: Any) -> Tensor:
-        normal, factors, scale = self._rooted_normal(factors)
-        return (
-            normal.base._unwhiten(normal._root_function(Z, INVERSE_ROOT, factors), factors.base)
-            / scale.sqrt()[..., None, None]
-        )
+        P, factors, scale = self._rooted_normal(factors)
+        value = P.base._unwhiten(P._shrink(Z, INVERSE_ROOT, factors), factors.base)
+        if P._needs_grad() or needs_grad(Z):
+            H, S = P._capacitance_root(factors)
+            u = P.base._unwhiten(Z, factors.base)
+            c = P.sign * torch.linalg.solve(H + S, P._collect(u))
+            value = graft(value, u - P.base._solve(P._spread(c), factors.base))
+        return value / scale.sqrt()[..., None, None]
 
     def _root_matvec(self, Z: Tensor, factors: Any) -> Tensor:
-        normal, factors, scale = self._rooted_normal(factors)
-        return (
-            normal.base._root_matvec(normal._root_function(Z, ROOT, factors), factors.base)
-            * scale.sqrt()[..., None, None]
-        )
+        P, factors, scale = self._rooted_normal(factors)
+        c = factors.W @ (spectral_change(factors.h, ROOT, P.sign).unsqueeze(-1) * P._along(Z, factors))
+        value = P.base._root_matvec(Z, factors.base) + P._spread(c)
+        if P._needs_grad() or needs_grad(Z):
+            c = P.sign * _after_identity(P._capacitance_root(factors)[1], P._collect_white(Z, factors))
+            value = graft(value, P.base._root_matvec(Z, factors.base) + P._spread(c))
+        return value * scale.sqrt()[..., None, None]
 
     def _root_solve(self, G: Tensor, factors: Any) -> Tensor:
-        normal, factors, scale = self._rooted_normal(factors)
-        white = normal.base._root_solve(G, factors.base)
-        return normal._root_function(white, INVERSE_ROOT, factors) / scale.sqrt()[..., None, None]
+        P, factors, scale = self._rooted_normal(factors)
+        value = P._shrink(P.base._root_solve(G, factors.base), INVERSE_ROOT, factors)
+        if P._needs_grad() or needs_grad(G):
+            H, S = P._capacitance_root(factors)
+            c = P.sign * torch.linalg.solve(H + S, P._collect(P.base._solve(G, factors.base)))
+            value = graft(value, P.base._root_solve(G - P._spread(c), factors.base))
+        return value / scale.sqrt()[..., None, None]
 
     def _rooted_normal(self, factors: Any) -> tuple[Woodbury, LowRankFactors, Tensor]:
         """``P / w`` without core or weight, its factors, and w, all differentiable."""
@@ -446,8 +465,7 @@ class Woodbury(ImplicitOperator):
             return kept
         others = self._with(base=self.base.conditional(rest, max_size=max_size), U=self.U[..., rest, :])
         others, factors = others._factored()
-        _, W, h = _full_spectrum(factors, self.sign)
-        root = symmetric_root(others._unweighted()._capacitance(factors), W, h)
+        root = others._unweighted()._capacitance_root(factors)[1]
         assert isinstance(kept.U, Tensor)
         return kept._with(U=torch.linalg.solve(root, kept.U.double().mT).mT.to(self.dtype))
 
@@ -497,15 +515,18 @@ def split_off(Q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return c + again, rest - Q @ again
 
 
-def _full_spectrum(factors: LowRankFactors, sign: int) -> tuple[Tensor, Tensor, Tensor]:
-    """gain, W and h over all k directions, also where the orthonormal route kept fewer than k."""
+def _full_spectrum(factors: LowRankFactors) -> tuple[Tensor, Tensor]:
+    """W and h over all k directions, also where the orthonormal route kept fewer than k."""
     k, r = factors.W.shape[-2:]
     if k == r:
-        return factors.gain, factors.W, factors.h
-    W = torch.linalg.qr(factors.W, mode="complete").Q
-    W = torch.cat([factors.W, W[..., r:]], dim=-1)
-    gain = torch.nn.functional.pad(factors.gain, (0, k - r))
-    return gain, W, torch.nn.functional.pad(factors.h, (0, k - r), value=1.0)
+        return factors.W, factors.h
+    rest = torch.linalg.qr(factors.W, mode="complete").Q[..., r:]
+    return torch.cat([factors.W, rest], dim=-1), torch.nn.functional.pad(factors.h, (0, k - r), value=1.0)
+
+
+def _after_identity(S: Tensor, c: Tensor) -> Tensor:
+    """``(I + S)^-1 c``."""
+    return torch.linalg.solve(S + torch.eye(S.shape[-1], dtype=S.dtype, device=S.device), c)
 
 
 def _decouples(base: PrecisionOperator, index: Tensor) -> bool:
