@@ -15,7 +15,7 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
 from curvlin_nn.curvature import Accumulated, accumulate
 from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
-from curvlin_nn.evidence import Evidence, Optimum, maximise
+from curvlin_nn.evidence import Evidence
 from curvlin_nn.feature_maps import JacobianMap
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
@@ -29,6 +29,7 @@ from curvlin_nn.prior import (
     infer_structure,
     label_of_group,
 )
+from curvlin_nn.prior_search import Optimum, maximise
 from curvlin_nn.spectrum import Spectrum, spectrum
 from curvlin_nn.structures.registry import StructureFactory
 
@@ -234,7 +235,7 @@ class Laplace:
         versions = tuple(t._version for t in tensors)
         if self._posterior is None or self._posterior[0] != versions:
             H = self._fit.curvature
-            scale = 1 / (self._sigma_noise.detach().double().square() * self._temperature)
+            scale = self._evidence().scale(self._sigma_noise.detach())
             prior = self._prior(self._prior_precision).operator(H).detach()
             self._posterior = versions, (scale.to(H.dtype) * H + prior).factor()
         return self._posterior[1]

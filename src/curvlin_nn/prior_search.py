@@ -1,0 +1,244 @@
+"""The prior precision (and noise) that maximise the log marginal likelihood, by Newton's method.
+
+With t = log prior precisions and tau = log sigma^2, ``logdet P`` is the logarithm of a sum of exponentials of
+linear functions (its determinant expanded, H being PSD), so log Z is concave in (t, tau): it has one maximum,
+which Newton's method with bounded steps finds from anywhere. Its derivatives are those of
+
+    gamma_k = D_k - delta_k tr((P^-1)_kk)                     effective number of parameters (MacKay, 1992)
+    d log Z / dt_k = (gamma_k - delta_k |theta_k - mu_k|^2) / 2
+    B_kl = d gamma_k / dt_l with its sign changed = delta_kl m_k - delta_k delta_l |(P^-1)_kl|_F^2
+
+for groups k of coordinates, ``m_k = D_k - gamma_k``. As P is homogeneous in ``(delta, 1 / sigma^2)``, those in
+tau are sums over the groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlin import Dense, NotPositiveDefiniteError
+from curvlin_nn.errors import ConvergenceError, NoFiniteOptimumError, UnsupportedError
+from curvlin_nn.evidence import Evidence
+from curvlin_nn.prior import GroupedPrior
+
+MAX_STEP = 4.0
+"""The longest step in any logarithm: where curvature vanishes, Newton's own step has no bound."""
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Where the log marginal likelihood is largest.
+
+    Attributes:
+        prior_precision: one entry per group.
+        sigma_noise: the noise scale, optimised or as it was.
+        log_marginal_likelihood: the value there, in nats.
+        gradient_norm: of log Z with respect to the logarithms of the precisions and of sigma^2.
+        steps: the number of Newton steps.
+    """
+
+    prior_precision: Float[Tensor, " K"]
+    sigma_noise: float
+    log_marginal_likelihood: float
+    gradient_norm: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """The part of a point that belongs to tau: derivatives of log Z, and the second ones across to t."""
+
+    gradient: Tensor
+    size: Tensor  # of the terms whose difference the gradient is
+    bend: Tensor
+    coupling: Tensor
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Value, gradient and negative Hessian of log Z at ``(t, tau)``; without `noise`, tau is fixed."""
+
+    t: Tensor
+    tau: Tensor
+    value: Tensor
+    gradient: Tensor
+    size: Tensor
+    bend: Tensor  # (K,) where the groups do not interact, (K, K) where they do
+    noise: _Noise | None
+
+    def converged(self, tolerance: float) -> bool:
+        small = bool((self.gradient.abs() <= tolerance * self.size).all())
+        return small and (
+            self.noise is None or bool(self.noise.gradient.abs() <= tolerance * self.noise.size)
+        )
+
+    def gradient_norm(self) -> float:
+        parts = [self.gradient] if self.noise is None else [self.gradient, self.noise.gradient.reshape(1)]
+        return float(torch.cat(parts).norm())
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Newton's step in t and tau, by the Schur complement of tau."""
+        step = self._solve(self.gradient)
+        if self.noise is None:
+            return step, torch.zeros_like(self.tau)
+        coupled = self._solve(self.noise.coupling)
+        residual = self.noise.gradient - self.noise.coupling @ step
+        step_noise = residual / (self.noise.bend - self.noise.coupling @ coupled)
+        return step - coupled * step_noise, step_noise
+
+    def _solve(self, b: Tensor) -> Tensor:
+        return b / self.bend if self.bend.ndim == 1 else torch.linalg.solve(self.bend, b)
+
+
+def maximise(
+    evidence: Evidence,
+    prior: GroupedPrior,
+    sigma_noise: float,
+    *,
+    optimize_noise: bool = False,
+    tolerance: float = 1e-9,
+    max_steps: int = 200,
+) -> Optimum:
+    """Newton's method on the logarithms of the prior precisions (and of the noise variance).
+
+    Args:
+        evidence: the function to maximise.
+        prior: its precision is where to start; the groups say which coordinates share one.
+        sigma_noise: the noise scale, or where to start with it.
+        optimize_noise: whether the noise scale is a variable.
+        tolerance: largest gradient allowed, relative to the terms it is the difference of.
+        max_steps: Newton steps before giving up.
+
+    Raises:
+        UnsupportedError: if the prior cuts through blocks of a curvature that is not dense.
+        NoFiniteOptimumError: if log Z increases without end towards zero or infinity in some hyperparameter.
+        ConvergenceError: if `max_steps` do not suffice.
+    """
+    _check_served(evidence, prior)
+    _check_optimum_exists(evidence, prior, optimize_noise)
+    steps_before = 0
+    if evidence.relevant_spectrum(prior) is None:
+        # The shared optimum is cheap to find from the eigenvalues; from there no matrix is badly conditioned.
+        shared = replace(prior, precision=prior.precision[:1], groups=torch.zeros_like(prior.groups))
+        coarse = maximise(evidence, shared, sigma_noise, optimize_noise=optimize_noise, max_steps=max_steps)
+        prior = replace(prior, precision=coarse.prior_precision.expand(len(prior.precision)))
+        sigma_noise, steps_before = coarse.sigma_noise, coarse.steps
+    t = prior.precision.detach().double().log()
+    tau = torch.tensor(sigma_noise, dtype=torch.float64, device=t.device).square().log()
+    point = _evaluate(evidence, prior, t, tau, optimize_noise)
+    for steps in range(max_steps):
+        if point.converged(tolerance):
+            noise = float((point.tau / 2).exp()) if optimize_noise else sigma_noise
+            precision, value = point.t.exp(), float(point.value)
+            return Optimum(precision, noise, value, point.gradient_norm(), steps_before + steps)
+        point = _ascend(evidence, prior, point)
+    raise ConvergenceError(
+        f"the prior precision did not converge in {max_steps} steps (gradient norm "
+        f"{point.gradient_norm():.1e}); raise max_steps, or check that the model was trained"
+    )
+
+
+def _ascend(evidence: Evidence, prior: GroupedPrior, point: _Point) -> _Point:
+    """One Newton step, shortened until it does not lead down."""
+    step, step_noise = point.step()
+    fraction = min(1.0, MAX_STEP / float(torch.maximum(step.abs().max(), step_noise.abs())))
+    # Near the optimum the value is flat to rounding, and rounding must not stop the last steps.
+    lowest = point.value - 1e-14 * (point.value.abs() + len(prior.groups))
+    for _ in range(30):
+        t, tau = point.t + fraction * step, point.tau + fraction * step_noise
+        try:
+            found = _evaluate(evidence, prior, t, tau, point.noise is not None)
+            if bool(found.value >= lowest):
+                return found
+        except NotPositiveDefiniteError:
+            pass  # so close to a singular matrix that it cannot be the maximum
+        fraction /= 2
+    raise ConvergenceError(
+        "no step increases the log marginal likelihood although its gradient norm is "
+        f"{point.gradient_norm():.1e}; loosen tolerance"
+    )
+
+
+def _evaluate(evidence: Evidence, prior: GroupedPrior, t: Tensor, tau: Tensor, with_noise: bool) -> _Point:
+    """log Z and its first two derivatives at ``(t, tau)``."""
+    here, sigma = replace(prior, precision=t.exp()), (tau / 2).exp()
+    gamma, B = _effective_parameters(evidence, here, evidence.scale(sigma))
+    scatter = here.squares * here.precision
+    noise = None
+    if with_noise:
+        slope, curve = _noise_derivatives(evidence, tau)
+        by_group = B if B.ndim == 1 else B.sum(1)
+        total = gamma.sum() / 2
+        noise = _Noise(slope + total, total - curve, by_group.sum() / 2 - curve, by_group / 2)
+    return _Point(
+        t,
+        tau,
+        value=evidence.log_marginal_likelihood(here, sigma),
+        gradient=(gamma - scatter) / 2,
+        size=(gamma + scatter) / 2,
+        bend=(B + (scatter if B.ndim == 1 else torch.diag(scatter))) / 2,
+        noise=noise,
+    )
+
+
+def _effective_parameters(evidence: Evidence, prior: GroupedPrior, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``gamma`` and ``B`` of the module's docstring; B is a vector where the groups do not interact."""
+    groups, zeros = prior.groups, torch.zeros_like(prior.precision)
+    if (spectrum := evidence.relevant_spectrum(prior)) is not None:
+        informed, delta = scale * spectrum.eigenvalues, prior.precision[groups]
+        share = informed / (informed + delta)
+        return zeros.index_add(0, groups, share), zeros.index_add(0, groups, share * (1 - share))
+    H = evidence.curvature.to(torch.float64)
+    P = scale * H + prior.operator(H)
+    covariance = P.solve(torch.eye(P.size, dtype=torch.float64, device=P.device))
+    free = prior.precision * zeros.index_add(0, groups, covariance.diagonal())
+    squares = zeros.new_zeros(len(zeros), P.size).index_add(0, groups, covariance.square())
+    squares = zeros.new_zeros(len(zeros), len(zeros)).index_add(1, groups, squares)
+    return prior.sizes - free, torch.diag(free) - torch.outer(prior.precision, prior.precision) * squares
+
+
+def _check_served(evidence: Evidence, prior: GroupedPrior) -> None:
+    if evidence.relevant_spectrum(prior) is None and not isinstance(evidence.curvature, Dense):
+        raise UnsupportedError(
+            "this prior structure cuts through blocks of the curvature (a "
+            f"{type(evidence.curvature).__name__}), expected one that does not; use prior_structure='scalar' "
+            "or 'layerwise', or hessian_structure='full'"
+        )
+
+
+def _check_optimum_exists(evidence: Evidence, prior: GroupedPrior, optimize_noise: bool) -> None:
+    squares = prior.squares
+    if bool((squares == 0).any()):
+        k = int((squares == 0).nonzero()[0])
+        raise NoFiniteOptimumError(
+            f"{prior.label(k)} equals the prior mean exactly, so that the log marginal likelihood grows "
+            "without end in its prior precision; train the model, or fix prior_precision"
+        )
+    diagonal = evidence.curvature.diagonal().double()
+    informed = torch.zeros_like(squares).index_add(0, prior.groups, diagonal)
+    if bool((informed <= 0).any()):
+        k = int((informed <= 0).nonzero()[0])
+        raise NoFiniteOptimumError(
+            f"the curvature of {prior.label(k)} is zero, so that the log marginal likelihood grows without "
+            "end as its prior precision goes to zero; fix prior_precision, or leave it out with "
+            "subset_of_weights"
+        )
+    if optimize_noise and bool(_noise_derivatives(evidence, squares.new_zeros(()))[1] >= 0):
+        raise NoFiniteOptimumError(
+            "the residuals are all zero, so that the log marginal likelihood grows without end as "
+            "sigma_noise goes to zero; fix sigma_noise"
+        )
+
+
+def _noise_derivatives(evidence: Evidence, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second derivative of the tempered log-likelihood in tau."""
+    with torch.enable_grad():
+        variable = tau.detach().requires_grad_()
+        fit = evidence.log_likelihood((variable / 2).exp())
+        (slope,) = torch.autograd.grad(fit, variable, create_graph=True)
+        (curve,) = torch.autograd.grad(slope, variable)
+    return slope.detach(), curve
