@@ -10,6 +10,7 @@ from curvlin.features.base import FeatureOperator
 from curvlin.features.block import BlockFeatures
 from curvlin.features.dense import DenseFeatures
 from curvlin.features.khatri_rao import KhatriRaoFeatures
+from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
@@ -26,6 +27,7 @@ __all__ = [
     "DenseFeatures",
     "Diagonal",
     "FeatureOperator",
+    "Gaussian",
     "Isotropic",
     "KhatriRaoFeatures",
     "KroneckerSum",

@@ -185,9 +185,7 @@ class _InvQuad(torch.autograd.Function):
         pair = build(ctx.structure, tensors)
         solution = solve(pair.operator, X, pair.factors)
         # -x^T P x with x held fixed has the derivative of the quadratic form with respect to P.
-        grads = pull_back(
-            pair, ctx.needs_input_grad[2:], lambda P: -(solution * P._matmul(solution)).sum(-2), g
-        )
+        grads = pull_back(pair, ctx.needs_input_grad[2:], lambda P: -P._energy(solution), g)
         grad_x = (2 * g.unsqueeze(-2) * solution).sum_to_size(X.shape) if ctx.needs_input_grad[1] else None
         return None, grad_x, *grads
 
@@ -196,7 +194,7 @@ class _InvQuad(torch.autograd.Function):
         X, *tensors = ctx.saved_tensors
         pair = build(ctx.structure, tensors)
         solution = solve(pair.operator, X, pair.factors)
-        change = push_forward(pair, tangents, lambda P: -(solution * P._matmul(solution)).sum(-2))
+        change = push_forward(pair, tangents, lambda P: -P._energy(solution))
         total = _sum_of(None if dX is None else 2 * (solution * dX).sum(-2), change)
         assert total is not None
         return total

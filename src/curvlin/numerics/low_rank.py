@@ -77,6 +77,36 @@ def _gram_is_safe(gram: Tensor, sign: int) -> bool:
     return bool((info == 0).all()) and bool((pivots > _SAFE_PIVOT * reference).all())
 
 
+def symmetric_gram(V: Tensor) -> Tensor:
+    """``V^T V``, whose derivative ``V (G + G^T)`` is one product instead of two."""
+    gram: Tensor = _SymmetricGram.apply(V)  # type: ignore[no-untyped-call]
+    return gram
+
+
+class _SymmetricGram(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(V: Tensor) -> Tensor:
+        return V.mT @ V
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> Tensor:
+        (V,) = ctx.saved_tensors
+        return V @ (G + G.mT)
+
+    @staticmethod
+    def jvp(ctx: Any, dV: Tensor) -> Tensor:
+        (V,) = ctx.saved_tensors
+        half = V.mT @ dV
+        return half + half.mT
+
+
 INVERSE, ROOT, INVERSE_ROOT = "inverse", "root", "inverse root"
 
 

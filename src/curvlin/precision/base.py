@@ -408,21 +408,23 @@ class PrecisionOperator(Tree, ABC):
         tensor of P is changed in place afterwards, using the factored operator raises `StaleFactorError`.
         """
         kept = self._map(lambda t, _: t)
+        working = self.to(torch.float64)
         versions = tuple(_version(t) for t, _ in self._tensors())
-        object.__setattr__(kept, "_kept", _Kept(factorize(self.to(torch.float64)), versions))
+        object.__setattr__(kept, "_kept", _Kept(working, self._needs_grad(), factorize(working), versions))
         return kept
 
     def _factored(self: OperatorT) -> tuple[OperatorT, Any]:
         """This operator in float64, and its factors: the kept ones, or new ones."""
-        P = self.to(torch.float64)
         kept: _Kept | None = self.__dict__.get("_kept")
         if kept is None:
+            P = self.to(torch.float64)
             return P, factorize(P)
         if kept.versions != tuple(_version(t) for t, _ in self._tensors()):
             raise StaleFactorError(
                 f"a tensor of this {type(self).__name__} was changed in place after factor(); call factor() again"
             )
-        return P, kept.factors
+        # The kept float64 copy serves only the gradient mode that it was made in.
+        return (kept.working if kept.live == self._needs_grad() else self.to(torch.float64)), kept.factors
 
     # -- argument shapes --------------------------------------------------------------------------------------
 
@@ -486,6 +488,10 @@ class PrecisionOperator(Tree, ABC):
     def _matmul(self, X: Tensor) -> Tensor:
         """``P X`` for ``X`` of shape ``(..., D, K)``, by plain differentiable operations."""
 
+    def _energy(self, X: Tensor) -> Tensor:
+        """``x^T P x`` of each column, by plain differentiable operations: ``(..., D, K) -> (..., K)``."""
+        return (X * self._matmul(X)).sum(-2)
+
     @abstractmethod
     def _solve(self, X: Tensor, factors: Any) -> Tensor:
         """``P^-1 X``, ``(..., D, K)``."""
@@ -541,6 +547,8 @@ class PrecisionOperator(Tree, ABC):
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
+    working: Any
+    live: bool
     factors: Any
     versions: tuple[int, ...]
 

@@ -80,6 +80,11 @@ class BlockDiag(PrecisionOperator):
     def _matmul(self, X: Tensor) -> Tensor:
         return self._columnwise(lambda block, part, _: block._matmul(part), X, (None,) * len(self.blocks))
 
+    def _energy(self, X: Tensor) -> Tensor:
+        return _total(
+            [block._energy(part) for block, part in zip(self.blocks, self.indices.split(X), strict=True)]
+        )
+
     def _solve(self, X: Tensor, factors: tuple[Any, ...]) -> Tensor:
         return self._columnwise(lambda block, part, f: block._solve(part, f), X, factors)
 

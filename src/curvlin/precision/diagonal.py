@@ -42,13 +42,13 @@ class _DiagonalHooks(PrecisionOperator):
         return X * self._column().sqrt()
 
     def _unwhiten(self, Z: Tensor, factors: None) -> Tensor:
-        return Z / self._column().sqrt()
+        return Z * self._column().rsqrt()
 
     def _root_matvec(self, Z: Tensor, factors: None) -> Tensor:
         return Z * self._column().sqrt()
 
     def _root_solve(self, G: Tensor, factors: None) -> Tensor:
-        return G / self._column().sqrt()
+        return G * self._column().rsqrt()
 
     def _to_dense(self) -> Tensor:
         return torch.diag_embed(self.diagonal())

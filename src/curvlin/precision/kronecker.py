@@ -312,7 +312,11 @@ class KroneckerSum(ImplicitOperator):
                 other = spectra[1 - s]
                 X = bases[s]
                 assert X is not None
-                inner = torch.diag_embed((weights * other[t].unsqueeze(-2)).sum(-1))
+                diagonal = (weights * other[t].unsqueeze(-2)).sum(-1)
+                if not second_order:
+                    gradients.append((X * diagonal.unsqueeze(-2)) @ X.mT)
+                    continue
+                inner = torch.diag_embed(diagonal)
                 for u, M in enumerate(rotated[s]):
                     if M is not None:
                         off_diagonal = M - torch.diag_embed(M.diagonal(dim1=-2, dim2=-1))

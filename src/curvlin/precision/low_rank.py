@@ -18,9 +18,10 @@ from torch import Tensor
 
 from curvlin._check import floating, same_kind, symmetric
 from curvlin._tables import CONGRUENCE, lookup
-from curvlin._tree import Tree, is_concrete, needs_grad, static_field, tensor_field
+from curvlin._tree import Tree, build, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.features.base import FeatureOperator
+from curvlin.numerics import implicit
 from curvlin.numerics.implicit import graft
 from curvlin.numerics.low_rank import (
     INVERSE,
@@ -32,6 +33,7 @@ from curvlin.numerics.low_rank import (
     leverage_split,
     spectral_change,
     spectral_value,
+    symmetric_gram,
 )
 from curvlin.numerics.symmetric_root import symmetric_root
 from curvlin.precision.base import PrecisionOperator
@@ -143,6 +145,8 @@ class Woodbury(ImplicitOperator):
                 )
             gram = rule(self.U, None, self.base, base_factors, "joint", None).double()
             gram = gram.flatten(-2).flatten(-3, -2)
+        elif isinstance(self.base, (Diagonal, Isotropic)):
+            return symmetric_gram(self.base._root_solve(self.U, base_factors))
         else:
             gram = self.U.mT @ self.base._solve(self.U, base_factors)
         return (gram + gram.mT) / 2
@@ -259,6 +263,11 @@ class Woodbury(ImplicitOperator):
         c = self._collect(X)
         return self.base._matmul(X) + self._spread(self._weighted(c if self.core is None else self.core @ c))
 
+    def _energy(self, X: Tensor) -> Tensor:
+        c = self._collect(X)
+        change = (c * (c if self.core is None else self.core @ c)).sum(-2, keepdim=True)
+        return self.base._energy(X) + self._weighted(change).squeeze(-2)
+
     def _solve_value(self, X: Tensor, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
             return factors.operator._solve_value(X, factors.factors)
@@ -295,19 +304,55 @@ class Woodbury(ImplicitOperator):
         return self._over_weight(quad, 1)
 
     def _logdet(self, factors: Any) -> Tensor:
+        return implicit.log_det(self, factors)
+
+    def _logdet_value(self, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
-            value = factors.operator._logdet(factors.factors)
-            return graft(value, self._core_logdet(factors)) if self._needs_grad() else value
+            value: Tensor = factors.operator._logdet_value(factors.factors)
+            return value
+        return self._base_logdet(factors) + self._logdet_change(factors)
+
+    def _base_logdet(self, factors: LowRankFactors) -> Tensor:
         base = self._unweighted().base._logdet(factors.base)
-        if self.weight is not None:
-            base = base + self.size * self.weight.log()
-        return base + self._logdet_change(factors)
+        return base if self.weight is None else base + self.size * self.weight.log()
 
     def _logdet_change(self, factors: LowRankFactors) -> Tensor:
-        """``log det P - log det Z = log det H``."""
+        """``log det P - log det Z = log det H``, differentiable."""
         change = torch.log1p(factors.gain) if self.sign > 0 else factors.h.log()
         value = change.sum(-1)
         return graft(value, self._unweighted()._live_logdet(factors)) if self._needs_grad() else value
+
+    def _logdet_gradient(self, factors: Any) -> list[Tensor]:
+        if not torch.is_grad_enabled() and self._has_closed_gradient(factors):
+            return self._closed_logdet_gradient(factors)
+        full = self.expand(self.batch_shape)
+        structure = full._structure()
+
+        def live(*tensors: Tensor) -> Tensor:
+            P: Woodbury = build(structure, tensors)
+            if isinstance(factors, CanonicalFactors):
+                return P._core_logdet(factors)
+            return P._base_logdet(factors) + P._unweighted()._live_logdet(factors)
+
+        with torch.enable_grad():
+            output, vjp = torch.func.vjp(live, *(t for t, _ in full._tensors()))[:2]
+        return list(vjp(torch.ones_like(output)))
+
+    def _has_closed_gradient(self, factors: Any) -> bool:
+        plain = isinstance(factors, LowRankFactors) and factors.V is not None and self.weight is None
+        return plain and isinstance(self.base, Diagonal) and not self.batch_shape
+
+    def _closed_logdet_gradient(self, factors: LowRankFactors) -> list[Tensor]:
+        """``diag(P^-1)`` and ``2 s P^-1 U``, from one product with V."""
+        V, h = factors.V, factors.h
+        assert V is not None
+        inverse_root = self.base._diagonal().rsqrt().unsqueeze(-1)
+        if factors.orthonormal:
+            solved = V @ ((factors.gain.sqrt() / h).unsqueeze(-1) * factors.W.mT)
+        else:
+            solved = V @ ((factors.W / h) @ factors.W.mT)
+        diagonal = self._inverse_diagonal_value(factors)
+        return [diagonal, solved.mul_(2 * self.sign * inverse_root)]
 
     def _live_logdet(self, factors: LowRankFactors) -> Tensor:
         """``log det H`` around the accurate spectrum: its derivative ``H^-1 dH`` comes from there."""
