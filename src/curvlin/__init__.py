@@ -15,8 +15,9 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
-from curvlin.precision.kronecker import KroneckerSum, SpectralKronecker
+from curvlin.precision.kronecker import KroneckerSum
 from curvlin.precision.low_rank import LowRankPlusDiag, Woodbury
+from curvlin.precision.spectral import SpectralKronecker
 from curvlin.projection import Projection
 
 __all__ = [

@@ -135,8 +135,6 @@ def leverage_split(V: Tensor, leverage: Tensor) -> Tensor:
     """
     result = 1 - leverage
     high = leverage > 0.5
-    if not bool(high.any()):
-        return result
     eye = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
     R = torch.linalg.qr(torch.cat([V[~high], eye]), mode="r").R
     G = torch.linalg.solve_triangular(R.mT, V[high].mT, upper=False).mT

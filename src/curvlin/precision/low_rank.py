@@ -343,16 +343,20 @@ class Woodbury(ImplicitOperator):
         return plain and isinstance(self.base, Diagonal) and not self.batch_shape
 
     def _closed_logdet_gradient(self, factors: LowRankFactors) -> list[Tensor]:
-        """``diag(P^-1)`` and ``2 s P^-1 U``, from one product with V."""
-        V, h = factors.V, factors.h
+        """``diag(P^-1)`` and ``2 s P^-1 U``; a slice of rows at a time stays in cache."""
+        V, W, h = factors.V, factors.W, factors.h
         assert V is not None
-        inverse_root = self.base._diagonal().rsqrt().unsqueeze(-1)
-        if factors.orthonormal:
-            solved = V @ ((factors.gain.sqrt() / h).unsqueeze(-1) * factors.W.mT)
-        else:
-            solved = V @ ((factors.W / h) @ factors.W.mT)
-        diagonal = self._inverse_diagonal_value(factors)
-        return [diagonal, solved.mul_(2 * self.sign * inverse_root)]
+        root = factors.gain.sqrt().unsqueeze(-1) * W.mT if factors.orthonormal else None
+        middle = (W / h) @ W.mT if root is None else root / h.unsqueeze(-1)
+        scale = self.base._diagonal().rsqrt().unsqueeze(-1)
+        gradient = torch.empty(V.shape[0], W.shape[0], dtype=V.dtype, device=V.device)
+        leverage = torch.empty(V.shape[0], dtype=V.dtype, device=V.device)
+        for start in range(0, V.shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            solved = V[rows] @ middle
+            leverage[rows] = torch.linalg.vecdot(solved, V[rows] if root is None else V[rows] @ root)
+            torch.mul(solved, 2 * self.sign * scale[rows], out=gradient[rows])
+        return [self._diagonal_from_leverage(leverage, factors), gradient]
 
     def _live_logdet(self, factors: LowRankFactors) -> Tensor:
         """``log det H`` around the accurate spectrum: its derivative ``H^-1 dH`` comes from there."""
@@ -407,11 +411,7 @@ class Woodbury(ImplicitOperator):
         if isinstance(self.base, (Diagonal, Isotropic)):
             directions = factors.V if factors.orthonormal else factors.V @ factors.W
             share = factors.gain.unsqueeze(-2) / h if factors.orthonormal else 1 / h
-            leverage = (directions.square() * share).sum(-1)
-            if self.sign < 0 or self.batch_shape or not is_concrete(leverage):
-                return prior * (1 - self.sign * leverage)
-            V = directions * factors.gain.sqrt() if factors.orthonormal else factors.V
-            return prior * leverage_split(V, leverage)
+            return self._diagonal_from_leverage((directions.square() * share).sum(-1), factors)
         spread = factors.V if factors.orthonormal else factors.V @ factors.W
         columns = self.base._unwhiten(spread, factors.base)
         share = factors.gain.unsqueeze(-2) / h if factors.orthonormal else 1 / h
@@ -425,6 +425,17 @@ class Woodbury(ImplicitOperator):
             selection[rows, torch.arange(len(rows), device=self.device)] = 1.0
             result[..., rows] = self._inv_quad_value(selection, factors)
         return result
+
+    def _diagonal_from_leverage(self, leverage: Tensor, factors: LowRankFactors) -> Tensor:
+        """``(1 - s h_i) / d_i`` for a diagonal base, with the leverages split off that come near 1."""
+        prior = self.base._inverse_diagonal(factors.base)
+        if self.sign < 0 or self.batch_shape or not is_concrete(leverage):
+            return prior * (1 - self.sign * leverage)
+        if not bool((leverage > 0.5).any()):
+            return prior * (1 - leverage)
+        assert factors.V is not None
+        V = factors.V * factors.gain.sqrt() if factors.orthonormal else factors.V
+        return prior * leverage_split(V, leverage)
 
     def _removed_by_features(self, factors: LowRankFactors) -> Tensor:
         """The diagonal of ``Z^-1 U H^-1 U^T Z^-1``, a chunk of k right-hand sides at a time."""
@@ -540,6 +551,9 @@ class LowRankPlusDiag(Woodbury):
             )
         super().__init__(Diagonal(diagonal), U)
 
+
+_ROWS = 8192
+"""Rows of U handled at a time where a whole pass would leave the cache."""
 
 _CHUNK = 2**22
 """Numbers formed at a time where a feature operator's columns are needed: 32 MiB in float64."""

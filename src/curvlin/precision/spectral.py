@@ -1,0 +1,127 @@
+"""Kronecker eigenbases with free eigenvalues: what EKFAC makes, and every function of one Kronecker term and a shift."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlin._check import floating, square
+from curvlin._tree import is_concrete, tensor_field
+from curvlin.errors import NotPositiveDefiniteError
+from curvlin.numerics.kronecker import congruence, product, rotate
+from curvlin.precision.base import PrecisionOperator
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralKronecker(PrecisionOperator):
+    """``(QL (x) QR) diag(eigenvalues.flatten()) (QL (x) QR)^T`` with orthogonal QL, QR: EKFAC, for one.
+
+    The bases are constants: no gradient flows into them.
+
+    Args:
+        QL: orthogonal ``(*batch, a, a)``.
+        QR: orthogonal ``(*batch, b, b)``.
+        eigenvalues: ``(*batch, a, b)``, non-negative.
+
+    Raises:
+        TypeError, ValueError: if a basis is not a square floating orthogonal matrix, or shapes do not match.
+    """
+
+    QL: Float[Tensor, "*batch a a"] = tensor_field(2)
+    QR: Float[Tensor, "*batch b b"] = tensor_field(2)
+    eigenvalues: Float[Tensor, "*batch a b"] = tensor_field(2)
+
+    def __post_init__(self) -> None:
+        for name, Q in (("QL", self.QL), ("QR", self.QR)):
+            square(name, Q, like=self.QL)
+            eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+            if is_concrete(Q):
+                gap = float((Q.mT @ Q - eye).abs().max())
+                if gap > 32 * Q.shape[-1] * torch.finfo(Q.dtype).eps:
+                    raise ValueError(f"{name} must be orthogonal, found Q^T Q - I of size {gap:.1e}")
+            object.__setattr__(self, name, Q.detach())
+        floating("eigenvalues", self.eigenvalues, ndim=2, like=self.QL)
+        expected = (self.QL.shape[-1], self.QR.shape[-1])
+        if tuple(self.eigenvalues.shape[-2:]) != expected:
+            raise ValueError(
+                f"eigenvalues must end in {expected}, found shape {tuple(self.eigenvalues.shape)}"
+            )
+
+    @property
+    def size(self) -> int:
+        return self.sizes[0] * self.sizes[1]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(a, b), the sizes of the two bases."""
+        return self.QL.shape[-1], self.QR.shape[-1]
+
+    @property
+    def orthogonal(self) -> bool:
+        """True: the bases are orthogonal by construction."""
+        return True
+
+    def _factors_need_grad(self) -> bool:
+        return False
+
+    def _factorize(self) -> None:
+        smallest = self.eigenvalues.min()
+        if not bool(smallest > 0):
+            raise NotPositiveDefiniteError("SpectralKronecker", float(smallest))
+
+    def _function(self, values: Tensor, X: Tensor) -> Tensor:
+        """``(QL (x) QR) diag(values) (QL (x) QR)^T X``."""
+        V = congruence(self.QL, X.mT.unflatten(-1, self.sizes), self.QR) * values.unsqueeze(-3)
+        return rotate(self.QL, V, self.QR).flatten(-2).mT
+
+    def _matmul(self, X: Tensor) -> Tensor:
+        return self._function(self.eigenvalues, X)
+
+    def _solve(self, X: Tensor, factors: None) -> Tensor:
+        return self._function(1 / self.eigenvalues, X)
+
+    def _inv_quad(self, X: Tensor, factors: None) -> Tensor:
+        V = congruence(self.QL, X.mT.unflatten(-1, self.sizes), self.QR)
+        return (V.square() / self.eigenvalues.unsqueeze(-3)).sum((-2, -1))
+
+    def _logdet(self, factors: None) -> Tensor:
+        return self.eigenvalues.log().sum((-2, -1))
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """The diagonal of ``(QL (x) QR) diag(values) (QL (x) QR)^T``."""
+        squares = self.QL.square(), self.QR.square()
+        return rotate(squares[0], values.unsqueeze(-3), squares[1]).squeeze(-3).flatten(-2)
+
+    def _diagonal(self) -> Tensor:
+        return self._spread(self.eigenvalues)
+
+    def _inverse_diagonal(self, factors: None) -> Tensor:
+        return self._spread(1 / self.eigenvalues)
+
+    def _whiten(self, X: Tensor, factors: None) -> Tensor:
+        return self._function(self.eigenvalues.sqrt(), X)
+
+    def _unwhiten(self, Z: Tensor, factors: None) -> Tensor:
+        return self._function(1 / self.eigenvalues.sqrt(), Z)
+
+    def _root_matvec(self, Z: Tensor, factors: None) -> Tensor:
+        return self._function(self.eigenvalues.sqrt(), Z)
+
+    def _root_solve(self, G: Tensor, factors: None) -> Tensor:
+        return self._function(1 / self.eigenvalues.sqrt(), G)
+
+    def _scale(self, c: Tensor) -> SpectralKronecker:
+        return SpectralKronecker(self.QL, self.QR, self.eigenvalues * c[..., None, None])
+
+    def _marginal(self, index: Tensor, max_size: int) -> None:
+        return None
+
+    def _conditional(self, index: Tensor, max_size: int) -> None:
+        return None
+
+    def _to_dense(self) -> Tensor:
+        basis = product(self.QL, self.QR)
+        return (basis * self.eigenvalues.flatten(-2).unsqueeze(-2)) @ basis.mT
