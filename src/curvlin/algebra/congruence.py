@@ -35,8 +35,9 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
-from curvlin.precision.kronecker import KroneckerSum, SpectralKronecker, spectral_form
+from curvlin.precision.kronecker import KroneckerSum, spectral_form
 from curvlin.precision.low_rank import CanonicalFactors, Woodbury
+from curvlin.precision.spectral import SpectralKronecker
 
 Features = FeatureOperator | None
 Chunk = int | None

@@ -29,8 +29,9 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
-from curvlin.precision.kronecker import KroneckerSum, SpectralKronecker, spectral_form
+from curvlin.precision.kronecker import KroneckerSum, spectral_form
 from curvlin.precision.low_rank import Woodbury, joined_columns
+from curvlin.precision.spectral import SpectralKronecker
 
 Known = tuple[PrecisionOperator, Any]
 """An operator in float64 and its factors."""

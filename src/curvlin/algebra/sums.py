@@ -24,8 +24,9 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
-from curvlin.precision.kronecker import KroneckerSum, Pair, SpectralKronecker
+from curvlin.precision.kronecker import KroneckerSum, Pair
 from curvlin.precision.low_rank import LowRankPlusDiag, Woodbury, joined_columns, unit_weight
+from curvlin.precision.spectral import SpectralKronecker
 
 # -- diagonals and dense matrices ------------------------------------------------------------------------------
 

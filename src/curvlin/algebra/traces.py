@@ -24,8 +24,9 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
-from curvlin.precision.kronecker import KroneckerFactors, KroneckerSum, SpectralKronecker, spectral_form
+from curvlin.precision.kronecker import KroneckerFactors, KroneckerSum, spectral_form
 from curvlin.precision.low_rank import Woodbury
+from curvlin.precision.spectral import SpectralKronecker
 
 
 def trace_solve(P: PrecisionOperator, Q: PrecisionOperator, factors: Any) -> Tensor:

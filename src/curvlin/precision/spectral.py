@@ -1,4 +1,4 @@
-"""Kronecker eigenbases with free eigenvalues: what EKFAC makes, and every function of one Kronecker term and a shift."""
+"""Kronecker eigenbases with free eigenvalues: what EKFAC makes, and functions of one Kronecker term and a shift."""
 
 from __future__ import annotations
 
