@@ -19,8 +19,8 @@ from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.likelihoods import Likelihood
 
-FEATURE_BUDGET = 2**25
-"""Entries of the tensors of features held at once: 128 MiB in float32."""
+FEATURE_BUDGET = 2**23
+"""Entries of the tensors of features held at once: 32 MiB in float32."""
 
 DRAW_BUDGET = 2**26
 """Entries of the tensor of posterior draws held at once."""
