@@ -108,7 +108,13 @@ class Gaussian(Distribution):
                 f"mean must have {covariance.size} entries like the {name}, found shape {tuple(mean.shape)}"
             )
         self._covariance = covariance
-        batch = torch.broadcast_shapes(mean.shape[:-1], covariance.batch_shape)
+        try:
+            batch = torch.broadcast_shapes(mean.shape[:-1], covariance.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"mean must have a batch shape that broadcasts with {tuple(covariance.batch_shape)} of the {name}, "
+                f"found {tuple(mean.shape[:-1])}"
+            ) from None
         self._mean = mean.expand(*batch, mean.shape[-1])
         # Values are checked above, in one line and not inside transforms, so torch's own check is left out.
         super().__init__(batch, mean.shape[-1:], validate_args=False)
