@@ -90,13 +90,13 @@ def _total(matrices: list[Tensor]) -> Tensor:
 
 @register(ADD, SpectralKronecker, Isotropic)
 def spectral_isotropic(P: SpectralKronecker, Q: Isotropic) -> SpectralKronecker:
-    return SpectralKronecker(P.QL, P.QR, P.eigenvalues + Q.value[..., None, None])
+    return P.with_eigenvalues(P.eigenvalues + Q.value[..., None, None])
 
 
 @register(ADD, SpectralKronecker, SpectralKronecker)
 def spectral_spectral(P: SpectralKronecker, Q: SpectralKronecker) -> SpectralKronecker | None:
     same = all(a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in ((P.QL, Q.QL), (P.QR, Q.QR)))
-    return SpectralKronecker(P.QL, P.QR, P.eigenvalues + Q.eigenvalues) if same else None
+    return P.with_eigenvalues(P.eigenvalues + Q.eigenvalues) if same else None
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------

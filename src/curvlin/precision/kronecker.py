@@ -561,6 +561,7 @@ def _differentiable_lower(lower: Tensor, matrices: Sequence[Tensor | None]) -> T
 
 
 def _check_proportional(name: str, R: Tensor, M: Tensor) -> None:
+    R, M = R.detach(), M.detach()
     gram = R.mT @ R
     sizes = [A.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] for A in (gram, M)]
     gap = float((gram / sizes[0] - M / sizes[1]).abs().max())

@@ -429,13 +429,17 @@ class Woodbury(ImplicitOperator):
     def _diagonal_from_leverage(self, leverage: Tensor, factors: LowRankFactors) -> Tensor:
         """``(1 - s h_i) / d_i`` for a diagonal base, with the leverages split off that come near 1."""
         prior = self.base._inverse_diagonal(factors.base)
-        if self.sign < 0 or self.batch_shape or not is_concrete(leverage):
-            return prior * (1 - self.sign * leverage)
-        if not bool((leverage > 0.5).any()):
-            return prior * (1 - leverage)
-        assert factors.V is not None
-        V = factors.V * factors.gain.sqrt() if factors.orthonormal else factors.V
-        return prior * leverage_split(V, leverage)
+        share = 1 - self.sign * leverage
+        # Inside transforms values cannot be looked at, and the formula as it stands has to do.
+        if self.sign > 0 and is_concrete(leverage) and bool((leverage > 0.5).any()):
+            assert isinstance(self.U, Tensor)
+            V = self.base._root_solve(self.U, factors.base)
+            V = V.expand(*leverage.shape[:-1], *V.shape[-2:]).flatten(0, -3) if leverage.ndim > 1 else V[None]
+            rows = leverage.reshape(-1, leverage.shape[-1])
+            share = torch.stack([leverage_split(v, h) for v, h in zip(V, rows, strict=True)]).view_as(
+                leverage
+            )
+        return prior * share
 
     def _removed_by_features(self, factors: LowRankFactors) -> Tensor:
         """The diagonal of ``Z^-1 U H^-1 U^T Z^-1``, a chunk of k right-hand sides at a time."""

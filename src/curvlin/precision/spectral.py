@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlin._check import floating, square
-from curvlin._tree import is_concrete, tensor_field
+from curvlin._tree import build, is_concrete, tensor_field
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.numerics.kronecker import congruence, product, rotate
 from curvlin.precision.base import PrecisionOperator
@@ -114,7 +114,12 @@ class SpectralKronecker(PrecisionOperator):
         return self._function(1 / self.eigenvalues.sqrt(), G)
 
     def _scale(self, c: Tensor) -> SpectralKronecker:
-        return SpectralKronecker(self.QL, self.QR, self.eigenvalues * c[..., None, None])
+        return self.with_eigenvalues(self.eigenvalues * c[..., None, None])
+
+    def with_eigenvalues(self, eigenvalues: Float[Tensor, "*batch a b"]) -> SpectralKronecker:
+        """Other eigenvalues in the same basis."""
+        result: SpectralKronecker = build(self._structure(), (self.QL, self.QR, eigenvalues))
+        return result
 
     def _marginal(self, index: Tensor, max_size: int) -> None:
         return None
