@@ -260,6 +260,36 @@ def test_outputs_of_the_wrong_kind_are_refused(forward, found):
         Recorder(model, ParameterSpace.of(model))(torch.randn(4, 3), "batch 2")
 
 
+def test_a_weight_without_rows_is_refused():
+    class Vector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.w)[:, None]
+
+    with pytest.raises(UnsupportedError, match=r"linear needs a weight \(out, in\), found shape \(3,\)"):
+        record(Vector(), torch.randn(4, 3))
+
+
+def test_layouts_are_found_where_most_gradients_vanish():
+    """Each sample uses one expert; what one probe leaves open is probed again, and dead layers cost nothing."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(3, 2) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:  # (N, T, 3) with rows of all samples and steps together
+            rows = x.reshape(-1, 3)
+            chosen = x[:, 0].argmax(-1)  # of three: the fourth expert is never used
+            y = torch.stack([expert(rows).reshape(len(x), -1, 2).sum(1) for expert in self.experts], dim=1)
+            return y[torch.arange(len(x)), chosen] + 0 * y[:, 3]
+
+    assert_jacobian(Experts().double(), torch.randn(6, 6, 3, dtype=torch.float64))
+
+
 def test_unbatched_images_are_refused():
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten())
     with pytest.raises(UnsupportedError, match=r"conv2d needs a batch of images"):

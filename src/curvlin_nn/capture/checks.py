@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from curvlin_nn.capture.graph import Graph, named_pieces
-from curvlin_nn.capture.layout import Layout, candidates, reaches_only
+from curvlin_nn.capture.layout import Layout, candidates
 from curvlin_nn.errors import CouplingError, UnsupportedUseError
 
 
@@ -41,43 +41,59 @@ def check_complete(graph: Graph) -> None:
 def find_layouts(graph: Graph) -> tuple[tuple[Layout, ...], bool]:
     """The layout of every use, by probing with cotangents of one sample.
 
+    A probe of sample s must reach the positions of s, and no others, among those that a cotangent of all samples
+    reaches. Further samples are probed only where layouts that agree so far would differ.
+
     Returns:
-        The layouts, and whether they are the only possible ones. Where they are not, every probe left the
-        positions in doubt at zero, so that any choice is right for this batch, but not necessarily for the
-        next.
+        The layouts, and whether they are the only possible ones. Where they are not, they differ at positions
+        that nothing reaches, so that any choice is right for this batch, but not necessarily for the next.
 
     Raises:
         CouplingError: if a sample's output depends on other samples' positions.
     """
-    n_samples = graph.outputs.shape[0]
-    options: list[list[Layout]] = []
-    for sample in _probing_order(n_samples):
+    n_samples, n_outputs = graph.outputs.shape
+    weights = 1 + torch.arange(n_outputs).to(graph.outputs).cos() / 2  # no output goes unnoticed
+    everywhere = _reached(graph, weights.expand(n_samples, n_outputs))
+    options = [candidates(tuple(reached.shape), n_samples) for reached in everywhere]
+    sample: int | None = n_samples // 2
+    while sample is not None:
         cotangent = torch.zeros_like(graph.outputs)
-        cotangent[sample] = 1 + torch.arange(cotangent.shape[1]).to(cotangent).cos() / 2
-        reached = [
-            (use.rule.by_position(gradient)[0] != 0).any(dim=-1)
-            for use, gradient in zip(graph.uses, graph.gradients(cotangent[None]), strict=True)
-        ]
-        options = options or [candidates(tuple(mask.shape), n_samples) for mask in reached]
-        options = [
-            [layout for layout in layouts if reaches_only(layout, mask, sample, n_samples)]
-            for layouts, mask in zip(options, reached, strict=True)
-        ]
-        for use, layouts in zip(graph.uses, options, strict=True):
-            if not layouts:
+        cotangent[sample] = weights
+        for i, (use, reached) in enumerate(zip(graph.uses, _reached(graph, cotangent), strict=True)):
+            options[i] = [
+                layout
+                for layout in options[i]
+                if torch.equal(reached, everywhere[i] & (_owner(layout, reached, n_samples) == sample))
+            ]
+            if not options[i]:
                 raise CouplingError(
                     f"the output for one sample depends on other samples at parameter "
                     f"{next(iter(use.names.values()))!r}, expected independent samples along axis 0 of the "
                     "outputs (is a normalisation using statistics of the batch?)"
                 )
-        if all(len(layouts) == 1 for layouts in options):
-            break
+        sample = _undecided(options, everywhere, n_samples)
     return tuple(layouts[0] for layouts in options), all(len(layouts) == 1 for layouts in options)
 
 
-def _probing_order(n_samples: int) -> list[int]:
-    """The middle sample first: it tells layouts apart that agree at the ends."""
-    return sorted(range(n_samples), key=lambda n: abs(n - n_samples // 2))
+def _reached(graph: Graph, cotangent: Tensor) -> list[Tensor]:
+    """For each use, the positions at which the gradient is not zero."""
+    gradients = zip(graph.uses, graph.gradients(cotangent[None]), strict=True)
+    return [(use.rule.by_position(gradient)[0] != 0).any(dim=-1) for use, gradient in gradients]
+
+
+def _owner(layout: Layout, positions: Tensor, n_samples: int) -> Tensor:
+    return layout.owner(tuple(positions.shape), n_samples).to(positions.device)
+
+
+def _undecided(options: list[list[Layout]], everywhere: list[Tensor], n_samples: int) -> int | None:
+    """A sample whose probe tells two remaining layouts apart, or None where all agree on what is reached."""
+    for layouts, reached in zip(options, everywhere, strict=True):
+        first = _owner(layouts[0], reached, n_samples)
+        for other in layouts[1:]:
+            differing = first[reached & (first != _owner(other, reached, n_samples))]
+            if len(differing):
+                return int(differing[0])
+    return None
 
 
 def _total(left: Tensor, right: Tensor | None) -> Tensor:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool
+import torch
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -31,6 +32,13 @@ class Layout:
             return False
         return self.sample_first or positions[self.axis] > n_samples
 
+    def owner(self, positions: tuple[int, ...], n_samples: int) -> Int[Tensor, "*positions"]:
+        """The sample that each position belongs to."""
+        size = positions[self.axis]
+        along = torch.arange(size)
+        along = along // (size // n_samples) if self.sample_first else along % n_samples
+        return along.reshape(-1, *(1,) * (len(positions) - self.axis - 1)).expand(positions)
+
     def split(self, tensor: Tensor, n_samples: int, before: int) -> Tensor:
         """``(*before, *positions, last)`` as ``(*before, N, S, last)``, with S positions per sample."""
         axis = before + self.axis
@@ -50,10 +58,3 @@ def candidates(positions: tuple[int, ...], n_samples: int) -> list[Layout]:
     """Every layout that positions of this shape allow, the most common first."""
     layouts = [Layout(axis, first) for axis in range(len(positions)) for first in (True, False)]
     return [layout for layout in layouts if layout.fits(positions, n_samples)]
-
-
-def reaches_only(layout: Layout, reached: Bool[Tensor, "*positions"], sample: int, n_samples: int) -> bool:
-    """Whether the positions that a probe of `sample` reached all belong to it under `layout`."""
-    by_sample = layout.split(reached[..., None], n_samples, 0).any(dim=(1, 2))
-    by_sample[sample] = False
-    return not bool(by_sample.any())

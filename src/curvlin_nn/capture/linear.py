@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvlin_nn.capture.rules import Call, LayerRule, Piece, register
+from curvlin_nn.errors import UnsupportedError
 
 
 @register
@@ -25,6 +26,10 @@ class LinearRule(LayerRule):
         """See `LayerRule.bind`."""
 
         def arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
+            if weight.ndim != 2:
+                raise UnsupportedError(
+                    f"linear needs a weight (out, in), found shape {tuple(weight.shape)}; give it one row"
+                )
             return Call(input, {"weight": weight} if bias is None else {"weight": weight, "bias": bias})
 
         return arguments(*args, **kwargs)
