@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,10 +15,17 @@ from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
 from curvlin_nn.structures.registry import register
 
+ROW_BUDGET = 2**24
+"""Entries of the rows that are multiplied out at once, where weights are shared."""
+
 
 @register
 class Full(Structure):
-    """``H = sum_n J_n^T Lambda_n J_n``, dense, by pairs of blocks."""
+    """``H = sum_n J_n^T Lambda_n J_n``, dense, by pairs of blocks.
+
+    A row of a block without weight sharing is one outer product, so between two such blocks the columns fold
+    first, ``sum_n (sum_v l_nv l'_nv^T)[o, p] r_n r'_n^T``: a factor V less work than with rows multiplied out.
+    """
 
     name = "full"
 
@@ -27,10 +37,13 @@ class Full(Structure):
         """See `Structure.update`."""
         if self._upper is None:
             self._upper = captures.blocks[0].left.new_zeros(self.space.size, self.space.size)
-        for i, first in enumerate(captures.blocks):
-            for second in captures.blocks[i:]:
-                rows, columns = _slice(first), _slice(second)
-                self._upper[rows, columns] += _pair(first, second)
+        for blocks in _chunks(captures):
+            shared = [block.left.shape[2] > 1 for block in blocks]
+            rows = [_rows(block) for block in blocks] if any(shared) else []
+            for i, first in enumerate(blocks):
+                for j, second in enumerate(blocks[i:], start=i):
+                    pair = rows[i].mT @ rows[j] if shared[i] or shared[j] else _folded(first, second)
+                    self._upper[_slice(first), _slice(second)] += pair
 
     def merge(self, other: Full) -> None:
         """See `Structure.merge`."""
@@ -40,25 +53,36 @@ class Full(Structure):
     def finish(self) -> Dense:
         """See `Structure.finish`."""
         assert self._upper is not None
-        return Dense(self._upper.triu() + self._upper.triu(1).mT)
+        H = self._upper.triu()
+        H += H.triu(1).mT
+        return Dense(H)
+
+
+def _chunks(captures: Captures) -> Iterator[list[Block]]:
+    """The blocks, a number of samples at a time that keeps their rows within the budget."""
+    n_columns = captures.blocks[0].left.shape[1]
+    size = max(1, ROW_BUDGET // (n_columns * sum(block.size for block in captures.blocks)))
+    for start in range(0, captures.n_samples, size):
+        n = slice(start, start + size)
+        yield [
+            replace(block, left=block.left[n], right=None if block.right is None else block.right[n])
+            for block in captures.blocks
+        ]
 
 
 def _slice(block: Block) -> slice:
     return slice(block.span.start, block.span.stop)
 
 
-def _pair(first: Block, second: Block) -> Float[Tensor, "P1 P2"]:
-    """``sum_nv row_nv(first)^T row_nv(second)``.
-
-    Without weight sharing a row is one outer product, so the columns fold first:
-    ``sum_n (sum_v l_nv l'_nv^T)[o, p] r_n r'_n^T``, a factor V less work than with the rows multiplied out.
-    """
-    if first.left.shape[2] == second.left.shape[2] == 1:
-        return _folded_pair(first, second)
-    return rows(first).flatten(0, 1).mT @ rows(second).flatten(0, 1)
+def _rows(block: Block) -> Float[Tensor, "NV size"]:
+    """The rows of a block multiplied out: ``sum_s left_s (x) right_s``."""
+    if block.right is None:
+        return block.left.flatten(0, 2)
+    return torch.einsum("nvso,nsi->nvoi", block.left, block.right).flatten(2).flatten(0, 1)
 
 
-def _folded_pair(first: Block, second: Block) -> Float[Tensor, "P1 P2"]:
+def _folded(first: Block, second: Block) -> Float[Tensor, "P1 P2"]:
+    """``sum_nv row_nv(first)^T row_nv(second)`` with ``S = 1`` in both."""
     fold = torch.einsum("nvo,nvp->onp", first.left.squeeze(2), second.left.squeeze(2))
     right, right_of_second = _right(first), _right(second)
     by_output = [right.mT @ (weight[:, :, None] * right_of_second[:, None, :]).flatten(1) for weight in fold]
@@ -67,10 +91,3 @@ def _folded_pair(first: Block, second: Block) -> Float[Tensor, "P1 P2"]:
 
 def _right(block: Block) -> Float[Tensor, "N in"]:
     return block.left.new_ones(len(block.left), 1) if block.right is None else block.right.squeeze(1)
-
-
-def rows(block: Block) -> Float[Tensor, "N V size"]:
-    """The rows of a block multiplied out: ``sum_s left_s (x) right_s``."""
-    if block.right is None:
-        return block.left.squeeze(2)
-    return torch.einsum("nvso,nsi->nvoi", block.left, block.right).flatten(2)
