@@ -58,7 +58,7 @@ class IndexSet:
         if len(blocks) == 0:
             raise ValueError("indices must hold at least one block, found none")
         # NumPy, not torch: a partition is structure, which no transform in progress may wrap.
-        arrays = [b.detach().cpu().numpy() if isinstance(b, Tensor) else np.asarray(b) for b in blocks]
+        arrays = [_as_array(b) for b in blocks]
         for i, array in enumerate(arrays):
             if array.ndim != 1 or array.size == 0:
                 raise ValueError(f"indices[{i}] must be a non-empty vector, found shape {array.shape}")
@@ -115,3 +115,10 @@ class IndexSet:
 
     def __repr__(self) -> str:
         return f"IndexSet(sizes={self.sizes}, consecutive={self.consecutive})"
+
+
+def _as_array(block: Index | NDArray[Any]) -> NDArray[Any]:
+    """The coordinates without a torch operation, which a transform would record."""
+    if isinstance(block, Tensor):
+        return block.numpy() if block.device.type == "cpu" else np.array(block.tolist())
+    return np.asarray(block)
