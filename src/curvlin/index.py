@@ -120,5 +120,6 @@ class IndexSet:
 def _as_array(block: Index | NDArray[Any]) -> NDArray[Any]:
     """The coordinates without a torch operation, which a transform would record."""
     if isinstance(block, Tensor):
-        return block.numpy() if block.device.type == "cpu" else np.array(block.tolist())
+        shared = block.device.type == "cpu" and block.dtype == torch.int64
+        return np.from_dlpack(block) if shared else np.array(block.tolist())
     return np.asarray(block)
