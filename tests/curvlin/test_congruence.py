@@ -315,12 +315,38 @@ def test_shared_positions_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch
     d = randn(g, out * inputs).square() + 0.5
     Phi = KhatriRaoFeatures(left, right)
     rows = Phi.detach().to_dense()
-    with forbid_dense(2 * left.numel()):
+    with forbid_dense(40_000):  # less than the rows of one sample
         K = Diagonal(d).inv_congruence(Phi)
         joint = Diagonal(d).inv_congruence(Phi, joint=True)
         (K.sum() + joint.sum()).backward()
     close(K.detach(), (rows / d) @ rows.mT, RTOL)
     close(joint.detach(), torch.einsum("nrd,mqd->nrmq", rows / d, rows), RTOL)
+
+
+def test_backward_keeps_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What autograd saves grows with the inputs and the result, not with the rows that the chunks multiply out."""
+    g = generator(75)
+    N, R, S, out, inputs = 8, 4, 10, 32, 48  # N R D is 49,152
+    left, right = randn(g, N, R, S, out).requires_grad_(), randn(g, N, S, inputs)
+    d = (randn(g, out * inputs).square() + 0.5).requires_grad_()
+    saved = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    def total() -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return Diagonal(d).inv_congruence(KhatriRaoFeatures(left, right)).sum()
+
+    whole = torch.autograd.grad(total(), (left, d))
+    assert sum(saved.values()) > N * R * out * inputs  # one chunk holds all rows
+    saved.clear()
+    monkeypatch.setattr(contraction, "BUDGET", 2 * 8 * R * out * inputs)  # one sample
+    pieces = torch.autograd.grad(total(), (left, d))
+    assert sum(saved.values()) < N * R * out * inputs / 2
+    for ours, theirs in zip(pieces, whole, strict=True):
+        close(ours, theirs)
 
 
 @pytest.mark.parametrize("S", [1, 2, 6])
@@ -358,6 +384,17 @@ def test_powers_of_two_pass_through_exactly(kind: str, exponent: int) -> None:
     Phi32, P32 = Phi.operator.to(torch.float32), P.operator.to(torch.float32)
     scaled = (2.0**exponent * P32).inv_congruence(Phi32)
     assert torch.equal(scaled * 2.0**exponent, P32.inv_congruence(Phi32))
+
+
+@pytest.mark.parametrize("S", [1, 3])
+def test_weights_beyond_the_range_of_float32(S: int) -> None:
+    """Eigenvalues of 2^-140 have no inverse in float32, but the covariance of small features has its value."""
+    g = generator(76)
+    A, B = (2.0**-70 * spd(g, n).float() for n in (OUT, IN))
+    left, right = randn(g, 2, 2, S, OUT).float(), randn(g, 2, S, IN).float()
+    tiny = KroneckerSum([(A, B)]).inv_congruence(KhatriRaoFeatures(2.0**-20 * left, 2.0**-20 * right))
+    plain = KroneckerSum([(2.0**70 * A, 2.0**70 * B)]).inv_congruence(KhatriRaoFeatures(left, right))
+    assert torch.equal(tiny, 2.0**60 * plain)
 
 
 def test_a_strong_update_leaves_a_positive_covariance() -> None:
