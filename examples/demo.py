@@ -55,7 +55,8 @@ class Row:
 def main() -> None:
     options = parse_arguments()
     started = time.perf_counter()
-    torch.set_num_threads(1)  # the tensors are small: more threads would spend their time waiting for each other
+    # The tensors are small: more threads would spend their time waiting for each other.
+    torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     data = fashion_mnist(options.data_dir) if options.data_dir else digits()
     train_loader = DataLoader(TensorDataset(data.x_train, data.y_train), batch_size=256)
