@@ -60,6 +60,11 @@ class Recipe:
     # Roundings to the storage dtype, relative to the norm of P, that the constructor itself makes (a sum of a
     # matrix and a damping, a product of a root with itself). They are part of what the caller asked for.
     storage_roundings: float = 0.0
+    # For base + low rank: the dense formula of the base. Answers come from the inverse of the base, so it is the
+    # smallest eigenvalue of the base that they depend on, even where the low rank part lifts it.
+    base: Assembly | None = None
+    # Whether variances must be right per entry however small the leverage leaves them (diagonal bases).
+    splits_leverage: bool = False
     # Positive semidefinite but not definite, by construction.
     singular: bool = False
 
@@ -88,6 +93,7 @@ class Case:
         P: PrecisionOperator,
         dense: Tensor | Callable[[Any], Tensor] | None = None,
         kind: str | None = None,
+        singular: bool = False,
     ) -> Case:
         """A case around any operator, with its own tensors as parameters.
 
@@ -96,6 +102,7 @@ class Case:
             dense: its dense matrix, or a differentiable function from the operator to it. When None, the
                 matrix is ``P.to_dense()``, and laws can only find that P contradicts itself.
             kind: a name for reports.
+            singular: P is positive semidefinite without an inverse, so that asking for one must be refused.
         """
         leaves, treedef = pytree.tree_flatten(P)
         own = [n for _, n in P._tensors()]
@@ -117,7 +124,7 @@ class Case:
                 matrix if xp is TORCH else _objects(matrix)
             )  # exact to float64 only: there is no other formula
 
-        recipe = Recipe(parameters, build, assemble, P.size)
+        recipe = Recipe(parameters, build, assemble, P.size, singular=singular)
         return cls(kind or type(P).__name__, recipe)
 
     # -- the operator ----------------------------------------------------------------------------------------
@@ -212,10 +219,13 @@ class Case:
 
     @cached_property
     def condition(self) -> float:
-        """The largest condition number over the batch, at most ``1 / (D eps)``."""
-        values = self.eigen[0]
-        floor = self.size * torch.finfo(torch.float64).eps * values[..., -1]
-        return float((values[..., -1] / torch.maximum(values[..., 0], floor)).max())
+        """The largest condition number over the batch (see `Recipe.base`), at most ``1 / (D eps)``."""
+        largest, smallest = self.norm, self.eigen[0][..., 0]
+        if self.recipe.base is not None:
+            base = Case(self.kind, replace(self.recipe, assemble=self.recipe.base, base=None), self.spec)
+            smallest = torch.minimum(smallest, base.eigen[0][..., 0])
+        floor = self.size * torch.finfo(torch.float64).eps * largest
+        return float((largest / torch.maximum(smallest, floor)).max())
 
     @cached_property
     def _references(self) -> list[Reference]:

@@ -94,6 +94,7 @@ def check_operator(
     dense: Dense = None,
     dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
     laws: str | Iterable[str] = "all",
+    singular: bool = False,
     seed: int = 0,
     raises: bool = True,
 ) -> Report:
@@ -109,6 +110,7 @@ def check_operator(
             operator to it. Without it an operator can only be found to contradict itself.
         dtypes: storage dtypes to check.
         laws: "all", or names from `curvlin.testing.laws.LAWS`.
+        singular: the operator has no inverse: laws that need one are left out, and asking must be refused.
         seed: of the generator.
         raises: raise on a violation; otherwise it is only reported.
 
@@ -122,7 +124,7 @@ def check_operator(
     for dtype in dtypes:
         P = _made(make_op, dtype, seed)
         title = title or repr(P)
-        case = Case.of(P, dense)
+        case = Case.of(P, dense, singular=singular)
         entries += [_entry(law, case) for law in selected]
     report = Report(title, tuple(entries))
     if raises and not report.holds:
@@ -202,10 +204,12 @@ def _made(make_op: MakeOperator | PrecisionOperator, dtype: torch.dtype, seed: i
 
 def _entry(law: Law, case: Case) -> Entry:
     worst: Measurement | None = None
+    condition = float("nan")
     try:
         for measurement in law.measure(case):
             if worst is None or not measurement.ratio <= worst.ratio:
                 worst = measurement
+        condition = case.condition
     except Exception as error:  # a law that cannot be asked is a law that does not hold
-        return Entry(law.name, case.dtype, case.condition, None, error)
-    return Entry(law.name, case.dtype, case.condition, worst)
+        return Entry(law.name, case.dtype, condition, None, error)
+    return Entry(law.name, case.dtype, condition, worst)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,6 +47,8 @@ class forbid_dense(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 held = min(leaf.numel(), leaf.untyped_storage().nbytes() // leaf.element_size())
+                if leaf.dtype == torch.uint8:  # memory seen as bytes, while it is copied
+                    held //= 8
                 self.largest = max(self.largest, held)
                 if held > self.limit:
                     raise DenseTensorError(

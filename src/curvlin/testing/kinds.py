@@ -343,7 +343,7 @@ def _kronecker_two_roots(draw: Draw) -> Recipe:
 @kind("spectral_kronecker")
 def _spectral_kronecker(draw: Draw) -> Recipe:
     """``(QL (x) QR) diag(lambda) (QL (x) QR)^T`` with lambda no product (EKFAC)."""
-    from curvlin.precision.kronecker import SpectralKronecker
+    from curvlin.precision.spectral import SpectralKronecker
 
     spec, (a, b) = draw.spec, draw.spec.sides
     values = eigenvalues(a * b, spec.spectrum, spec.log10cond) * spec.scale
@@ -459,7 +459,14 @@ def _low_rank_plus_diag(draw: Draw) -> Recipe:
     else:
         d = draw.positive(n, 0.3, spec.log10scale - spec.log10cond + 0.3)
     U = draw.columns(n, k, spec.log10scale)
-    return Recipe((d, U), LowRankPlusDiag, lambda xp, d, U: xp.diag(d) + U @ U.T, n)
+    return Recipe(
+        (d, U),
+        LowRankPlusDiag,
+        lambda xp, d, U: xp.diag(d) + U @ U.T,
+        n,
+        base=lambda xp, d, U: xp.diag(d),
+        splits_leverage=True,
+    )
 
 
 @kind("woodbury")
@@ -476,6 +483,7 @@ def _woodbury(draw: Draw) -> Recipe:
         lambda A, B, delta, U, C: Woodbury(base.build(A, B, delta), U, core=C),
         lambda xp, A, B, delta, U, C: base.assemble(xp, A, B, delta) + U @ C @ U.T,
         n,
+        base=lambda xp, A, B, delta, U, C: base.assemble(xp, A, B, delta),
     )
 
 
@@ -492,6 +500,7 @@ def _woodbury_blocks(draw: Draw) -> Recipe:
         lambda *t: Woodbury(base.build(*t[:-1]), t[-1]),
         lambda xp, *t: base.assemble(xp, *t[:-1]) + t[-1] @ t[-1].T,
         n,
+        base=lambda xp, *t: base.assemble(xp, *t[:-1]),
     )
 
 

@@ -9,8 +9,13 @@ since results are rounded once to the storage dtype and everything in between is
 order this moves a solution by ``P^-1 E x``, a quadratic form by ``x^T E x``, a log-determinant by ``tr(P^-1
 E)`` and an entry of the inverse by ``y_i^T E y_j`` with ``y_i = P^-1 e_i``: the condition number enters only
 where it must. A *residual* may be at most ``|E| |x|`` at any condition number. Products run in the storage
-dtype and are allowed ``C D eps(storage) |P| |x|``. A forward law whose allowed relative error is above
-`UNCOUNTED` says nothing and is left out. C is `CONSTANT`, for every law.
+dtype and are allowed ``C D eps(storage) |P| |x|``.
+
+What is base + low rank is solved in coordinates whitened by a root of the base, which has the square root of its
+condition; there, quadratic forms and roots are allowed ``u sqrt(cond)`` (`whitened`).
+
+A forward law whose allowed relative error is above `UNCOUNTED` says nothing and is left out. C is `CONSTANT`, for
+every law.
 """
 
 from __future__ import annotations
@@ -130,6 +135,11 @@ def backward(case: Case) -> float:
     """``C u``: the perturbation of P, relative to its norm, that is allowed."""
     roundings = eps(case) * (1 + case.recipe.storage_roundings)
     return CONSTANT * (roundings + case.size * EPS64)
+
+
+def whitened(case: Case) -> float:
+    """`backward`, times the condition of a root of the base where there is one."""
+    return backward(case) * (1.0 if case.recipe.base is None else case.condition**0.5)
 
 
 def forward(case: Case) -> float:

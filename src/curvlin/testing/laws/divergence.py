@@ -92,13 +92,12 @@ def _dense_kl(m1: Tensor, P1: Tensor, m2: Tensor, P2: Tensor) -> Tensor:
 def _projection(case: Case) -> Iterator[Measurement]:
     """Pythagoras: ``|P - Q|^2 = |P - proj P|^2 + |proj P - Q|^2`` for every Q of the structure."""
     P, n = case.operator, case.size
-    nearest, error = P.project(Diagonal)
+    projection = P.project(Diagonal)
+    nearest, error = projection.operator, projection.relative_error
     size = torch.linalg.matrix_norm(case.matrix)
     gap = torch.linalg.matrix_norm(case.matrix - nearest.to_dense().double())
     allowed = CONSTANT * (n * eps(case)) * torch.ones_like(size)
-    yield worst(
-        "the error of a projection", (torch.as_tensor(error).double() - gap / size).abs(), allowed.sqrt()
-    )
+    yield worst("the error of a projection", (error.double() - gap / size).abs(), allowed.sqrt())
     Q = Isotropic(P.diagonal().detach().mean(-1), n)
     away, along = (case.matrix - Q.to_dense().double()), (nearest.to_dense().double() - Q.to_dense().double())
     total = torch.linalg.matrix_norm(away).square()

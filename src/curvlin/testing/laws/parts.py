@@ -16,7 +16,6 @@ from curvlin.testing.cases import Case, right_hand_sides
 from curvlin.testing.laws._law import (
     UNCOUNTED,
     Measurement,
-    backward,
     claim,
     eps,
     forward,
@@ -24,6 +23,7 @@ from curvlin.testing.laws._law import (
     norms,
     product,
     spectral,
+    whitened,
     worst,
     worst_counted,
 )
@@ -104,7 +104,7 @@ def parts(case: Case) -> Iterator[Measurement]:
         index = torch.randperm(n, generator=generator)[:k]
         rest = torch.tensor(sorted(set(range(n)) - set(index.tolist())), dtype=torch.long)
         yield from _part(case, index, f"{k} of {n} coordinates")
-        if len(rest):
+        if len(rest) and n * forward(case) <= UNCOUNTED:
             # log det P = log det P_BB + log det Schur.
             whole = P.marginal(index).logdet().double() + P.conditional(rest).logdet().double()
             gap = (whole - P.logdet().double()).abs()
@@ -135,12 +135,14 @@ def _part(case: Case, index: Tensor, name: str) -> Iterator[Measurement]:
     block = P.conditional(index)
     exact = case.matrix[..., index[:, None], index]
     yield worst(f"conditional, {name}", spectral(block.to_dense() - exact), product(case) * case.norm)
+    yield claim(f"size of the conditional, {name}", block.size == len(index))
+    allowed = 4 * forward(case)  # a matrix inverted twice, here and in the truth
+    if allowed > UNCOUNTED:  # nothing could be said of the marginal, which may also be refused
+        return
     exact = torch.linalg.inv(case.inverse[..., index[:, None], index])
     marginal = P.marginal(index)
-    yield claim(f"size of parts, {name}", block.size == marginal.size == len(index))
-    gap = spectral(marginal.to_dense() - exact)
-    allowed = 2 * torch.as_tensor(forward(case)) * case.norm
-    yield from worst_counted(f"marginal, {name}", gap, allowed, case.norm)
+    yield claim(f"size of the marginal, {name}", marginal.size == len(index))
+    yield worst(f"marginal, {name}", spectral(marginal.to_dense() - exact), allowed * case.norm)
 
 
 @law(12)
@@ -158,14 +160,14 @@ def congruence(case: Case) -> Iterator[Measurement]:
     exact = J.double() @ XJ
     energies = exact.diagonal(dim1=-2, dim2=-1)
     size = _outer(energies, energies).sqrt()
-    limit = backward(case) * (norm * _outer(norms(XJ), norms(XJ)) + size)
+    limit = whitened(case) * (norm * _outer(norms(XJ), norms(XJ)) + size)
     yield from worst_counted("J P^-1 J^T", (full.double() - exact).abs(), limit, size)
     diagonal = P.inv_congruence_diagonal(J).double()
     limit = limit.diagonal(dim1=-2, dim2=-1)
     yield from worst_counted("diagonal of J P^-1 J^T", (diagonal - energies).abs(), limit, energies)
     cross, exact = P.inv_congruence(J, K).double(), J.double() @ XK
     size = _outer(norms(J.mT), norms(XK))
-    limit = backward(case) * (norm * _outer(norms(XJ), norms(XK)) + size)
+    limit = whitened(case) * (norm * _outer(norms(XJ), norms(XK)) + size)
     yield from worst_counted("J P^-1 K^T", (cross - exact).abs(), limit, size)
     if forward(case) > UNCOUNTED or n == 1:
         return

@@ -16,6 +16,7 @@ from curvlin.testing.laws._law import (
     forward,
     law,
     spectral,
+    whitened,
     worst,
     worst_counted,
 )
@@ -24,10 +25,10 @@ from curvlin.testing.laws._law import (
 @law(9)
 def roots(case: Case) -> Iterator[Measurement]:
     """``R R^T = P`` and ``F F^T = P^-1``, shown by pushing the identity through; no Monte Carlo."""
-    P = case.operator
+    P = case.operator.factor()
     # Rows of the result are R e_i, so that result^T result = sum_i R e_i e_i^T R^T.
     R = through(P.root_matvec, case)
-    yield worst("R R^T = P", spectral(R.mT @ R - case.matrix), backward(case) * case.norm)
+    yield worst("R R^T = P", spectral(R.mT @ R - case.matrix), whitened(case) * case.norm)
     F = through(P.unwhiten, case)
     identity = torch.eye(case.size, dtype=torch.float64)
     gap = spectral(F @ case.matrix @ F.mT - identity)
@@ -50,8 +51,8 @@ def roots(case: Case) -> Iterator[Measurement]:
     for kind, B in right_hand_sides(case).items():
         b = B[..., 0]
         square, q = P.root_solve(b).double().square().sum(-1), P.inv_quad(b).double()
-        x = P.solve(b.unsqueeze(-1)).squeeze(-1).double()
-        allowed = 4 * backward(case) * (case.norm * x.square().sum(-1) + q)
+        # A root has the square root of the condition of P.
+        allowed = 4 * backward(case) * case.condition**0.5 * q
         yield from worst_counted(f"|root_solve|^2 = inv_quad, {kind}", (square - q).abs(), allowed, q)
     drawn = P.sample((4,), generator=torch.Generator().manual_seed(3))
     noise = torch.randn(drawn.shape, dtype=case.dtype, generator=torch.Generator().manual_seed(3))

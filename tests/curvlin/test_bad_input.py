@@ -1,0 +1,438 @@
+"""Bad input is refused where it enters, in one line that names the argument; nothing half-built survives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from curvlin import (
+    BlockDiag,
+    Covariance,
+    Dense,
+    Diagonal,
+    Isotropic,
+    KroneckerSum,
+    LowRankPlusDiag,
+    NotClosedError,
+    NotPositiveDefiniteError,
+    SpectralKronecker,
+    StaleFactorError,
+    Woodbury,
+)
+from curvlin.testing import KINDS, Spec, make_case
+
+f64 = torch.float64
+I2, I3 = torch.eye(2, dtype=f64), torch.eye(3, dtype=f64)
+ONES = torch.ones(3, dtype=f64)
+NAN, INF = torch.tensor(float("nan"), dtype=f64), torch.tensor(float("inf"), dtype=f64)
+INDEFINITE = torch.diag(torch.tensor([1.0, -0.5], dtype=f64))
+SINGULAR = torch.diag(torch.tensor([1.0, 0.0], dtype=f64))
+LOPSIDED = torch.tensor([[1.0, 0.5], [0.4, 1.0]], dtype=f64)
+META = torch.empty(3, 3, dtype=f64, device="meta")
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    # not square
+    "Dense not square": (lambda: Dense(torch.ones(2, 3)), ValueError, "matrix must be square"),
+    "Kronecker not square": (
+        lambda: KroneckerSum([(torch.ones(2, 3, dtype=f64), I2)]),
+        ValueError,
+        r"terms\[0\].left",
+    ),
+    "damped not square": (
+        lambda: KroneckerSum.damped(I2, torch.ones(2, 3, dtype=f64), 1.0),
+        ValueError,
+        "B must be",
+    ),
+    "bases not square": (
+        lambda: SpectralKronecker(torch.ones(2, 3, dtype=f64), I2, torch.ones(2, 2, dtype=f64)),
+        ValueError,
+        "must be square",
+    ),
+    "core not square": (
+        lambda: Woodbury(Diagonal(ONES), torch.ones(3, 2, dtype=f64), core=torch.ones(2, 3, dtype=f64)),
+        ValueError,
+        "core",
+    ),
+    "Dense a vector": (lambda: Dense(ONES), ValueError, "matrix must have at least 2 dimensions"),
+    # not symmetric
+    "Dense not symmetric": (
+        lambda: Dense(LOPSIDED),
+        ValueError,
+        "matrix must be symmetric, found asymmetry 1.0e-01",
+    ),
+    "Kronecker not symmetric": (
+        lambda: KroneckerSum([(I2, LOPSIDED)]),
+        ValueError,
+        r"terms\[0\].right must be symm",
+    ),
+    "core not symmetric": (
+        lambda: Woodbury(Diagonal(ONES), torch.ones(3, 2, dtype=f64), core=LOPSIDED),
+        ValueError,
+        "core must be symmetric",
+    ),
+    "bases not orthogonal": (
+        lambda: SpectralKronecker(I2 * 1.001, I2, torch.ones(2, 2, dtype=f64)),
+        ValueError,
+        "orthogonal",
+    ),
+    "roots that are none": (
+        lambda: KroneckerSum([(I2, I2)], roots=[(SINGULAR, None)]),
+        ValueError,
+        r"roots\[0\].left must satisfy",
+    ),
+    # NaN and Inf
+    "Dense NaN": (lambda: Dense(NAN * I2), ValueError, "matrix must be finite"),
+    "Dense Inf": (lambda: Dense(INF.expand(2, 2)), ValueError, "matrix must be finite"),
+    "Diagonal NaN": (lambda: Diagonal(ONES * NAN), ValueError, "diagonal must be finite"),
+    "Isotropic NaN": (lambda: Isotropic(float("nan"), 3), ValueError, "value must be finite"),
+    "Isotropic Inf": (lambda: Isotropic(INF, 3), ValueError, "value must be finite"),
+    "shift NaN": (lambda: KroneckerSum([(I2, I2)], shift=NAN), ValueError, "shift must be finite"),
+    "eigenvalues Inf": (
+        lambda: SpectralKronecker(I2, I2, INF.expand(2, 2)),
+        ValueError,
+        "eigenvalues must be finite",
+    ),
+    "U NaN": (
+        lambda: LowRankPlusDiag(ONES, NAN * torch.ones(3, 1, dtype=f64)),
+        ValueError,
+        "U must be finite",
+    ),
+    # integers and other types
+    "Dense integers": (
+        lambda: Dense(torch.eye(2, dtype=torch.long)),
+        TypeError,
+        "matrix must have a floating dtype",
+    ),
+    "Diagonal integers": (
+        lambda: Diagonal(torch.arange(1, 4)),
+        TypeError,
+        "diagonal must have a floating dtype",
+    ),
+    "Isotropic integers": (
+        lambda: Isotropic(torch.tensor(1), 3),
+        TypeError,
+        "value must have a floating dtype",
+    ),
+    "U integers": (
+        lambda: LowRankPlusDiag(ONES, torch.ones(3, 1).long()),
+        TypeError,
+        "U must have a floating dtype",
+    ),
+    "a list": (lambda: Dense([[1.0]]), TypeError, "matrix must be a torch.Tensor, found list"),  # type: ignore[arg-type]
+    "complex": (
+        lambda: Diagonal(ONES.to(torch.complex128)),
+        TypeError,
+        "diagonal must have a floating dtype",
+    ),
+    "blocks of tensors": (lambda: BlockDiag([I2]), TypeError, r"blocks\[0\] must be a PrecisionOperator"),  # type: ignore[list-item]
+    "base a tensor": (lambda: Woodbury(I3, torch.ones(3, 1, dtype=f64)), TypeError, "base must be"),  # type: ignore[arg-type]
+    # sizes
+    "no size": (lambda: Isotropic(1.0, 0), ValueError, "size must be a positive integer"),
+    "negative size": (lambda: Isotropic(1.0, -3), ValueError, "size must be a positive integer"),
+    "zero rows, Dense": (lambda: Dense(torch.ones(0, 0)), ValueError, "matrix must have at least one row"),
+    "zero rows, Diagonal": (
+        lambda: Diagonal(torch.ones(0)),
+        ValueError,
+        "diagonal must have at least one entry",
+    ),
+    "zero rows, Kronecker": (
+        lambda: KroneckerSum([(torch.ones(0, 0), torch.eye(2))]),
+        ValueError,
+        r"terms\[0\].left must have at least one row",
+    ),
+    "zero columns": (lambda: LowRankPlusDiag(ONES, torch.ones(3, 0, dtype=f64)), ValueError, "U must have"),
+    "U too long": (
+        lambda: LowRankPlusDiag(ONES, torch.ones(4, 1, dtype=f64)),
+        ValueError,
+        r"U must have shape \(..., 3, k\)",
+    ),
+    "core of another size": (
+        lambda: Woodbury(Diagonal(ONES), torch.ones(3, 1, dtype=f64), core=I2),
+        ValueError,
+        "core must",
+    ),
+    "factors of two sizes": (
+        lambda: KroneckerSum([(I2, I2), (I3, I2)]),
+        ValueError,
+        "left factors must have equal",
+    ),
+    "eigenvalues of another shape": (
+        lambda: SpectralKronecker(I2, I3, torch.ones(3, 2, dtype=f64)),
+        ValueError,
+        "eigenvalues",
+    ),
+    "batches that do not broadcast": (
+        lambda: KroneckerSum([(I2.expand(3, 2, 2), I2.expand(2, 2, 2))]).logdet(),
+        (ValueError, RuntimeError),  # type: ignore[dict-item]
+        "",
+    ),
+    "sizes unknown": (
+        lambda: KroneckerSum([(I2, None)]),
+        ValueError,
+        "right factors are all identities; give sizes",
+    ),
+    # dtypes and devices
+    "two dtypes, Kronecker": (
+        lambda: KroneckerSum([(I2, I2.float())]),
+        TypeError,
+        r"terms\[0\].right must have dtype",
+    ),
+    "two dtypes, U": (
+        lambda: LowRankPlusDiag(ONES, torch.ones(3, 1)),
+        TypeError,
+        "U must have dtype torch.float64",
+    ),
+    "two dtypes, blocks": (
+        lambda: BlockDiag([Dense(I2), Dense(I2.float())]),
+        TypeError,
+        r"blocks\[1\] must have dtype",
+    ),
+    "two dtypes, shift": (
+        lambda: KroneckerSum([(I2, I2)], torch.ones(())),
+        TypeError,
+        "shift must have dtype",
+    ),
+    "two dtypes, eigenvalues": (lambda: SpectralKronecker(I2, I2, torch.ones(2, 2)), TypeError, "dtype"),
+    "two devices, Kronecker": (
+        lambda: KroneckerSum([(I2, META)]),
+        ValueError,
+        r"terms\[0\].right must be on cpu",
+    ),
+    "two devices, U": (lambda: LowRankPlusDiag(ONES, META), ValueError, "U must be on cpu"),
+    "two devices, core": (
+        lambda: Woodbury(Diagonal(ONES), torch.ones(3, 3, dtype=f64), core=META),
+        ValueError,
+        "core must be on cpu",
+    ),
+    # blocks
+    "no blocks": (lambda: BlockDiag([]), ValueError, "blocks must hold at least one operator"),
+    "overlapping indices": (
+        lambda: BlockDiag([Dense(I2), Dense(I2)], indices=[torch.tensor([0, 1]), torch.tensor([1, 2])]),
+        ValueError,
+        "indices must name each of the 4 coordinates exactly once",
+    ),
+    "repeated index": (
+        lambda: BlockDiag([Dense(I2)], indices=[torch.tensor([0, 0])]),
+        ValueError,
+        "indices must name each",
+    ),
+    "gap in the indices": (
+        lambda: BlockDiag([Dense(I2)], indices=[torch.tensor([0, 2])]),
+        ValueError,
+        "indices must name each",
+    ),
+    "empty block": (
+        lambda: BlockDiag([Dense(I2)], indices=[torch.tensor([0, 1]), torch.tensor([], dtype=torch.long)]),
+        ValueError,
+        r"indices\[1\] must be a non-empty vector",
+    ),
+    "indices of other sizes": (
+        lambda: BlockDiag([Dense(I2), Dense(I3)], indices=[torch.arange(3), torch.arange(3, 5)]),
+        ValueError,
+        r"indices must have the sizes of the blocks \(2, 3\), found \(3, 2\)",
+    ),
+    "floating indices": (
+        lambda: BlockDiag([Dense(I2)], indices=[torch.tensor([0.0, 1.0])]),
+        TypeError,
+        "integers",
+    ),
+    # structure
+    "no terms": (lambda: KroneckerSum([]), ValueError, "terms must hold one or two pairs"),
+    "three terms": (lambda: KroneckerSum([(I2, I2)] * 3), NotClosedError, "one or two terms, found 3"),
+    "two terms and a shift": (
+        lambda: KroneckerSum([(I2, I2)] * 2, shift=1.0),
+        NotClosedError,
+        "joint diagonalisation",
+    ),
+    "a triple": (lambda: KroneckerSum([(I2, I2, I2)]), ValueError, r"terms\[0\] must be a pair"),  # type: ignore[list-item]
+    "only identities": (lambda: KroneckerSum([(None, None)]), ValueError, "at least one matrix"),
+    "roots of one term of two": (
+        lambda: KroneckerSum([(I2, I2)] * 2, roots=[(I2, I2)]),
+        ValueError,
+        "roots must hold one pair per term",
+    ),
+    "covariance of a lopsided matrix": (
+        lambda: Covariance.of(LOPSIDED),
+        ValueError,
+        "matrix must be symmetric",
+    ),
+    "covariance of a tensor": (lambda: Covariance(I2), TypeError, "operator must be a PrecisionOperator"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_constructor_refuses(what: str) -> None:
+    call, expected, message = REFUSED[what]
+    with pytest.raises(expected) as caught:
+        call()
+    assert re.search(message, str(caught.value)), f"{message!r} is not in {str(caught.value)!r}"
+    assert "\n" not in str(caught.value)
+
+
+# -- definiteness -------------------------------------------------------------------------------------------------
+
+NOT_PD: dict[str, Callable[[], Any]] = {
+    "Isotropic zero": lambda: Isotropic(torch.zeros((), dtype=f64), 3),
+    "Isotropic negative": lambda: Isotropic(-torch.ones((), dtype=f64), 3),
+    "Diagonal singular": lambda: Diagonal(torch.tensor([1.0, 0.0], dtype=f64)),
+    "Diagonal indefinite": lambda: Diagonal(torch.tensor([1.0, -1.0], dtype=f64)),
+    "Dense singular": lambda: Dense(SINGULAR),
+    "Dense indefinite": lambda: Dense(INDEFINITE),
+    "Dense zero": lambda: Dense(torch.zeros(2, 2, dtype=f64)),
+    "Kronecker singular": lambda: KroneckerSum([(SINGULAR, I2)]),
+    "Kronecker indefinite": lambda: KroneckerSum([(I2, INDEFINITE)]),
+    "shifted, shift zero": lambda: KroneckerSum.shifted(SINGULAR, I2, torch.zeros((), dtype=f64)),
+    "shifted, shift negative": lambda: KroneckerSum.shifted(I2, I2, torch.tensor(-2.0, dtype=f64)),
+    "two terms, shared null direction": lambda: KroneckerSum([(SINGULAR, I2), (SINGULAR, I2)]),
+    "two terms, null directions that meet": lambda: KroneckerSum([(SINGULAR, I2), (I2, SINGULAR)]),
+    "direct sum of singular": lambda: KroneckerSum.direct(SINGULAR, SINGULAR),
+    "Spectral singular": lambda: SpectralKronecker(I2, I2, torch.tensor([[1.0, 2.0], [0.0, 1.0]], dtype=f64)),
+    "one bad block": lambda: BlockDiag([Dense(I2), Diagonal(torch.tensor([1.0, -1.0], dtype=f64))]),
+    "one bad element of a batch": lambda: Dense(torch.stack([I2, INDEFINITE])),
+    "low rank over a singular diagonal": lambda: LowRankPlusDiag(
+        torch.tensor([1.0, 0.0, 1.0], dtype=f64), torch.tensor([[1.0], [0.0], [0.0]], dtype=f64)
+    ),
+    "downdate too large": lambda: Diagonal(ONES).downdate(2 * torch.ones(3, 1, dtype=f64)),
+    "downdate exactly singular": lambda: Diagonal(ONES).downdate(torch.eye(3, 1, dtype=f64)),
+    "negative core": lambda: Woodbury(
+        Diagonal(ONES), torch.eye(3, 1, dtype=f64), core=-2 * torch.ones(1, 1, dtype=f64)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NOT_PD)
+@pytest.mark.parametrize(
+    "method", ["solve", "logdet", "inv_quad", "inverse_diagonal", "unwhiten", "sample", "factor"]
+)
+def test_what_needs_an_inverse_refuses(what: str, method: str) -> None:
+    """It may be built, multiplied and scaled; the failure has a name, a value and a mend."""
+    P = NOT_PD[what]()
+    x = torch.ones(P.size, dtype=f64)
+    assert torch.equal((2.0 * P) @ x, 2.0 * (P @ x))
+    arguments = (x,) if method in ("solve", "inv_quad", "unwhiten") else ()
+    with pytest.raises(NotPositiveDefiniteError) as caught:
+        getattr(P, method)(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "is not positive definite: found eigenvalue or pivot" in message
+    assert caught.value.value <= 1e-12
+    assert caught.value.where.split(".")[0] in (
+        type(P).__name__,
+        "Dense",
+        "KroneckerSum",
+        "Diagonal",
+        "Woodbury",
+    )
+
+
+def test_the_offending_block_is_named() -> None:
+    P = BlockDiag([Dense(I2), Diagonal(torch.tensor([1.0, -1.0], dtype=f64))])
+    with pytest.raises(NotPositiveDefiniteError, match=r"BlockDiag.blocks\[1\].Diagonal") as caught:
+        P.logdet()
+    assert caught.value.value == -1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "smallest"),
+    [
+        (lambda s: Dense(s * INDEFINITE), -0.5),
+        (lambda s: Diagonal(s * torch.tensor([1.0, -0.5], dtype=f64)), -0.5),
+    ],
+    ids=["Dense", "Diagonal"],
+)
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_offending_eigenvalue_is_in_the_units_of_the_operator(
+    make: Any, smallest: float, scale: float
+) -> None:
+    with pytest.raises(NotPositiveDefiniteError) as caught:
+        make(scale).logdet()
+    assert caught.value.value == pytest.approx(smallest * scale, rel=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_the_suggested_damping_mends(scale: float) -> None:
+    """It is relative to the largest eigenvalue, so it works at any scale."""
+    P = Dense(scale * INDEFINITE)
+    with pytest.raises(NotPositiveDefiniteError) as caught:
+        P.logdet()
+    damping = caught.value.suggested_damping
+    assert damping is not None
+    largest = torch.tensor(damping * scale, dtype=f64)
+    assert bool((P + Isotropic(largest, 2)).logdet().isfinite())
+
+
+def test_a_semidefinite_matrix_is_singular_by_structure_not_by_luck() -> None:
+    """Rounding leaves a rank-deficient Gram matrix with tiny eigenvalues of either sign; both count as zero."""
+    for seed in range(20):
+        X = torch.randn(3, 6, dtype=f64, generator=torch.Generator().manual_seed(seed))
+        with pytest.raises(NotPositiveDefiniteError):
+            Dense(X.mT @ X).logdet()
+        with pytest.raises(NotPositiveDefiniteError):
+            KroneckerSum([(X.mT @ X, I2)]).logdet()
+        assert bool(KroneckerSum.shifted(X.mT @ X, I2, 1e-3).logdet().isfinite())
+
+
+# -- factors that went stale --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_factor_is_stale_after_an_edit_in_place(kind: str) -> None:
+    case = make_case(kind, Spec(size=6, seed=1))
+    kept = case.operator.factor()
+    x = torch.ones(6, dtype=f64)
+    kept.solve(x)
+    tensor = next(kept._tensors())[0]
+    tensor.mul_(1.0)
+    for ask in (lambda: kept.solve(x), kept.logdet, kept.sample, kept.inverse_diagonal):
+        with pytest.raises(
+            StaleFactorError, match=r"changed in place after factor\(\); call factor\(\) again"
+        ):
+            ask()
+    torch.testing.assert_close(kept.factor().solve(x), case.operator.solve(x))
+
+
+def test_what_is_made_from_a_factored_operator_is_not_factored() -> None:
+    P = Dense(2 * I2).factor()
+    assert "_kept" in P.__dict__
+    for made in (2.0 * P, P + Isotropic(torch.ones((), dtype=f64), 2), P.to(torch.float32), P.detach()):
+        assert "_kept" not in made.__dict__
+    assert float((2.0 * P).logdet()) == pytest.approx(float(torch.tensor(16.0).log()))
+
+
+# -- other refusals -----------------------------------------------------------------------------------------------
+
+
+def test_dense_results_are_limited() -> None:
+    """A marginal with no structure is dense; above `max_size` rows it is refused, not formed."""
+    case = make_case("kronecker_shifted", Spec(size=36))
+    index = [0, 7, 14]
+    with pytest.raises(NotClosedError, match="max_size is 2"):
+        case.operator.marginal(index, max_size=2)
+    with pytest.raises(NotClosedError, match="max_size is 2"):
+        case.operator.conditional(index, max_size=2)
+    assert case.operator.marginal(index, max_size=3).size == 3
+
+
+def test_operators_are_not_compared_by_equality() -> None:
+    P = Dense(I2)
+    assert P.allclose(Dense(I2.clone()))
+    assert not P.allclose(Dense(I2 * 1.001))
+    assert Dense(I2.clone()) != P
+    with pytest.raises(ValueError, match="rows"):
+        P.allclose(Dense(I3))
+
+
+def test_numpy_leaves_products_to_the_operator() -> None:
+    import numpy as np
+
+    with pytest.raises(TypeError):
+        np.ones((2, 2)) * Dense(I2)  # not an object array
+
+
+def test_operators_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        Dense(I2).matrix = I2  # type: ignore[misc]

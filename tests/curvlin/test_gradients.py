@@ -1,0 +1,234 @@
+"""Derivatives of every answer with respect to every tensor, to second order, repeated eigenvalues included.
+
+`gradcheck` compares with finite differences; the law "gradients" (in `test_laws`) with the dense formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from curvlin import Dense, Diagonal, KroneckerSum, LowRankPlusDiag
+from curvlin.precision.base import PrecisionOperator
+from curvlin.testing import KINDS, LAWS, Case, Spec, make_case
+
+f64 = torch.float64
+Function = Callable[..., Tensor]
+
+SPECS = {
+    "decay": Spec(size=4, log10cond=1.0, seed=1),
+    "equal eigenvalues": Spec(size=4, log10cond=0.0, spectrum="repeated", seed=2),
+    "repeated eigenvalue": Spec(size=6, log10cond=1.0, spectrum="repeated", seed=3),
+    "rank-deficient parts": Spec(size=6, log10cond=1.0, spectrum="rank-deficient", seed=4),
+}
+
+
+def questions(case: Case) -> dict[str, Callable[[PrecisionOperator, Tensor], Tensor]]:
+    z = torch.randn(2, case.size, dtype=f64, generator=case.generator(1))
+    return {
+        "logdet": lambda P, b: P.logdet(),
+        "solve": lambda P, b: P.solve(b),
+        "inv_quad": lambda P, b: P.inv_quad(b),
+        "inv_congruence": lambda P, b: P.inv_congruence(torch.stack([b, z[0]])),
+        "inverse_diagonal": lambda P, b: P.inverse_diagonal(),
+        "sample": lambda P, b: P.unwhiten(z),
+        "root_matvec": lambda P, b: P.root_matvec(z),
+        "product": lambda P, b: P @ b,
+    }
+
+
+def function_and_inputs(case: Case, question: str) -> tuple[Function, list[Tensor]]:
+    """The question as a function of all tensors; symmetric ones are symmetrised inside."""
+    ask = questions(case)[question]
+    mask = [p.differentiable for p in case.recipe.parameters]
+    b = torch.randn(case.size, dtype=f64, generator=case.generator(2))
+    inputs = [t.clone().requires_grad_(m) for t, m in zip(case.tensors, mask, strict=True)]
+
+    def fn(*tensors: Tensor) -> Tensor:
+        return ask(case.rebuilt(tensors[:-1]), tensors[-1])
+
+    return fn, [*inputs, b.requires_grad_()]
+
+
+def _case(kind: str, spec: str) -> Case:
+    case = make_case(kind, SPECS[spec])
+    if case.recipe.singular:
+        pytest.skip("this kind has no inverse at a rank-deficient spectrum")
+    return case
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_derivatives(kind: str, spec: str) -> None:
+    """Random directions of all inputs and outputs; entry by entry in the slow suite."""
+    case = _case(kind, spec)
+    for question in questions(case):
+        fn, inputs = function_and_inputs(case, question)
+        assert gradcheck(fn, inputs, eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=True), question
+
+
+@pytest.mark.parametrize("spec", ["equal eigenvalues", "rank-deficient parts"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives(kind: str, spec: str) -> None:
+    """Of all five at once; one by one in the slow suite, and against the dense formula in the law "gradients"."""
+    case = _case(kind, spec)
+    parts = [
+        function_and_inputs(case, q)[0] for q in ("logdet", "solve", "inv_quad", "inv_congruence", "sample")
+    ]
+    _, inputs = function_and_inputs(case, "logdet")
+
+    def together(*tensors: Tensor) -> Tensor:
+        return torch.cat([part(*tensors).flatten() for part in parts])
+
+    assert gradgradcheck(together, inputs, eps=1e-6, atol=1e-5, rtol=1e-4, fast_mode=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("question", list(questions(make_case("isotropic", Spec(size=2)))))
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_entry_by_entry(kind: str, spec: str, question: str) -> None:
+    fn, inputs = function_and_inputs(_case(kind, spec), question)
+    assert gradcheck(fn, inputs, eps=1e-6, atol=1e-6, rtol=1e-5)
+    if question not in ("inverse_diagonal", "root_matvec", "product"):
+        assert gradgradcheck(fn, inputs, eps=1e-6, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("isotropic", "diagonal")])
+def test_gradients_at_repeated_eigenvalues_equal_those_of_the_dense_formula(kind: str) -> None:
+    """Every factor a multiple of the identity: the usual initial state, where autograd through eigh gives NaN."""
+    LAWS["gradients"](make_case(kind, Spec(size=6, log10cond=0.0, spectrum="step", seed=5)))
+
+
+# -- with respect to what ------------------------------------------------------------------------------------------
+
+
+def test_gradient_of_logdet_is_the_inverse() -> None:
+    A = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=f64, requires_grad=True)
+    Dense(A).logdet().backward()
+    torch.testing.assert_close(A.grad, torch.linalg.inv(A.detach()), rtol=1e-14, atol=0.0)
+
+
+def test_gradient_of_logdet_of_a_product_is_the_inverse_of_each_factor() -> None:
+    """log det(A (x) B) = b log det A + a log det B."""
+    A, B = (make_case("dense", Spec(size=n, seed=n)).matrix.clone().requires_grad_() for n in (2, 3))
+    KroneckerSum([(A, B)]).logdet().backward()
+    torch.testing.assert_close(A.grad, 3 * torch.linalg.inv(A.detach()), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(B.grad, 2 * torch.linalg.inv(B.detach()), rtol=1e-12, atol=0.0)
+
+
+def test_gradient_of_low_rank_logdet_is_closed_form() -> None:
+    """dU = 2 P^-1 U and dd = diag(P^-1)."""
+    case = make_case("low_rank_plus_diag", Spec(size=8, seed=3))
+    d, U = (t.clone().requires_grad_() for t in case.tensors)
+    LowRankPlusDiag(d, U).logdet().backward()
+    inverse = torch.linalg.inv(case.matrix)
+    torch.testing.assert_close(U.grad, 2 * inverse @ U.detach(), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(d.grad, inverse.diagonal(), rtol=1e-11, atol=0.0)
+
+
+def test_a_batch_has_the_gradients_of_its_elements() -> None:
+    spec = Spec(size=6, batch=(3,), mixed=True, seed=6)
+    for kind in KINDS:
+        case = make_case(kind, spec)
+        mask = [p.differentiable for p in case.recipe.parameters]
+        together = [t.clone().requires_grad_(m) for t, m in zip(case.tensors, mask, strict=True)]
+        apart = [t.clone().requires_grad_(m) for t, m in zip(case.tensors, mask, strict=True)]
+        z = torch.randn(6, dtype=f64)
+
+        def total(P: PrecisionOperator, z: Tensor = z) -> Tensor:
+            return (P.logdet() + P.inv_quad(z) + P.unwhiten(z).square().sum(-1)).sum()
+
+        total(case.rebuilt(together)).backward()
+        for i in range(3):
+            one = [t[i] if t.ndim > p.ndim else t for t, p in zip(apart, case.recipe.parameters, strict=True)]
+            total(case.rebuilt(one)).backward()
+        for x, y in zip(together, apart, strict=True):
+            if x.requires_grad:
+                torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-11, msg=kind)
+
+
+def test_float32_gradients_come_back_in_float32() -> None:
+    A = torch.eye(3, requires_grad=True)
+    d = torch.ones((), requires_grad=True)
+    P = KroneckerSum.shifted(A, torch.eye(2), d)
+    (P.logdet() + P.sample(generator=torch.Generator().manual_seed(0)).sum()).backward()
+    assert A.grad is not None and A.grad.dtype == torch.float32
+    assert d.grad is not None and d.grad.dtype == torch.float32
+
+
+def test_third_order_is_refused_or_right_but_never_wrong() -> None:
+    A = make_case("dense", Spec(size=4, seed=7)).matrix.clone().requires_grad_()
+    P = KroneckerSum.shifted(A, torch.eye(2, dtype=f64), torch.ones((), dtype=f64))
+    (first,) = torch.autograd.grad(P.logdet(), A, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), A, create_graph=True)
+    exact = _third_order_truth(A.detach())
+    try:
+        (third,) = torch.autograd.grad(second.square().sum(), A)
+    except (RuntimeError, NotImplementedError) as error:
+        assert "\n" not in str(error)
+        return
+    torch.testing.assert_close(third, exact, rtol=1e-8, atol=1e-8)
+
+
+def _third_order_truth(A: Tensor) -> Tensor:
+    A = A.clone().requires_grad_()
+    matrix = torch.kron((A + A.mT) / 2, torch.eye(2, dtype=f64)) + torch.eye(8, dtype=f64)
+    (first,) = torch.autograd.grad(torch.linalg.slogdet(matrix)[1], A, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), A, create_graph=True)
+    (third,) = torch.autograd.grad(second.square().sum(), A)
+    return third
+
+
+# -- the graph -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_graph_is_built_where_none_is_wanted(kind: str) -> None:
+    case = make_case(kind, Spec(size=6, seed=8))
+    leaves = [
+        t.clone().requires_grad_(p.differentiable)
+        for t, p in zip(case.tensors, case.recipe.parameters, strict=True)
+    ]
+    P = case.rebuilt(leaves)
+    with torch.no_grad():
+        answers = [P.logdet(), P.solve(torch.ones(6, dtype=f64)), P.sample(), P.inverse_diagonal()]
+    assert not any(a.requires_grad for a in answers)
+    assert P.logdet().requires_grad
+    assert not P.detach().logdet().requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_factored_operator_has_the_same_gradients(kind: str) -> None:
+    case = make_case(kind, Spec(size=6, log10cond=2.0, seed=9))
+    gradients = []
+    for factored in (False, True):
+        leaves = [
+            t.clone().requires_grad_(p.differentiable)
+            for t, p in zip(case.tensors, case.recipe.parameters, strict=True)
+        ]
+        P = case.rebuilt(leaves)
+        P = P.factor() if factored else P
+        z = torch.ones(6, dtype=f64)
+        value = P.logdet() + P.inv_quad(z) + P.solve(z).sum() + P.unwhiten(z).square().sum()
+        gradients.append(torch.autograd.grad(value, [t for t in leaves if t.requires_grad]))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_follow_an_edit_in_place() -> None:
+    """No value computed before the edit is reused."""
+    d = torch.tensor([1.0, 2.0], dtype=f64, requires_grad=True)
+    P = Diagonal(d)
+    P.logdet().backward()
+    with torch.no_grad():
+        d.mul_(2.0)
+    d.grad = None
+    value = P.logdet()
+    value.backward()
+    assert float(value) == pytest.approx(float(torch.tensor([2.0, 4.0]).log().sum()))
+    torch.testing.assert_close(d.grad, torch.tensor([0.5, 0.25], dtype=f64))
