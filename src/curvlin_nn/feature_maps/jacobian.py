@@ -68,4 +68,11 @@ class LastLayerMap(FeatureMap):
 def _features(block: Block) -> FeatureOperator:
     if block.right is None:
         return DenseFeatures(block.left.squeeze(2))
-    return KhatriRaoFeatures(block.left, block.right)
+    n_samples, n_positions, n_inputs = block.right.shape
+    if n_inputs >= n_positions:
+        return KhatriRaoFeatures(block.left, block.right)
+    # More positions than inputs (a convolution of few channels over many pixels): the same rows, with the sum over
+    # positions done and one position left for each input.
+    summed = [left.mT @ block.right for left in block.left.unbind(1)]
+    identity = torch.eye(n_inputs, dtype=block.right.dtype, device=block.right.device)
+    return KhatriRaoFeatures(torch.stack(summed, dim=1).mT, identity.expand(n_samples, n_inputs, n_inputs))
