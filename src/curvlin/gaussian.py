@@ -256,7 +256,7 @@ class Gaussian(Distribution):
         # P_ab v is read off a product with P, so that nothing of size k x (D - k) is formed.
         whole = torch.zeros(*deviation.shape[:-1], size, dtype=deviation.dtype, device=deviation.device)
         whole = whole.index_copy(-1, rest, deviation)
-        coupling = (P @ whole.unsqueeze(-1)).squeeze(-1)[..., indices]
+        coupling = P._matmul(whole.unsqueeze(-1)).squeeze(-1)[..., indices]
         P_aa = P.conditional(indices, max_size=max_size)
         mean = self._mean[..., indices] - P_aa.solve(coupling.unsqueeze(-1)).squeeze(-1)
         return Gaussian(mean, P_aa)
@@ -342,13 +342,16 @@ class Gaussian(Distribution):
         noise = observation_noise(noise_precision, y, rows)
 
         prior = self.precision
-        U = noise.mix(Phi)
-        updated = prior.update(U if isinstance(U, FeatureOperator) else U.mT)
+        weighted_rows, weighted = noise.mix(Phi), noise.whiten(residual).unsqueeze(-1)
+        updated = prior.update(weighted_rows.mT if isinstance(weighted_rows, Tensor) else weighted_rows)
         P, factors = updated._factored()
-        U = U.to(torch.float64)
-        weighted = noise.whiten(residual).unsqueeze(-1)
-        shift = P._solve(U.T @ weighted if isinstance(U, FeatureOperator) else U.mT @ weighted, factors)
-        misfit = (weighted - U @ shift).squeeze(-1).square().sum(tuple(range(-len(rows), 0)))
+        S_Phi = weighted_rows.to(torch.float64)
+        # Hooks instead of @, which torch.compile cannot trace between an operator and a tensor.
+        shift = P._solve(
+            S_Phi.mT @ weighted if isinstance(S_Phi, Tensor) else S_Phi._rmatmul(weighted), factors
+        )
+        fitted = S_Phi @ shift if isinstance(S_Phi, Tensor) else S_Phi._matmul(shift)
+        misfit = (weighted - fitted).squeeze(-1).square().sum(tuple(range(-len(rows), 0)))
         before, before_factors = prior._factored()
         penalty = precision_quad(before, before_factors, shift)
         if isinstance(P, Woodbury) and not isinstance(prior, Woodbury):
@@ -429,7 +432,7 @@ def _applied(Phi: Tensor | FeatureOperator, v: Tensor) -> Tensor:
     """``Phi v`` for vectors ``(..., D)``."""
     if isinstance(Phi, FeatureOperator):
         same_features("Phi", Phi, v.shape[-1], v)
-        return (Phi @ v.unsqueeze(-1)).squeeze(-1)
+        return Phi._matmul(v.unsqueeze(-1)).squeeze(-1)
     rows = floating("Phi", Phi, ndim=2, like=v)
     if rows.shape[-1] != v.shape[-1]:
         raise ValueError(f"Phi must have shape (..., R, {v.shape[-1]}), found {tuple(rows.shape)}")

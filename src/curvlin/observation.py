@@ -87,7 +87,11 @@ def _positive(precision: Tensor) -> None:
 def _uniform_noise(precision: Tensor, rows: torch.Size) -> Noise:
     _positive(precision)
     root, root64 = precision.sqrt(), precision.double().sqrt()
-    return Noise(lambda Phi: root * Phi, lambda r: root64 * r, rows.numel() * precision.double().log())
+
+    def mix(Phi: Any) -> Any:
+        return root * Phi if isinstance(Phi, Tensor) else Phi._scale(root)
+
+    return Noise(mix, lambda r: root64 * r, rows.numel() * precision.double().log())
 
 
 def _independent_noise(precision: Tensor, rows: torch.Size) -> Noise:
@@ -96,7 +100,7 @@ def _independent_noise(precision: Tensor, rows: torch.Size) -> Noise:
     root, root64 = precision.sqrt(), precision.double().sqrt()
 
     def mix(Phi: Any) -> Any:
-        return root.unsqueeze(-1) * Phi if isinstance(Phi, Tensor) else torch.diag_embed(root) @ Phi
+        return root.unsqueeze(-1) * Phi if isinstance(Phi, Tensor) else Phi._mix(torch.diag_embed(root))
 
     return Noise(mix, lambda r: root64 * r, precision.double().log().sum(tuple(range(-len(rows), 0))))
 
@@ -118,4 +122,8 @@ def _correlated_noise(precision: PrecisionOperator, y: Tensor, rows: torch.Size)
     logdet = Lambda._logdet(factors)
     if len(rows) == 2:  # one Lambda per sample, or one for all of them
         logdet = logdet.expand(torch.broadcast_shapes(logdet.shape, rows[:1])).sum(-1)
-    return Noise(lambda Phi: S.to(y.dtype) @ Phi, lambda r: (S @ r.unsqueeze(-1)).squeeze(-1), logdet)
+
+    def mix(Phi: Any) -> Any:
+        return S.to(y.dtype) @ Phi if isinstance(Phi, Tensor) else Phi._mix(S.to(y.dtype))
+
+    return Noise(mix, lambda r: (S @ r.unsqueeze(-1)).squeeze(-1), logdet)

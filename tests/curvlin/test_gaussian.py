@@ -525,6 +525,45 @@ def test_two_derivatives(kind: str, question: str) -> None:
     assert torch.autograd.gradgradcheck(answer, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("question", [q for q in QUESTIONS if q != "rsample"])
+@pytest.mark.parametrize("kind", ["diagonal", "shift", "dual"])
+def test_transforms_agree_with_autograd(kind: str, question: str) -> None:
+    make, shape = MAKERS[kind]
+    g = generator(66)
+    mean, tensors = randn(g, 6), randn(g, 2, *shape)
+
+    def answer(tensor: Tensor) -> Tensor:
+        return QUESTIONS[question](Gaussian(mean, make(tensor))).sum()
+
+    looped = []
+    for tensor in tensors:
+        live = tensor.clone().requires_grad_()
+        looped.append(torch.autograd.grad(answer(live), live)[0])
+    close(torch.vmap(torch.func.grad(answer))(tensors), torch.stack(looped), RTOL)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "log_prob",
+        *(
+            pytest.param(q, marks=pytest.mark.slow)
+            for q in ("conditional", "push_forward", "evidence", "KL to dense")
+        ),
+    ],
+)
+def test_compiled_code_gives_the_same_answers(question: str) -> None:
+    make, shape = MAKERS["shift"]
+    g = generator(67)
+    mean, tensor = randn(g, 6), randn(g, *shape)
+
+    def answer(mean: Tensor, tensor: Tensor) -> Tensor:
+        return QUESTIONS[question](Gaussian(mean, make(tensor))).sum()
+
+    torch.compiler.reset()
+    close(torch.compile(answer, backend="eager")(mean, tensor), answer(mean, tensor), RTOL)
+
+
 @pytest.mark.parametrize("kind", ["diagonal", "dense", "low_rank"])
 def test_the_divergence_from_itself_has_gradient_zero_and_fisher_curvature(kind: str) -> None:
     """The Hessian of KL(p_t | p_s) in s at s = t is the Fisher information, although the value there is a shortcut."""
