@@ -56,4 +56,6 @@ def symmetric(name: str, value: object, *, like: Tensor | None = None) -> Tensor
                 f"{name} must be symmetric, found asymmetry {worst:.1e} of its largest entry; "
                 "pass (matrix + matrix.mT) / 2 if that is meant"
             )
-    return (matrix + matrix.mT) / 2
+    total = matrix + matrix.mT
+    # Half of it, by an operation that saves nothing: an operator over leaf tensors may be differentiated twice.
+    return torch.sub(total, total, alpha=0.5)

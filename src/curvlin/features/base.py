@@ -7,7 +7,7 @@ how its structure multiplies; arguments are checked here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,9 @@ class FeatureOperator(Tree, ABC):
 
     __array_ufunc__ = None  # NumPy leaves `array * Phi` to us instead of making an object array
     __hash__ = object.__hash__
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} is not turned into an array silently; use to_dense().numpy()")
 
     # -- shape -----------------------------------------------------------------------------------------------
 

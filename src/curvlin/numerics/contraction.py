@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from curvlin._tree import is_concrete
 
-BUDGET = 64 * 2**20
+BUDGET = 2**21
 """Bytes of temporaries that a chunk may take when the caller leaves the choice to the library."""
 
 

@@ -125,7 +125,8 @@ def push_forward(
     return derivative
 
 
-def _sum_of(*terms: Tensor | None) -> Tensor | None:
+def sum_of(*terms: Tensor | None) -> Tensor | None:
+    """The sum of the terms that are there."""
     present = [t for t in terms if t is not None]
     return sum(present[1:], start=present[0]) if present else None
 
@@ -159,7 +160,7 @@ class _Solve(torch.autograd.Function):
         solution, *tensors = ctx.saved_tensors
         pair = build(ctx.structure, tensors)
         change = push_forward(pair, tangents, lambda P: -P._matmul(solution))
-        right = _sum_of(dX, change)
+        right = sum_of(dX, change)
         assert right is not None
         return solve(pair.operator, right.expand_as(solution), pair.factors)
 
@@ -195,7 +196,7 @@ class _InvQuad(torch.autograd.Function):
         pair = build(ctx.structure, tensors)
         solution = solve(pair.operator, X, pair.factors)
         change = push_forward(pair, tangents, lambda P: -P._energy(solution))
-        total = _sum_of(None if dX is None else 2 * (solution * dX).sum(-2), change)
+        total = sum_of(None if dX is None else 2 * (solution * dX).sum(-2), change)
         assert total is not None
         return total
 
@@ -233,7 +234,7 @@ class _LogDet(torch.autograd.Function):
             if tangent is not None:
                 product = tangent * gradient
                 terms.append(product.flatten(product.ndim - own).sum(-1) if own else product)
-        total = _sum_of(*terms)
+        total = sum_of(*terms)
         assert total is not None
         return total
 

@@ -12,6 +12,7 @@ implicitly, so no difference of eigenvalues is ever divided by, and the work is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,6 +82,10 @@ def inverse_root(K: Any, Z: Tensor, factors: Any) -> Tensor:
     return implicit.apply_kernel(_InverseRoot, K, factors, Z)
 
 
+def _product_with(x: Tensor) -> Callable[[Any], Tensor]:
+    return lambda K: K._matmul(x)
+
+
 class _InverseRoot(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -101,22 +106,25 @@ class _InverseRoot(torch.autograd.Function):
         Z, *tensors = ctx.saved_tensors
         pair = build(ctx.structure, tensors)
         grad_z = inverse_root(pair.operator, G, pair.factors).sum_to_size(Z.shape)
-        shifted, factors, weights = pair.operator._quadrature(pair.factors)
-        x = implicit.solve(shifted, Z, factors)
-        y = implicit.solve(shifted, weights * G, factors)
-        grads = implicit.pull_back(pair, ctx.needs_input_grad[2:], lambda K: K._matmul(x), -y)
+        wanted = ctx.needs_input_grad[2:]
+        grads: list[Tensor | None] = [None] * len(wanted)
+        for shifted, factors, weights in pair.operator._quadrature(pair.factors) if any(wanted) else ():
+            x = implicit.solve(shifted, Z, factors)
+            y = implicit.solve(shifted, weights * G, factors)
+            parts = implicit.pull_back(pair, wanted, _product_with(x), -y)
+            grads = [implicit.sum_of(total, part) for total, part in zip(grads, parts, strict=True)]
         return None, grad_z, *grads
 
     @staticmethod
     def jvp(ctx: Any, _: Any, dZ: Tensor | None, *tangents: Tensor | None) -> Tensor:
         Z, *tensors = ctx.saved_tensors
         pair = build(ctx.structure, tensors)
-        shifted, factors, weights = pair.operator._quadrature(pair.factors)
-        x = implicit.solve(shifted, Z, factors)
-        change = implicit.push_forward(pair, tangents, lambda K: -K._matmul(x))
         total = None if dZ is None else inverse_root(pair.operator, dZ, pair.factors)
-        if change is not None:
-            moved = (weights * implicit.solve(shifted, change, factors)).sum(0)
-            total = moved if total is None else total + moved
+        for shifted, factors, weights in pair.operator._quadrature(pair.factors):
+            x = implicit.solve(shifted, Z, factors)
+            change = implicit.push_forward(pair, tangents, _product_with(-x))
+            if change is None:
+                break
+            total = implicit.sum_of(total, (weights * implicit.solve(shifted, change, factors)).sum(0))
         assert total is not None
         return total

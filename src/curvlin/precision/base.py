@@ -49,6 +49,9 @@ class PrecisionOperator(Tree, ABC):
     __array_ufunc__ = None  # NumPy leaves `array * P` to us instead of making an object array
     __hash__ = object.__hash__
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} is not turned into an array silently; use to_dense().numpy()")
+
     # -- shape ------------------------------------------------------------------------------------------------
 
     @property

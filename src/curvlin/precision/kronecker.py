@@ -7,7 +7,7 @@ O(ab(a + b)), and nothing of size ``ab x ab`` is ever formed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -497,20 +497,21 @@ class _CommutingSum(KroneckerSum):
     def _inverse_root_value(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
         return _in_basis(Z, 1 / factors.eigenvalues.sqrt(), factors)
 
-    def _quadrature(self, factors: KroneckerFactors) -> tuple[_CommutingSum, KroneckerFactors, Tensor]:
-        """``K + t_q I`` over the nodes as a leading batch dimension, its factors, and the weights."""
+    def _quadrature(
+        self, factors: KroneckerFactors
+    ) -> Iterator[tuple[_CommutingSum, KroneckerFactors, Tensor]]:
+        """``K + t_q I`` with its factors and the weight w_q, a few nodes at a time as a leading batch dimension."""
         d = factors.eigenvalues
         n = None if is_concrete(d) else _NODES_FOR_ANY_CONDITION
-        nodes, weights = inverse_square_root_rule(d.amin((-2, -1)), d.amax((-2, -1)), n)
-        shifted = build(self._structure(), [t for t, _ in self._tensors()])
-        shifted._set("shift", nodes if self.shift is None else self.shift + nodes)
-        return (
-            shifted,
-            KroneckerFactors(factors.left, factors.right, d + nodes[..., None, None]),
-            weights[..., None, None],
-        )
+        rule = inverse_square_root_rule(d.amin((-2, -1)), d.amax((-2, -1)), n)
+        for nodes, weights in zip(*(part.split(_NODES_AT_A_TIME) for part in rule), strict=True):
+            shifted = build(self._structure(), [t for t, _ in self._tensors()])
+            shifted._set("shift", nodes if self.shift is None else self.shift + nodes)
+            moved = KroneckerFactors(factors.left, factors.right, d + nodes[..., None, None])
+            yield shifted, moved, weights[..., None, None]
 
 
+_NODES_AT_A_TIME = 4
 _NODES_FOR_ANY_CONDITION = 72  # what a condition number of 1e14 needs
 
 

@@ -177,7 +177,7 @@ class Woodbury(ImplicitOperator):
         else:
             V, W, gain, h, orthonormal = from_columns(normal.base._root_solve(self.U, base), self.sign)
         if not bool((h > 0).all()):
-            raise NotPositiveDefiniteError("Woodbury, relative to its base,", float(h.min()))
+            raise NotPositiveDefiniteError("Woodbury", float(h.min()))
         return LowRankFactors(base, V, W, gain, h, orthonormal)
 
     def _canonical(self) -> CanonicalFactors:
