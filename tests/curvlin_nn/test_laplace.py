@@ -168,6 +168,15 @@ def test_the_posterior_follows_the_hyperparameters(structure):
     torch.testing.assert_close(la(p.x_test), fresh(p.x_test), rtol=0, atol=0)
 
 
+def test_the_posterior_follows_a_new_fit():
+    p = problem("mlp", "regression")
+    la = fitted(p, "kron")
+    la(p.x_test)
+    la.fit([(p.x[:4], p.y[:4])])
+    fresh = Laplace(p.model, p.likelihood, "all", "kron").fit([(p.x[:4], p.y[:4])])
+    torch.testing.assert_close(la(p.x_test), fresh(p.x_test), rtol=0, atol=0)
+
+
 def test_modulewise_prior_shares_a_precision_between_weight_and_bias():
     p = problem("mlp", "classification")
     modules, tensors = (
