@@ -22,6 +22,11 @@ from curvlin_nn.prior import GroupedPrior, Prior
 from curvlin_nn.spectrum import Spectrum
 
 
+def curvature_scale(sigma_noise: Float[Tensor, ""], temperature: float) -> Float[Tensor, ""]:
+    """``1 / (sigma^2 T)``, float64."""
+    return 1 / (sigma_noise.double().square() * temperature)
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What the log marginal likelihood is a function of, besides the hyperparameters.
@@ -51,7 +56,7 @@ class Evidence:
 
     def scale(self, sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """``1 / (sigma^2 T)``, what H is multiplied by."""
-        return 1 / (sigma_noise.double().square() * self.temperature)
+        return curvature_scale(sigma_noise, self.temperature)
 
     def relevant_spectrum(self, prior: Prior) -> Spectrum | None:
         """The eigenvalues of H if they are all that is needed: no block is cut by a change of prior precision."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
 from curvlin_nn.curvature import Accumulated, accumulate
 from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
-from curvlin_nn.evidence import Evidence
+from curvlin_nn.evidence import Evidence, curvature_scale
 from curvlin_nn.feature_maps import JacobianMap
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
@@ -41,7 +42,11 @@ class _Fitted:
     accumulated: Accumulated
     mean: Float[Tensor, " P"]
     curvature: PrecisionOperator
-    spectrum: Spectrum | None
+
+    @cached_property
+    def spectrum(self) -> Spectrum | None:
+        """The eigenvalues of the curvature, computed when the evidence is first asked for."""
+        return spectrum(self.curvature)
 
 
 class Laplace:
@@ -188,9 +193,8 @@ class Laplace:
         )
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
-        H = found.states[0].finish()
         mean = found.space.flatten(found.space.tensors(self.model))
-        fitted = _Fitted(found, mean, H, spectrum(H))
+        fitted = _Fitted(found, mean, found.states[0].finish())
         _check_mean_length(self._prior_mean, fitted)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
@@ -235,7 +239,7 @@ class Laplace:
         versions = tuple(t._version for t in tensors)
         if self._posterior is None or self._posterior[0] != versions:
             H = self._fit.curvature
-            scale = self._evidence().scale(self._sigma_noise.detach())
+            scale = curvature_scale(self._sigma_noise.detach(), self._temperature)
             prior = self._prior(self._prior_precision).operator(H).detach()
             self._posterior = versions, (scale.to(H.dtype) * H + prior).factor()
         return self._posterior[1]

@@ -134,6 +134,25 @@ def test_a_use_without_a_rule_is_refused_by_name():
     record(MatMul(), torch.randn(4, 3), ["first"])  # the parameter left out, the rest is served
 
 
+def test_a_parameter_that_is_a_layers_input_is_refused_by_name():
+    class Latent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latent = nn.Parameter(torch.randn(4, 3))
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.latent) + x.sum()
+
+    with pytest.raises(UnsupportedUseError, match="parameter 'latent' is an input of linear"):
+        record(Latent(), torch.randn(4, 1))
+    with pytest.raises(UnsupportedUseError, match=r"parameter 'layer.weight' is an input of linear"):
+        model = nn.Sequential()
+        model.layer = nn.Linear(3, 3)
+        model.forward = lambda x: x @ torch.ones(1, 3) + model.layer(model.layer.weight).sum(0)
+        record(model, torch.randn(4, 1))
+
+
 def test_batch_norm_parameters_are_refused_by_name():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     with pytest.raises(UnsupportedUseError, match=r"parameter '1.weight' is used by batch_norm"):
