@@ -52,7 +52,7 @@ class IndexSet:
         ValueError: if a block is empty, two blocks overlap, or a coordinate is missing.
     """
 
-    __slots__ = ("_hash", "_inverse", "blocks", "consecutive", "size")
+    __slots__ = ("_arrays", "_hash", "_inverse", "consecutive", "size")
 
     def __init__(self, blocks: Sequence[Index] | Sequence[NDArray[Any]]) -> None:
         if len(blocks) == 0:
@@ -71,9 +71,9 @@ class IndexSet:
                 f"indices must name each of the {self.size} coordinates exactly once; found overlapping blocks, "
                 "or a coordinate out of range"
             )
-        self.blocks = tuple(torch.from_numpy(a.astype(np.int64)) for a in arrays)
+        self._arrays = tuple(a.astype(np.int64) for a in arrays)
         self.consecutive = bool((order == np.arange(self.size)).all())
-        self._inverse = torch.from_numpy(np.argsort(order))
+        self._inverse = np.argsort(order)
         self._hash = hash((self.sizes, hashlib.sha256(order.tobytes()).digest()))
 
     @classmethod
@@ -82,9 +82,14 @@ class IndexSet:
         return cls(np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1]))
 
     @property
+    def blocks(self) -> tuple[Tensor, ...]:
+        """The coordinates of each block, as tensors made on the spot: one kept would outlive its transform."""
+        return tuple(torch.from_numpy(a) for a in self._arrays)
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """The number of coordinates of each block."""
-        return tuple(b.numel() for b in self.blocks)
+        return tuple(a.size for a in self._arrays)
 
     def split(self, X: Tensor, dim: int = -2) -> list[Tensor]:
         """X cut along `dim` into its blocks."""
@@ -97,7 +102,7 @@ class IndexSet:
         joined = torch.cat(list(parts), dim=dim)
         if self.consecutive:
             return joined
-        return joined.index_select(dim, self._inverse.to(joined.device))
+        return joined.index_select(dim, torch.from_numpy(self._inverse).to(joined.device))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, IndexSet):
@@ -106,8 +111,8 @@ class IndexSet:
             return True
         return (
             self._hash == other._hash
-            and len(self.blocks) == len(other.blocks)
-            and all(torch.equal(a, b) for a, b in zip(self.blocks, other.blocks, strict=True))
+            and self.sizes == other.sizes
+            and all(np.array_equal(a, b) for a, b in zip(self._arrays, other._arrays, strict=True))
         )
 
     def __hash__(self) -> int:
