@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,6 +27,7 @@ from curvlin import (
     PrecisionOperator,
     SpectralKronecker,
 )
+from curvlin.numerics import contraction
 
 OUT, IN = 3, 4
 """The layer of the Khatri-Rao features; D = 12, the blocks of the block features are 12 + 3."""
@@ -242,6 +244,12 @@ PAIRS = [
 def closed_pair(pair: tuple[str, str], seed: int, **shape: int) -> tuple[Features, Precision]:
     size = 15 if pair[0] == "block" else 12
     return features(pair[0], seed, **shape), precision(pair[1], seed + 1, size)
+
+
+def tiny_chunks(monkeypatch: pytest.MonkeyPatch, budget: int = 100) -> None:
+    """Temporaries of at most `budget` bytes: by default one sample at a time, with its channels cut."""
+    monkeypatch.setattr(contraction, "BUDGET", budget)
+    monkeypatch.setattr(contraction, "CEILING", budget)
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:

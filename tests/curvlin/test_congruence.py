@@ -20,6 +20,7 @@ from feature_cases import (
     precision,
     randn,
     spd,
+    tiny_chunks,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -173,7 +174,7 @@ def test_two_derivatives_in_features_and_shift(
     kind: str, S: int, chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunked:
-        monkeypatch.setattr(contraction, "BUDGET", 100)
+        tiny_chunks(monkeypatch)
     g = generator(61)
     inputs = (randn(g, 2, 2, S, 2), randn(g, 2, S, 3), torch.tensor(0.4, dtype=torch.float64))
     inputs = tuple(t.requires_grad_() for t in inputs)
@@ -308,7 +309,7 @@ def test_no_row_is_formed_for_a_kronecker_precision() -> None:
 
 def test_shared_positions_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """S > 1: no more than a chunk of rows, even where one sample alone exceeds the budget; backward included."""
-    monkeypatch.setattr(contraction, "BUDGET", 2**18)  # 32,768 numbers
+    tiny_chunks(monkeypatch, 2**18)  # 32,768 numbers
     g = generator(72)
     N, R, S, out, inputs = 3, 8, 20, 64, 80  # a sample has 40,960 numbers
     left, right = randn(g, N, R, S, out).requires_grad_(), randn(g, N, S, inputs)
@@ -339,10 +340,11 @@ def test_backward_keeps_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             return Diagonal(d).inv_congruence(KhatriRaoFeatures(left, right)).sum()
 
+    tiny_chunks(monkeypatch, 2**26)
     whole = torch.autograd.grad(total(), (left, d))
     assert sum(saved.values()) > N * R * out * inputs  # one chunk holds all rows
     saved.clear()
-    monkeypatch.setattr(contraction, "BUDGET", 2 * 8 * R * out * inputs)  # one sample
+    tiny_chunks(monkeypatch, 2 * 8 * R * out * inputs)  # one sample
     pieces = torch.autograd.grad(total(), (left, d))
     assert sum(saved.values()) < N * R * out * inputs / 2
     for ours, theirs in zip(pieces, whole, strict=True):

@@ -8,13 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from feature_cases import BLOCKS, KINDS, Features, close, features, generator, randn, some_features
+from feature_cases import (
+    BLOCKS,
+    KINDS,
+    Features,
+    close,
+    features,
+    generator,
+    randn,
+    some_features,
+    tiny_chunks,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 from curvlin import BlockFeatures, DenseFeatures, KhatriRaoFeatures, NotClosedError
-from curvlin.numerics import contraction
 from curvlin.testing import forbid_dense
 
 seeds = st.integers(0, 2**20)
@@ -135,7 +144,7 @@ def test_a_batch_is_a_stack_of_singles(kind: str) -> None:
 def test_chunks_do_not_change_products(kind: str, S: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = features(kind, 8, N=5, R=3, S=S)
     V, u = randn(generator(9), case.operator.size, 30), randn(generator(10), 5, 3, 30)
-    monkeypatch.setattr(contraction, "BUDGET", 100)  # one sample at a time, and channels cut
+    tiny_chunks(monkeypatch)
     close(case.operator @ V, torch.einsum("nrd,dk->nrk", case.rows, V))
     close(case.operator.T @ u, torch.einsum("nrd,nrk->dk", case.rows, u))
     close(case.operator.gram(), torch.einsum("nrd,mqd->nrmq", case.rows, case.rows))
@@ -145,7 +154,7 @@ def test_chunks_do_not_change_products(kind: str, S: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("S", [1, 3])
 def test_products_have_two_derivatives(S: int, chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if chunked:
-        monkeypatch.setattr(contraction, "BUDGET", 100)
+        tiny_chunks(monkeypatch)
     g = generator(11)
     left, right, V = randn(g, 2, 2, S, 2), randn(g, 2, S, 3), randn(g, 6, 2)
     inputs = tuple(t.requires_grad_() for t in (left, right, V))

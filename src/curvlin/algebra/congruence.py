@@ -15,6 +15,7 @@ A rule is called with P in float64 and its factors, the features in the caller's
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -112,7 +113,12 @@ def _solved(
 def _row_pieces(Phi: FeatureOperator, P: PrecisionOperator, chunk: Chunk) -> list[slice]:
     batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
     # A row in float64, and its solution.
-    return contraction.pieces(Phi.n_samples, 2 * 8 * batch * Phi.n_rows * Phi.size, chunk)
+    return contraction.pieces(Phi.n_samples, 2 * 8 * batch * Phi.n_rows * Phi.size, chunk, _worth_a_call(Phi))
+
+
+def _worth_a_call(Phi: FeatureOperator) -> int:
+    """Samples that make reading the factors of P once per chunk a small part of a solve."""
+    return math.ceil(64 / Phi.n_rows)
 
 
 def _tensors(*trees: FeatureOperator | PrecisionOperator) -> list[Tensor]:
@@ -355,7 +361,9 @@ def _less_low_rank(
         return (kept.double() - P.sign * loss) / _as_batch(scale, layout)
 
     batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
-    samples = contraction.pieces(Phi.n_samples, 3 * 8 * batch * Phi.n_rows * P.rank, chunk)
+    samples = contraction.pieces(
+        Phi.n_samples, 3 * 8 * batch * Phi.n_rows * P.rank, chunk, _worth_a_call(Phi)
+    )
     kernel = contraction.recomputing(variances, len(samples), *_tensors(Phi, P))
     return contraction.joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
 

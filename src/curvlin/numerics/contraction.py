@@ -17,9 +17,10 @@ count of multiplications over the shapes chooses; for `per_sample`, per sample,
 
 where with ``w = 1`` the token products ``k_st = a_s . a_t`` do not depend on o.
 
-Temporaries are bounded by `chunk` samples at a time, or by `BUDGET` bytes when it is None; where one sample
-alone exceeds the budget, the sum over o is cut as well. With several chunks and a gradient asked for, what a
-chunk needs for the backward pass is recomputed there instead of kept.
+Temporaries are bounded by `chunk` samples at a time, or by `BUDGET` bytes when it is None (`CEILING` where a
+chunk has a price of its own, to be shared by several samples); where one sample alone exceeds that, the sum over
+o is cut as well. With several chunks and a gradient asked for, what a chunk needs for the backward pass is
+recomputed there instead of kept.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from torch.utils.checkpoint import checkpoint
 from curvlin._tree import is_concrete
 
 BUDGET = 2**21
-"""Bytes of temporaries that a chunk may take when the caller leaves the choice to the library."""
+"""Bytes of temporaries that a chunk takes when the caller leaves the choice to the library: they stay in cache."""
+
+CEILING = 2**26
+"""Bytes that a chunk may take where smaller ones would repeat work."""
 
 
 def multiplied(g: Float[Tensor, "*b N R S out"], a: Float[Tensor, "*b N S in"]) -> Float[Tensor, "*b N R D"]:
@@ -60,7 +64,7 @@ def forward(
         V = V.movedim(-2, -3).flatten(
             -2
         )  # (in, out * K): one product of matrices for all positions and columns
-    samples = pieces(g.shape[-4], bytes_each)
+    samples = pieces(g.shape[-4], bytes_each, least=_to_share_a_matrix(g))
     kernel = recomputing(kernel, len(samples), g, a, V)
     return joined([kernel(g[..., n, :, :, :], a[..., n, :, :], V) for n in samples], dim=-3)
 
@@ -76,7 +80,7 @@ def backward(
         kernel, bytes_each = _backward_rows, item * R * out * inputs
     else:
         kernel, bytes_each = _backward_layer, item * S * out * K
-    samples = pieces(g.shape[-4], bytes_each)
+    samples = pieces(g.shape[-4], bytes_each, least=_to_share_a_matrix(g))
     kernel = recomputing(kernel, len(samples), g, a, u)
     parts = (kernel(g[..., n, :, :, :], a[..., n, :, :], u[..., n, :, :]) for n in samples)
     return functools.reduce(torch.add, parts)
@@ -113,8 +117,8 @@ def cross(
 ) -> Float[Tensor, "*b N R M Q"]:
     """``Phi_n diag(w) Psi_m^T`` for every pair of samples."""
     route = _pair_route(g, a, h, b, w)
-    lefts = pieces(g.shape[-4], route.bytes_left, chunk)
-    rights = pieces(h.shape[-4], route.bytes_right, chunk)
+    lefts = pieces(g.shape[-4], route.bytes_left, chunk, route.least_left)
+    rights = pieces(h.shape[-4], route.bytes_right, chunk, route.least_right)
     channels = _channels(g.shape[-1], route.bytes_least)
 
     def block(g: Tensor, a: Tensor, h: Tensor, b: Tensor, w: Tensor | None) -> Tensor:
@@ -136,10 +140,23 @@ def cross(
 # -- chunks --------------------------------------------------------------------------------------------------
 
 
-def pieces(total: int, bytes_each: int, chunk: int | None = None) -> list[slice]:
-    """``range(total)`` cut into slices of `chunk` items, or of as many as the budget holds (at least one)."""
-    step = chunk if chunk is not None else max(1, BUDGET // max(1, bytes_each))
+def pieces(total: int, bytes_each: int, chunk: int | None = None, least: int = 1) -> list[slice]:
+    """``range(total)`` cut into slices of `chunk` items, or of what the budget holds.
+
+    Args:
+        total: the number of items.
+        bytes_each: of temporaries, per item.
+        chunk: the caller's choice.
+        least: as many items as a slice should have below the ceiling, budget or not.
+    """
+    bytes_each = max(1, bytes_each)
+    step = chunk if chunk is not None else max(BUDGET // bytes_each, min(least, CEILING // bytes_each), 1)
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def _to_share_a_matrix(g: Tensor) -> int:
+    """How many samples make reading (or adding) a matrix of D entries per column a small part of a product."""
+    return math.ceil(64 / g.shape[-2])
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:
@@ -171,8 +188,8 @@ def recomputing(
 
 
 def _channels(out: int, bytes_each: int) -> list[slice]:
-    """The channels o, in pieces if one sample alone exceeds the budget."""
-    return pieces(out, bytes_each // out) if bytes_each > BUDGET else [slice(0, out)]
+    """The channels o, in pieces if one sample alone exceeds the ceiling."""
+    return pieces(out, bytes_each // out, least=out) if bytes_each > CEILING else [slice(0, out)]
 
 
 def _bytes(g: Tensor, batch: torch.Size) -> int:
@@ -316,6 +333,8 @@ class _PairRoute(NamedTuple):
     bytes_right: int
     bytes_least: int
     """What one pair of samples takes; above the budget the channels are cut."""
+    least_left: int = 1
+    least_right: int = 1
 
 
 def _pair_route(g: Tensor, a: Tensor, h: Tensor, b: Tensor, w: Tensor | None) -> _PairRoute:
@@ -328,13 +347,16 @@ def _pair_route(g: Tensor, a: Tensor, h: Tensor, b: Tensor, w: Tensor | None) ->
     tokens = N * M * (S * T * (inputs if w is None else D) + (R * S * T + R * Q * T) * out)
     if single or tokens <= rows:
         pair = item * (S * T * (inputs + out) + (min(R, Q) if single else R) * T * out)
-        # A block of pairs within the budget, as square as the numbers of samples allow.
-        left = min(N, max(1, math.isqrt(BUDGET // pair)))
-        right = min(M, max(1, BUDGET // (pair * left)))
+        # A block of pairs, as square as the numbers of samples allow, and large enough to be worth a call.
+        block = max(1, 4 * BUDGET // pair)
+        left = min(N, max(1, math.isqrt(block)))
+        right = min(M, max(1, block // left))
         contract = _pairs_single if single else _pairs_tokens
-        return _PairRoute(_as_given, contract, pair * right, pair * left, pair)
+        return _PairRoute(_as_given, contract, pair * right, pair * left, pair, left, right)
     left, right = 2 * item * R * D, 2 * item * Q * D  # half of the budget for the rows of either side
-    return _PairRoute(_prepared_rows, _pairs_rows, left, right, (left + right) // 2)
+    # Rows of the left are multiplied out again for every chunk of the right, which should outweigh that.
+    least = math.ceil(16 / R), math.ceil(8 * max(S, 4) / Q)
+    return _PairRoute(_prepared_rows, _pairs_rows, left, right, (left + right) // 2, *least)
 
 
 def _as_given(h: Tensor, b: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
