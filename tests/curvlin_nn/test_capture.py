@@ -309,6 +309,23 @@ def test_layouts_are_found_where_most_gradients_vanish():
     assert_jacobian(Experts().double(), torch.randn(6, 6, 3, dtype=torch.float64))
 
 
+def test_a_probe_that_decides_nothing_is_followed_by_one_that_does():
+    """Rows are time-major, and only sample 1 reaches the layer: the first probe, of sample 3, sees nothing."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.layer(x.transpose(0, 1).reshape(-1, 3)).reshape(x.shape[1], len(x), 2)
+            return rows[0] * (x[:, 0, :1] > 0)
+
+    x = -torch.rand(6, 6, 3, dtype=torch.float64)
+    x[1] *= -1
+    assert_jacobian(Gated().double(), x)
+
+
 def test_unbatched_images_are_refused():
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten())
     with pytest.raises(UnsupportedError, match=r"conv2d needs a batch of images"):

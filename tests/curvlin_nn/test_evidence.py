@@ -92,6 +92,18 @@ def test_joint_search_of_prior_and_noise_finds_the_same_maximum_from_any_start(
     assert optimum.log_marginal_likelihood == pytest.approx(value, rel=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("structure", "prior_structure"),
+    [*((s, "scalar") for s in STRUCTURES), ("diag", "layerwise"), ("kron", "layerwise")],
+)
+def test_steps_are_newtons(structure, prior_structure):
+    """From ten percent off, the error is squared in each step: 1e-2, 1e-4, 1e-8, 1e-16."""
+    la = fitted(problem("mlp", "regression", n=12), structure)
+    la.optimize_prior_precision(prior_structure=prior_structure, optimize_noise=True)
+    la.prior_precision, la.sigma_noise = la.prior_precision * 1.1, la.sigma_noise * 1.1
+    assert la.optimize_prior_precision(prior_structure=prior_structure, optimize_noise=True).steps <= 4
+
+
 @pytest.mark.parametrize("temperature", [0.3, 3.0])
 def test_search_accounts_for_temperature_and_prior_mean(temperature):
     p = problem("cnn", "regression", n=12)

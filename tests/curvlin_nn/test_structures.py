@@ -47,6 +47,15 @@ def test_curvature_depends_on_neither_batches_nor_order(kind, structure):
         torch.testing.assert_close(other.to_dense(), whole, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_rows_in_pieces_are_the_rows(kind, monkeypatch):
+    p = problem(kind, "classification")
+    whole = fit(p, "full", size=8).to_dense()
+    n_parameters = len(whole)
+    monkeypatch.setattr("curvlin_nn.structures.full.ROW_BUDGET", 2 * 3 * n_parameters)  # three samples each
+    torch.testing.assert_close(fit(p, "full", size=8).to_dense(), whole, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_data_seen_twice_count_twice(structure):
     p = problem("cnn", "classification")
