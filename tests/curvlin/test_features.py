@@ -101,7 +101,8 @@ def test_mixing_rows(case: Features, seed: int, per_sample: bool) -> None:
     close((S @ case.operator).to_dense(), S @ case.rows)
 
 
-@given(case=some_features(), c=st.floats(-8, 8))
+# Nearer to zero the product leaves the normal range of float64, where nothing holds relatively.
+@given(case=some_features(), c=st.floats(-8, 8).filter(lambda c: c == 0 or abs(c) > 1e-100))
 def test_scaling(case: Features, c: float) -> None:
     close((c * case.operator).to_dense(), c * case.rows)
     close((case.operator * torch.tensor(c, dtype=torch.float64)).to_dense(), c * case.rows)

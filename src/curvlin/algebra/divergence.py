@@ -164,14 +164,19 @@ def _kronecker_change(p: Known, q: Known) -> Change | None:
         if not isinstance(home, (KroneckerSum, SpectralKronecker)):
             continue
         basis = spectral_form(home, factors)
-        d_P, d_Q = (basis[2] if P is home else _spectrum_in(basis, P) for P in (p[0], q[0]))
-        if d_P is not None and d_Q is not None:
-            return _with_log((d_Q - d_P) / d_P)
+        # Both numerators by the same rotation of what is stored: where roots made the basis, its eigenvalues
+        # differ from the stored matrices by their rounding, and a small change would drown in that.
+        rounding = max(p[0].resolution, q[0].resolution)
+        before, after = (_spectrum_in(basis, P, 1.0 if P is home else rounding) for P in (p[0], q[0]))
+        if before is not None and after is not None:
+            return _with_log((after - before) / (basis[2] if p[0] is home else before))
     return None
 
 
-def _spectrum_in(basis: tuple[Tensor | None, Tensor | None, Tensor], P: PrecisionOperator) -> Tensor | None:
-    """The diagonal ``(..., a, b)`` of P in a basis X, Y, if there is nothing beside it."""
+def _spectrum_in(
+    basis: tuple[Tensor | None, Tensor | None, Tensor], P: PrecisionOperator, rounding: float
+) -> Tensor | None:
+    """The diagonal ``(..., a, b)`` of P in a basis X, Y, if beside it there is nothing but (relative) rounding."""
     X, Y, d = basis
     a, b = d.shape[-2:]
     terms: list[tuple[Tensor | None, Tensor | None]] = []
@@ -189,14 +194,16 @@ def _spectrum_in(basis: tuple[Tensor | None, Tensor | None, Tensor], P: Precisio
         terms, weights = [*terms, (None, None)], [*weights, shift]
     total = torch.zeros((), dtype=d.dtype, device=d.device)
     for weight, (L, R) in zip(weights, terms, strict=True):
-        left, right = _diagonal_in(X, L, a, d), _diagonal_in(Y, R, b, d)
+        left, right = _diagonal_in(X, L, a, d, rounding), _diagonal_in(Y, R, b, d, rounding)
         if left is None or right is None:
             return None
         total = total + weight[..., None, None] * left[..., :, None] * right[..., None, :]
     return total
 
 
-def _diagonal_in(X: Tensor | None, M: Tensor | None, size: int, like: Tensor) -> Tensor | None:
+def _diagonal_in(
+    X: Tensor | None, M: Tensor | None, size: int, like: Tensor, rounding: float
+) -> Tensor | None:
     """The diagonal of ``X^T M X`` (None is the identity) if its other entries are rounding."""
     if X is None and M is None:
         return torch.ones(size, dtype=like.dtype, device=like.device)
@@ -204,8 +211,7 @@ def _diagonal_in(X: Tensor | None, M: Tensor | None, size: int, like: Tensor) ->
     assert inner is not None
     diagonal = inner.diagonal(dim1=-2, dim2=-1)
     rest = torch.linalg.matrix_norm(inner - torch.diag_embed(diagonal))
-    rounding = 8 * size * torch.finfo(like.dtype).eps * torch.linalg.matrix_norm(inner)
-    return diagonal if bool((rest <= rounding).all()) else None
+    return diagonal if bool((rest <= 8 * size * rounding * torch.linalg.matrix_norm(inner)).all()) else None
 
 
 def _is_identity(X: Tensor | None, Q: Tensor) -> bool:

@@ -347,12 +347,16 @@ def _pair_route(g: Tensor, a: Tensor, h: Tensor, b: Tensor, w: Tensor | None) ->
     tokens = N * M * (S * T * (inputs if w is None else D) + (R * S * T + R * Q * T) * out)
     if single or tokens <= rows:
         pair = item * (S * T * (inputs + out) + (min(R, Q) if single else R) * T * out)
-        # A block of pairs, as square as the numbers of samples allow, and large enough to be worth a call.
-        block = max(1, 4 * BUDGET // pair)
+        # A block of pairs, as square as the numbers of samples allow: large enough to be worth a call, and never
+        # much larger than what comes in and goes out.
+        given = N * S * (R * out + inputs) + M * T * (Q * out + inputs) + N * R * M * Q
+        block = max(1, min(4 * BUDGET, item * given) // pair)
         left = min(N, max(1, math.isqrt(block)))
         right = min(M, max(1, block // left))
         contract = _pairs_single if single else _pairs_tokens
-        return _PairRoute(_as_given, contract, pair * right, pair * left, pair, left, right)
+        # Neither side may take more than its share, or the two together exceed the block.
+        sizes = max(pair * right, BUDGET // left), max(pair * left, BUDGET // right)
+        return _PairRoute(_as_given, contract, *sizes, pair, left, right)
     left, right = 2 * item * R * D, 2 * item * Q * D  # half of the budget for the rows of either side
     # Rows of the left are multiplied out again for every chunk of the right, which should outweigh that.
     least = math.ceil(16 / R), math.ceil(8 * max(S, 4) / Q)
