@@ -1,8 +1,8 @@
 """Immutable objects over tensors, registered as pytrees: what every operator, feature map and Gaussian is.
 
-A subclass is a frozen dataclass whose fields are tensors, `None`, other `Tree` objects, or tuples of
-these. A tensor field declares how many trailing dimensions are its own (`tensor_field(2)` for a matrix); what
-stands left of them is batch. Static fields (`static_field()`) are hashable and live in the pytree context.
+A subclass is a dataclass whose fields are tensors, `None`, other `Tree` objects, or tuples of these, each
+set once. A tensor field declares how many trailing dimensions are its own (`tensor_field(2)` for a matrix);
+what stands left of them is batch. Static fields (`static_field()`) are hashable and live in the pytree context.
 Unflattening bypasses validation, so that `torch.func` may put gradients, tangents and wrapped tensors in.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 SelfT = TypeVar("SelfT", bound="Tree")
+ClassT = TypeVar("ClassT", bound=type)
 TensorMap = Callable[[Tensor, int], Tensor]
 
 
@@ -30,11 +32,34 @@ def static_field(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
+def hide_from_compiler(cls: ClassT) -> ClassT:
+    """Class decorator: every public method runs as it is written inside `torch.compile`, between two graphs.
+
+    Factorisations look at values, run in LAPACK and stay in float64: there is nothing in them to fuse, and a
+    compiler that traces half of one would only find new ways to fail.
+    """
+    for name, member in list(vars(cls).items()):
+        if name.startswith("_") and not (name.startswith("__") and name.endswith("__")):
+            continue
+        if isinstance(member, FunctionType) and name not in _NOT_HIDDEN:
+            setattr(cls, name, torch.compiler.disable(member))
+        elif isinstance(member, (classmethod, staticmethod)) and name not in _NOT_HIDDEN:
+            setattr(cls, name, type(member)(torch.compiler.disable(member.__func__)))
+        elif isinstance(member, property):
+            setattr(cls, name, property(torch.compiler.disable(member.fget), doc=member.__doc__))
+    return cls
+
+
+_NOT_HIDDEN = {"__init_subclass__", "__hash__", "__repr__"}
+
+
+@hide_from_compiler
 class Tree:
     """Base of all immutable tensor objects; see the module docstring."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        hide_from_compiler(cls)
         pytree.register_pytree_node(
             cls,
             lambda obj: ([t for t, _ in obj._tensors()], obj._structure()),
@@ -43,6 +68,18 @@ class Tree:
             to_dumpable_context=repr,
             from_dumpable_context=_refuse_load,
         )
+
+    # Not `frozen=True`: torch.compile takes frozen dataclasses for records that it may rebuild from their fields.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__ or name not in {f.name for f in dataclasses.fields(self)}:  # type: ignore[arg-type]
+            raise dataclasses.FrozenInstanceError(
+                f"cannot assign to {name!r}: a {type(self).__name__} is immutable"
+            )
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(f"cannot delete {name!r}: a {type(self).__name__} is immutable")
 
     def _structure(self) -> Structure:
         """Everything but the tensors, hashable: equal structures mean objects of the same kind and make."""
@@ -56,11 +93,11 @@ class Tree:
         """An object with these field values, without validation."""
         obj = object.__new__(cls)
         for f, value in zip(_data_fields(cls), values, strict=True):
-            object.__setattr__(obj, f.name, value)
+            obj.__dict__[f.name] = value
         for f, value in zip(_static_fields(cls), structure.static, strict=True):
-            object.__setattr__(obj, f.name, value)
+            obj.__dict__[f.name] = value
         if structure.resolution:
-            object.__setattr__(obj, "_inherited_resolution", structure.resolution)
+            obj.__dict__["_inherited_resolution"] = structure.resolution
         return obj
 
     def _map(self: SelfT, fn: TensorMap) -> SelfT:
@@ -72,6 +109,14 @@ class Tree:
         """Every tensor with the number of dimensions that are its own, in pytree order."""
         for f in _data_fields(type(self)):
             yield from _iterate(getattr(self, f.name), f.metadata["ndim"])
+
+    def _with(self, cls: type | None = None, **changes: Any) -> Any:
+        """A copy with some fields replaced, without validation; of the class `cls` with the same fields if given."""
+        copy: Any = object.__new__(cls or type(self))
+        copy.__dict__.update({f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes)  # type: ignore[arg-type]
+        if "_inherited_resolution" in self.__dict__:
+            copy.__dict__["_inherited_resolution"] = self.__dict__["_inherited_resolution"]
+        return copy
 
     def to(self: SelfT, *args: Any, **kwargs: Any) -> SelfT:
         """`Tensor.to` of every tensor."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False, init=False)
 class Covariance(Tree):
     """``C = P^-1`` as an object: its product is a solve with P, its solve a product; nothing is inverted.
 
@@ -40,14 +40,15 @@ class Covariance(Tree):
     __hash__ = object.__hash__
 
     operator: PrecisionOperator = tensor_field(0)
-    inverted: bool = static_field(True)
+    inverted: bool = static_field()
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.operator, PrecisionOperator):
+    def __init__(self, operator: PrecisionOperator, inverted: bool = True) -> None:
+        if not isinstance(operator, PrecisionOperator):
             raise TypeError(
-                f"operator must be a PrecisionOperator, found {type(self.operator).__name__}; "
+                f"operator must be a PrecisionOperator, found {type(operator).__name__}; "
                 "for a matrix use Covariance.of(matrix)"
             )
+        self.operator, self.inverted = operator, inverted
 
     @classmethod
     def of(cls, matrix: Float[Tensor, "*batch D D"]) -> Covariance:

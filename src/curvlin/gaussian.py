@@ -14,6 +14,7 @@ from torch.distributions.kl import register_kl
 from torch.utils import _pytree as pytree
 
 from curvlin._check import floating, same_kind
+from curvlin._tree import hide_from_compiler
 from curvlin.algebra.divergence import shape_divergence
 from curvlin.covariance import Covariance, precision_quad
 from curvlin.errors import NotClosedError
@@ -28,6 +29,7 @@ from curvlin.precision.low_rank import Woodbury
 _LOG_2PI = math.log(2 * math.pi)
 
 
+@hide_from_compiler
 class Gaussian(Distribution):
     """``N(mean, precision^-1)`` over the last dimension, in the structure of the precision.
 
@@ -346,7 +348,6 @@ class Gaussian(Distribution):
         updated = prior.update(weighted_rows.mT if isinstance(weighted_rows, Tensor) else weighted_rows)
         P, factors = updated._factored()
         S_Phi = weighted_rows.to(torch.float64)
-        # Hooks instead of @, which torch.compile cannot trace between an operator and a tensor.
         shift = P._solve(
             S_Phi.mT @ weighted if isinstance(S_Phi, Tensor) else S_Phi._rmatmul(weighted), factors
         )
@@ -390,6 +391,7 @@ class Gaussian(Distribution):
 
 
 @register_kl(Gaussian, Gaussian)  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _kl(p: Gaussian, q: Gaussian) -> Float[Tensor, "*batch"]:
     """``KL(p | q)``; 0 for equal arguments, never negative, and exact to relative rounding where it is small.
 

@@ -1,8 +1,7 @@
-"""`torch.func`, `vmap` and `torch.compile` over operators give what eager autograd gives."""
+"""`torch.func` and `vmap` over operators give what eager autograd gives."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -187,52 +186,3 @@ def test_inside_transforms_an_indefinite_operator_never_answers(
         return
     assert bool(values[0].isfinite().all())
     assert bool(values[1].isnan().all())
-
-
-# -- torch.compile -------------------------------------------------------------------------------------------------
-
-# While it resumes after a graph break, the compiler looks at the .grad of tensors that are not leaves.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)
-
-COMPILED = [
-    "diagonal",
-    "dense",
-    "kronecker_shifted",
-    "kronecker_two",
-    "spectral_kronecker",
-    "block_diag",
-    "woodbury",
-]
-
-
-@pytest.fixture
-def fresh_compiler() -> None:
-    torch._dynamo.reset()
-
-
-def _compiled_equals_eager(kind: str, backend: str) -> None:
-    case = case_of(kind)
-    b, inputs = vector(case), inputs_of(case)
-    for name in ANSWERS:
-        fn = function_of(case, name, b)
-        compiled = torch.compile(fn, backend=backend, dynamic=False)
-        close(compiled(*inputs), fn(*inputs))
-        close(eager_gradient(compiled, inputs), eager_gradient(fn, inputs))
-
-
-@pytest.mark.slow  # compiling takes seconds for every kind and answer
-@pytest.mark.parametrize("kind", COMPILED)
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_equals_eager(kind: str) -> None:
-    """The tracing half of torch.compile, which decides what the code means; graph breaks are allowed."""
-    _compiled_equals_eager(kind, "aot_eager")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("kind", COMPILED)
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_by_inductor_equals_eager(kind: str) -> None:
-    _compiled_equals_eager(kind, "inductor")

@@ -15,8 +15,8 @@ from curvlin.testing import OperatorViolation, check_operator
 
 
 def operator(*bases: type) -> type:
-    """A frozen dataclass like the operators of the library."""
-    return dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)(*bases)  # type: ignore[call-overload]
+    """A dataclass like the operators of the library."""
+    return dataclasses.dataclass(eq=False, repr=False, init=False)(*bases)  # type: ignore[call-overload]
 
 
 @operator

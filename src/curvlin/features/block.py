@@ -16,7 +16,7 @@ from curvlin.features.base import FeatureOperator
 from curvlin.index import Index, IndexSet
 
 
-@dataclass(frozen=True, eq=False, repr=False, init=False)
+@dataclass(eq=False, repr=False, init=False)
 class BlockFeatures(FeatureOperator):
     """``[Phi_1, ..., Phi_B]``, part b acting on the coordinates ``indices[b]``; a `BlockDiag`'s other half.
 
@@ -54,8 +54,8 @@ class BlockFeatures(FeatureOperator):
             indices = IndexSet(indices)
         if indices.sizes != sizes:
             raise ValueError(f"indices must hold {sizes} coordinates per part, found {indices.sizes}")
-        object.__setattr__(self, "parts", parts)
-        object.__setattr__(self, "indices", indices)
+        self.parts = parts
+        self.indices = indices
 
     @property
     def n_samples(self) -> int:

@@ -13,7 +13,7 @@ from curvlin._tree import tensor_field
 from curvlin.features.base import FeatureOperator
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False, init=False)
 class DenseFeatures(FeatureOperator):
     """Rows of features as a tensor.
 
@@ -27,13 +27,13 @@ class DenseFeatures(FeatureOperator):
 
     matrix: Float[Tensor, "*batch N R D"] = tensor_field(3)
 
-    def __post_init__(self) -> None:
-        floating("matrix", self.matrix, ndim=3)
-        if 0 in self.matrix.shape[-3:]:
+    def __init__(self, matrix: Float[Tensor, "*batch N R D"]) -> None:
+        floating("matrix", matrix, ndim=3)
+        if 0 in matrix.shape[-3:]:
             raise ValueError(
-                "matrix must have at least one sample, one row and one feature, found shape "
-                f"{tuple(self.matrix.shape)}"
+                f"matrix must have at least one sample, one row and one feature, found shape {tuple(matrix.shape)}"
             )
+        self.matrix = matrix
 
     @property
     def n_samples(self) -> int:

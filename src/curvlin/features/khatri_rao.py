@@ -14,7 +14,7 @@ from curvlin.features.base import FeatureOperator
 from curvlin.numerics import contraction
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False, init=False)
 class KhatriRaoFeatures(FeatureOperator):
     """Rows ``sum_s left_nrs (x) right_ns``, never multiplied out.
 
@@ -34,20 +34,23 @@ class KhatriRaoFeatures(FeatureOperator):
     left: Float[Tensor, "*batch N R S out"] = tensor_field(4)
     right: Float[Tensor, "*batch N S in"] = tensor_field(3)
 
-    def __post_init__(self) -> None:
-        floating("left", self.left, ndim=4)
-        floating("right", self.right, ndim=3, like=self.left)
-        N, R, S, out = self.left.shape[-4:]
-        if self.right.shape[-3:-1] != (N, S):
+    def __init__(
+        self, left: Float[Tensor, "*batch N R S out"], right: Float[Tensor, "*batch N S in"]
+    ) -> None:
+        floating("left", left, ndim=4)
+        floating("right", right, ndim=3, like=left)
+        N, R, S, out = left.shape[-4:]
+        if right.shape[-3:-1] != (N, S):
             raise ValueError(
-                f"right must have shape (..., {N}, {S}, in) to match left {tuple(self.left.shape)}, found "
-                f"{tuple(self.right.shape)}"
+                f"right must have shape (..., {N}, {S}, in) to match left {tuple(left.shape)}, found "
+                f"{tuple(right.shape)}"
             )
-        if 0 in (N, R, S, out, self.right.shape[-1]):
+        if 0 in (N, R, S, out, right.shape[-1]):
             raise ValueError(
                 "left and right must have at least one entry along every dimension, found shapes "
-                f"{tuple(self.left.shape)} and {tuple(self.right.shape)}"
+                f"{tuple(left.shape)} and {tuple(right.shape)}"
             )
+        self.left, self.right = left, right
 
     @property
     def n_samples(self) -> int:

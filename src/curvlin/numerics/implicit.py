@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlin._tree import Structure, Tree, build, needs_grad, tensor_field
+from curvlin._tree import Structure, Tree, build, hide_from_compiler, needs_grad, tensor_field
 
 
 def solve(P: Any, X: Tensor, factors: Any) -> Tensor:
@@ -66,7 +66,7 @@ def factorize(P: Any) -> Any:
     return frozen_factors(P)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Factored(Tree):
     """An operator beside its factors, so that kernels take both apart in one go."""
 
@@ -74,7 +74,6 @@ class Factored(Tree):
     factors: Any = tensor_field(0)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def apply_kernel(function: Any, P: Any, factors: Any, X: Tensor | None) -> Tensor:
     """Run a kernel on the tensors of P, of its factors, and of a right-hand side."""
     pair = Factored(P, factors)
@@ -131,6 +130,7 @@ def sum_of(*terms: Tensor | None) -> Tensor | None:
     return sum(present[1:], start=present[0]) if present else None
 
 
+@hide_from_compiler
 class _Solve(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -165,6 +165,7 @@ class _Solve(torch.autograd.Function):
         return solve(pair.operator, right.expand_as(solution), pair.factors)
 
 
+@hide_from_compiler
 class _InvQuad(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -201,6 +202,7 @@ class _InvQuad(torch.autograd.Function):
         return total
 
 
+@hide_from_compiler
 class _LogDet(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -239,6 +241,7 @@ class _LogDet(torch.autograd.Function):
         return total
 
 
+@hide_from_compiler
 class _Graft(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -259,7 +262,6 @@ class _Graft(torch.autograd.Function):
         return None if tangent is None else tangent.clone()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def frozen_factors(P: Any) -> Any:
     """The factors of an operator whose tensors are wrapped by a transform, constant at every level of it."""
     made = _Note()
@@ -276,6 +278,7 @@ class _Note:
     structure: Structure | None = None
 
 
+@hide_from_compiler
 class _Factorize(torch.autograd.Function):
     @staticmethod
     def forward(structure: Structure, made: _Note, *leaves: Tensor) -> tuple[Tensor, ...]:

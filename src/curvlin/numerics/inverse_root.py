@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlin._tree import Structure, build
+from curvlin._tree import Structure, build, hide_from_compiler
 from curvlin.numerics import implicit
 
 _AGM_STEPS = 10  # quadratic convergence: enough for every modulus above 1e-150
@@ -86,6 +86,7 @@ def _product_with(x: Tensor) -> Callable[[Any], Tensor]:
     return lambda K: K._matmul(x)
 
 
+@hide_from_compiler
 class _InverseRoot(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlin._tree import Tree, static_field, tensor_field
+from curvlin._tree import Tree, hide_from_compiler, static_field, tensor_field
 
 _SAFE_PIVOT = 1e-6
 """The smallest squared pivot, relative to its diagonal entry, at which forming a Gram matrix leaves 10 digits."""
@@ -27,7 +27,7 @@ _ALWAYS_ORTHONORMAL = 2**21
 """Entries of V up to which a QR costs milliseconds."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class LowRankFactors(Tree):
     """P (without a weight) as a change of Z in the directions of V.
 
@@ -83,6 +83,7 @@ def symmetric_gram(V: Tensor) -> Tensor:
     return gram
 
 
+@hide_from_compiler
 class _SymmetricGram(torch.autograd.Function):
     generate_vmap_rule = True
 

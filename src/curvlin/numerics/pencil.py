@@ -24,7 +24,7 @@ from curvlin.numerics.cholesky import normalised_cholesky
 from curvlin.numerics.scaling import power_of_two
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Side(Tree):
     """``M_t = Y diag(spectra[t]) Y^T`` for every matrix on this side, with ``Y = L Q`` and ``X = Y^-T``.
 

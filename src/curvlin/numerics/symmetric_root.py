@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlin._tree import hide_from_compiler
+
 
 def symmetric_root(H: Tensor, W: Tensor, h: Tensor) -> Tensor:
     """``H^{1/2}`` for ``H = W diag(h) W^T``, all ``(..., k, k)``; the eigendecomposition is a constant."""
@@ -24,6 +26,7 @@ def _lyapunov(S: Tensor, C: Tensor, W: Tensor, r: Tensor) -> Tensor:
     return result
 
 
+@hide_from_compiler
 class _Root(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -48,6 +51,7 @@ class _Root(torch.autograd.Function):
         return None if dH is None else _lyapunov(S, dH, W, r)
 
 
+@hide_from_compiler
 class _Lyapunov(torch.autograd.Function):
     """X with ``S X + X S = C``."""
 

@@ -19,7 +19,7 @@ from curvlin.index import Index, IndexSet
 from curvlin.precision.base import PrecisionOperator
 
 
-@dataclass(frozen=True, eq=False, repr=False, init=False)
+@dataclass(eq=False, repr=False, init=False)
 class BlockDiag(PrecisionOperator):
     """Blocks of any type and size, each acting on coordinates of its own.
 
@@ -52,8 +52,8 @@ class BlockDiag(PrecisionOperator):
             partition = indices if isinstance(indices, IndexSet) else IndexSet(indices)
         if partition.sizes != sizes:
             raise ValueError(f"indices must have the sizes of the blocks {sizes}, found {partition.sizes}")
-        object.__setattr__(self, "blocks", tuple(blocks))
-        object.__setattr__(self, "indices", partition)
+        self.blocks = tuple(blocks)
+        self.indices = partition
 
     @property
     def size(self) -> int:

@@ -15,7 +15,7 @@ from curvlin.numerics.cholesky import follow, normalised_cholesky
 from curvlin.precision.implicit import ImplicitOperator
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class CholeskyFactors(Tree):
     """``P = s L L^T`` with s a power of two, so that solves do not depend on the scale of P."""
 
@@ -28,7 +28,7 @@ class CholeskyFactors(Tree):
         return self.lower * self.scale.sqrt()[..., None, None]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False, init=False)
 class Dense(ImplicitOperator):
     """A symmetric matrix, factorised by Cholesky.
 
@@ -42,8 +42,8 @@ class Dense(ImplicitOperator):
 
     matrix: Float[Tensor, "*batch D D"] = tensor_field(2)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "matrix", symmetric("matrix", self.matrix))
+    def __init__(self, matrix: Float[Tensor, "*batch D D"]) -> None:
+        self.matrix = symmetric("matrix", matrix)
 
     @property
     def size(self) -> int:

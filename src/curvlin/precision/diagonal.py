@@ -54,7 +54,7 @@ class _DiagonalHooks(PrecisionOperator):
         return torch.diag_embed(self.diagonal())
 
 
-@dataclass(frozen=True, eq=False, repr=False, init=False)
+@dataclass(eq=False, repr=False, init=False)
 class Isotropic(_DiagonalHooks):
     """``value * I``: the same precision for each of `size` coordinates.
 
@@ -75,8 +75,8 @@ class Isotropic(_DiagonalHooks):
             value = torch.tensor(float(value))
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"size must be a positive integer, found {size!r}")
-        object.__setattr__(self, "value", floating("value", value))
-        object.__setattr__(self, "dimension", size)
+        self.value = floating("value", value)
+        self.dimension = size
 
     @property
     def size(self) -> int:
@@ -101,7 +101,7 @@ class Isotropic(_DiagonalHooks):
         return Isotropic(self.value, len(index))
 
 
-@dataclass(frozen=True, eq=False, repr=False, init=False)
+@dataclass(eq=False, repr=False, init=False)
 class Diagonal(_DiagonalHooks):
     """``diag(d)``: independent coordinates with a precision each.
 
@@ -119,7 +119,7 @@ class Diagonal(_DiagonalHooks):
         floating("diagonal", diagonal, ndim=1)
         if diagonal.shape[-1] == 0:
             raise ValueError(f"diagonal must have at least one entry, found shape {tuple(diagonal.shape)}")
-        object.__setattr__(self, "values", diagonal)
+        self.values = diagonal
 
     @property
     def size(self) -> int:

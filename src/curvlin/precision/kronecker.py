@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from curvlin._check import floating, same_kind, square, symmetric
-from curvlin._tree import Tree, build, is_concrete, needs_grad, static_field, tensor_field
+from curvlin._tree import Tree, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.numerics import implicit
 from curvlin.numerics.cholesky import follow
@@ -29,7 +28,7 @@ from curvlin.precision.spectral import SpectralKronecker
 Pair = tuple[Tensor | None, Tensor | None]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class KroneckerFactors(Tree):
     """``P = (Y_l (x) Y_r) diag(eigenvalues) (Y_l (x) Y_r)^T`` with the bases of the two sides."""
 
@@ -42,7 +41,7 @@ class KroneckerFactors(Tree):
         return self.left, self.right
 
 
-@dataclass(frozen=True, eq=False, repr=False, init=False)
+@dataclass(eq=False, repr=False, init=False)
 class KroneckerSum(ImplicitOperator):
     """``sum_i left_i (x) right_i + shift I`` with one or two terms.
 
@@ -97,13 +96,13 @@ class KroneckerSum(ImplicitOperator):
                 for side, M in zip(("left", "right"), pair, strict=True)
             )
             checked.append((left, right))
-        self._set("terms", tuple(checked))
-        self._set("sizes", (self._size_of(0, sizes), self._size_of(1, sizes)))
+        self.terms = tuple(checked)
+        self.sizes = (self._size_of(0, sizes), self._size_of(1, sizes))
         if shift is not None:
             if not isinstance(shift, Tensor):
                 shift = torch.tensor(float(shift), dtype=reference.dtype, device=reference.device)
             floating("shift", shift, like=reference)
-        self._set("shift", shift)
+        self.shift = shift
         for side, name in enumerate(("left", "right")):
             general = sum(pair[side] is not None for pair in checked)
             identity = shift is not None or any(pair[side] is None for pair in checked)
@@ -112,10 +111,7 @@ class KroneckerSum(ImplicitOperator):
                     f"two {name} factors and an identity have no joint diagonalisation (two general terms cannot "
                     "be shifted); project the sum onto fewer terms, or solve it iteratively"
                 )
-        self._set("roots", None if roots is None else self._check_roots(roots))
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
+        self.roots = None if roots is None else self._check_roots(roots)
 
     def _size_of(self, side: int, sizes: tuple[int, int] | None) -> int:
         name = ("left", "right")[side]
@@ -398,7 +394,7 @@ class KroneckerSum(ImplicitOperator):
             if lower is not None:
                 lower = lowers[s] = _differentiable_lower(lower, matrices[s])
                 matrices[s] = [_solve_both_sides(lower, M) for M in matrices[s]]
-        inner = _CommutingSum._of(list(zip(*matrices, strict=True)), self)
+        inner = self._with(_CommutingSum, terms=tuple(zip(*matrices, strict=True)), roots=None)
         return _WhitenedFrame((lowers[0], lowers[1]), inner, inner_factors)
 
     # -- algebra ----------------------------------------------------------------------------------------------
@@ -410,10 +406,8 @@ class KroneckerSum(ImplicitOperator):
             (left * matrix_scale, right) if left is not None else (None, right * matrix_scale)  # type: ignore[operator]
             for left, right in self.terms
         ]
-        scaled: KroneckerSum = build(self._structure(), [t for t, _ in self._tensors()])
-        scaled._set("terms", tuple(terms))
-        scaled._set("shift", None if self.shift is None else self.shift * c)
-        return scaled  # roots matter only up to scale, so they stay as they are, and powers of two stay exact
+        # Roots matter only up to scale, so they stay as they are, and powers of two stay exact.
+        return self._with(terms=tuple(terms), shift=None if self.shift is None else self.shift * c)
 
     def _marginal(self, index: Tensor, max_size: int) -> KroneckerSum | None:
         grid = product_index(index, self.sizes[1])
@@ -464,15 +458,6 @@ class KroneckerSum(ImplicitOperator):
 class _CommutingSum(KroneckerSum):
     """A Kronecker sum whose factors share an orthogonal eigenbasis on each side, by construction."""
 
-    @classmethod
-    def _of(cls, terms: Sequence[Pair], like: KroneckerSum) -> _CommutingSum:
-        inner: _CommutingSum = object.__new__(cls)
-        inner._set("terms", tuple(terms))
-        inner._set("shift", like.shift)
-        inner._set("roots", None)
-        inner._set("sizes", like.sizes)
-        return inner
-
     @property
     def orthogonal(self) -> bool:
         return True
@@ -505,8 +490,7 @@ class _CommutingSum(KroneckerSum):
         n = None if is_concrete(d) else _NODES_FOR_ANY_CONDITION
         rule = inverse_square_root_rule(d.amin((-2, -1)), d.amax((-2, -1)), n)
         for nodes, weights in zip(*(part.split(_NODES_AT_A_TIME) for part in rule), strict=True):
-            shifted = build(self._structure(), [t for t, _ in self._tensors()])
-            shifted._set("shift", nodes if self.shift is None else self.shift + nodes)
+            shifted = self._with(shift=nodes if self.shift is None else self.shift + nodes)
             moved = KroneckerFactors(factors.left, factors.right, d + nodes[..., None, None])
             yield shifted, moved, weights[..., None, None]
 

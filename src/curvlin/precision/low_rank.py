@@ -43,7 +43,7 @@ from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.implicit import ImplicitOperator
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class CanonicalFactors(Tree):
     """An operator without a core that equals the one with it, and its factors."""
 
@@ -52,7 +52,7 @@ class CanonicalFactors(Tree):
     definite: bool = static_field()
 
 
-@dataclass(frozen=True, eq=False, repr=False, init=False)
+@dataclass(eq=False, repr=False, init=False)
 class Woodbury(ImplicitOperator):
     """``base + U core U^T``: any positive definite base, changed in k directions.
 
@@ -90,19 +90,12 @@ class Woodbury(ImplicitOperator):
             core = symmetric("core", core, like=U)
             if core.shape[-1] != U.shape[-1]:
                 raise ValueError(f"core must have {U.shape[-1]} rows, found shape {tuple(core.shape)}")
-        self._set(base, U, core, None, 1)
+        self.base, self.U, self.core, self.weight, self.sign = base, U, core, None, 1
 
-    def _set(self, base: PrecisionOperator, U: Any, core: Any, weight: Any, sign: int) -> None:
-        fields = {"base": base, "U": U, "core": core, "weight": weight, "sign": sign}
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-
-    def _with(self, **changes: Any) -> Woodbury:
-        """A copy with some fields replaced, unchecked; a changed base makes it a plain `Woodbury`."""
-        fields = {name: getattr(self, name) for name in ("base", "U", "core", "weight", "sign")} | changes
-        copy: Woodbury = object.__new__(type(self) if isinstance(fields["base"], Diagonal) else Woodbury)
-        copy._set(**fields)
-        return copy
+    def _with(self, cls: type | None = None, **changes: Any) -> Any:
+        """As everywhere; a base that is not diagonal makes it a plain `Woodbury`."""
+        keeps_type = isinstance(changes.get("base", self.base), Diagonal)
+        return super()._with(cls or (type(self) if keeps_type else Woodbury), **changes)
 
     @property
     def size(self) -> int:
@@ -536,7 +529,7 @@ class Woodbury(ImplicitOperator):
         return self.base.to_dense() + self._weighted(low_rank)
 
 
-@dataclass(frozen=True, eq=False, repr=False, init=False)
+@dataclass(eq=False, repr=False, init=False)
 class LowRankPlusDiag(Woodbury):
     """``diag(d) + U U^T``.
 

@@ -15,7 +15,7 @@ from curvlin.numerics.kronecker import congruence, product, rotate
 from curvlin.precision.base import PrecisionOperator
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False, init=False)
 class SpectralKronecker(PrecisionOperator):
     """``(QL (x) QR) diag(eigenvalues.flatten()) (QL (x) QR)^T`` with orthogonal QL, QR: EKFAC, for one.
 
@@ -34,21 +34,24 @@ class SpectralKronecker(PrecisionOperator):
     QR: Float[Tensor, "*batch b b"] = tensor_field(2)
     eigenvalues: Float[Tensor, "*batch a b"] = tensor_field(2)
 
-    def __post_init__(self) -> None:
-        for name, Q in (("QL", self.QL), ("QR", self.QR)):
-            square(name, Q, like=self.QL)
+    def __init__(
+        self,
+        QL: Float[Tensor, "*batch a a"],
+        QR: Float[Tensor, "*batch b b"],
+        eigenvalues: Float[Tensor, "*batch a b"],
+    ) -> None:
+        for name, Q in (("QL", QL), ("QR", QR)):
+            square(name, Q, like=QL)
             eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
             if is_concrete(Q):
                 gap = float((Q.mT @ Q - eye).abs().max())
                 if gap > 32 * Q.shape[-1] * torch.finfo(Q.dtype).eps:
                     raise ValueError(f"{name} must be orthogonal, found Q^T Q - I of size {gap:.1e}")
-            object.__setattr__(self, name, Q.detach())
-        floating("eigenvalues", self.eigenvalues, ndim=2, like=self.QL)
-        expected = (self.QL.shape[-1], self.QR.shape[-1])
-        if tuple(self.eigenvalues.shape[-2:]) != expected:
-            raise ValueError(
-                f"eigenvalues must end in {expected}, found shape {tuple(self.eigenvalues.shape)}"
-            )
+        floating("eigenvalues", eigenvalues, ndim=2, like=QL)
+        expected = (QL.shape[-1], QR.shape[-1])
+        if tuple(eigenvalues.shape[-2:]) != expected:
+            raise ValueError(f"eigenvalues must end in {expected}, found shape {tuple(eigenvalues.shape)}")
+        self.QL, self.QR, self.eigenvalues = QL.detach(), QR.detach(), eigenvalues
 
     @property
     def size(self) -> int:
