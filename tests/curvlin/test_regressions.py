@@ -401,3 +401,16 @@ def test_f13_an_operator_is_no_array() -> None:
     P = make_case("kronecker_shifted", Spec(size=6)).operator
     with pytest.raises(TypeError, match="to_dense"):
         np.asarray(P)
+
+
+@pytest.mark.parametrize("size", [300, 1000])
+def test_float32_factors_keep_their_small_eigenvalues(size: int) -> None:
+    """An eigenvalue 1e-4 of the largest is no rounding of 600 float32 entries, though it is less than 600 eps."""
+    values = torch.logspace(0, -4, size, dtype=f64)
+    A = spd_matrix(values, torch.Generator().manual_seed(5)).float()
+    stored = torch.linalg.eigvalsh(A.double())
+    plain = KroneckerSum([(A, None)], sizes=(size, 2))
+    assert abs(float(plain.logdet()) / float(2 * stored.log().sum()) - 1) < 1e-6
+    shifted = KroneckerSum.shifted(A, torch.eye(2), 1e-5)
+    assert abs(float(shifted.logdet()) / float(2 * (stored + 1e-5).log().sum()) - 1) < 1e-6
+    assert abs(float(shifted.inverse_diagonal().sum()) / float(2 * (1 / (stored + 1e-5)).sum()) - 1) < 1e-5

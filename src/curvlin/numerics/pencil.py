@@ -63,7 +63,7 @@ def diagonalise(
         matrices: one per term, ``(..., n, n)`` in float64; at most two different from the identity, and at most one
             if an identity stands beside them.
         roots: R with ``M`` a positive multiple of ``R^T R``, ``(..., m, n)``, for each matrix where it is known.
-        resolution: relative rounding of the entries; an eigenvalue below ``n * resolution`` of the largest is zero.
+        resolution: relative rounding of the entries; what it can have made of a zero eigenvalue is zero.
         where: the name under which a failure is reported.
         size: n.
 
@@ -93,12 +93,11 @@ def _eigen(M: Tensor, root: Tensor | None, resolution: float) -> tuple[Tensor, T
     scale = power_of_two(M)[..., None]
     if root is None:
         spectrum, Q = torch.linalg.eigh(M / scale[..., None])
-        return _without_rounding(spectrum, resolution) * scale, Q
+        return without_rounding(spectrum, resolution) * scale, Q
     _, singular, Vh = torch.linalg.svd(_unit(root), full_matrices=True)
     spectrum = torch.zeros_like(M[..., 0])
-    spectrum[..., : singular.shape[-1]] = singular.square()
-    negligible = spectrum <= (M.shape[-1] * resolution) ** 2 * spectrum.amax(-1, keepdim=True)
-    return torch.where(negligible, 0.0, spectrum) * _trace(M)[..., None], Vh.mT
+    spectrum[..., : singular.shape[-1]] = without_rounding(singular, resolution).square()
+    return spectrum * _trace(M)[..., None], Vh.mT
 
 
 def _unit(root: Tensor) -> Tensor:
@@ -107,13 +106,19 @@ def _unit(root: Tensor) -> Tensor:
     return root / torch.where(norm > 0, norm, 1.0)
 
 
-def _without_rounding(spectrum: Tensor, resolution: float) -> Tensor:
-    """The spectrum with what is zero up to rounding set to zero.
+def without_rounding(spectrum: Tensor, resolution: float) -> Tensor:
+    """The spectrum of a matrix that should be positive semidefinite, with zeros where it is zero up to rounding.
 
-    A negative eigenvalue stays: whether the operator is positive definite is for the combined eigenvalues to say.
+    Rounding the entries moves an eigenvalue by up to ``resolution / 2`` of the Frobenius norm, the decomposition by
+    some eps of the largest: a positive eigenvalue above both is taken at its word. A negative one can only come
+    from rounding, of the entries or of the sums that they were, unless it is too large for that; then it stays, and
+    the combined eigenvalues say whether the operator is positive definite.
     """
-    tiny = spectrum.shape[-1] * resolution * spectrum.abs().amax(-1, keepdim=True)
-    return torch.where(spectrum.abs() <= tiny, 0.0, spectrum)
+    n, largest = spectrum.shape[-1], spectrum.abs().amax(-1, keepdim=True)
+    own = n * torch.finfo(spectrum.dtype).eps * largest
+    positive = torch.maximum(resolution * torch.linalg.vector_norm(spectrum, dim=-1, keepdim=True), own)
+    negative = torch.maximum(n * resolution * largest, own)
+    return torch.where((spectrum <= positive) & (spectrum >= -negative), 0.0, spectrum)
 
 
 def _pencil(
@@ -126,8 +131,7 @@ def _pencil(
         lower, Q, c1, c2 = _sum_whitened(
             M1 / trace1[..., None, None], M2 / trace2[..., None, None], where, resolution
         )
-    tiny = lower.shape[-1] * resolution
-    c1, c2 = (torch.where(c.abs() <= tiny, 0.0, c) for c in (c1, c2))
+    c1, c2 = (without_rounding(c, resolution) for c in (c1, c2))
     solve_basis = torch.linalg.solve_triangular(lower.mT, Q, upper=True)
     return Side((c1 * trace1[..., None], c2 * trace2[..., None]), Q, lower, solve_basis)
 
