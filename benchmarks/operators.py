@@ -5,8 +5,8 @@
 Two problems with exact answers in both libraries: a Kronecker product of 512 x 512 and 256 x 256 factors plus a
 multiple of the identity (131,072 rows), and a diagonal plus 100 low-rank columns (200,000 rows). Timed are
 ``inv_quad + logdet``, the same with gradients with respect to everything, and ten samples; each with a new
-operator, factored once, as in an optimisation loop, the best of several repeats, ours and theirs taking turns. Errors are
-relative, against float64 closed forms of the same (rounded) inputs. "variance" is the energy of the samples over
+operator, factored once, as in an optimisation loop, the best of several repeats, ours and theirs taking turns. Errors
+are relative, against float64 closed forms of the same (rounded) inputs. "variance" is the energy of the samples over
 what it should be, for the low-rank problem outside of the range of U, where only the diagonal contributes.
 """
 

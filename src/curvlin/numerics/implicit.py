@@ -124,6 +124,14 @@ def push_forward(
     return derivative
 
 
+def saved(ctx: Any) -> tuple[Tensor, ...]:
+    """What a kernel saved, out of the wrappers of transforms that have ended: a backward pass may outlive them.
+
+    Left on, such a wrapper is taken for one of the next transform, and `pull_back` begins one.
+    """
+    return tuple(torch._C._functorch.unwrap_if_dead(t) for t in ctx.saved_tensors)
+
+
 def sum_of(*terms: Tensor | None) -> Tensor | None:
     """The sum of the terms that are there."""
     present = [t for t in terms if t is not None]
@@ -149,7 +157,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
-        solution, *tensors = ctx.saved_tensors
+        solution, *tensors = saved(ctx)
         pair = build(ctx.structure, tensors)
         Y = solve(pair.operator, G, pair.factors)
         grads = pull_back(pair, ctx.needs_input_grad[2:], lambda P: P._matmul(solution), -Y)
@@ -157,7 +165,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, dX: Tensor | None, *tangents: Tensor | None) -> Tensor:
-        solution, *tensors = ctx.saved_tensors
+        solution, *tensors = saved(ctx)
         pair = build(ctx.structure, tensors)
         change = push_forward(pair, tangents, lambda P: -P._matmul(solution))
         right = sum_of(dX, change)
@@ -183,7 +191,7 @@ class _InvQuad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        X, *tensors = ctx.saved_tensors
+        X, *tensors = saved(ctx)
         pair = build(ctx.structure, tensors)
         solution = solve(pair.operator, X, pair.factors)
         # -x^T P x with x held fixed has the derivative of the quadratic form with respect to P.
@@ -193,7 +201,7 @@ class _InvQuad(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, dX: Tensor | None, *tangents: Tensor | None) -> Tensor:
-        X, *tensors = ctx.saved_tensors
+        X, *tensors = saved(ctx)
         pair = build(ctx.structure, tensors)
         solution = solve(pair.operator, X, pair.factors)
         change = push_forward(pair, tangents, lambda P: -P._energy(solution))
@@ -220,16 +228,16 @@ class _LogDet(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        pair = build(ctx.structure, ctx.saved_tensors)
+        pair = build(ctx.structure, saved(ctx))
         gradients = pair.operator._logdet_gradient(pair.factors)
         grads: list[Tensor | None] = []
         for (leaf, own), gradient in zip(pair.operator._tensors(), gradients, strict=True):
             grads.append((g[(..., *(None,) * own)] * gradient).sum_to_size(leaf.shape))
-        return None, None, *grads, *([None] * (len(ctx.saved_tensors) - len(grads)))
+        return None, None, *grads, *([None] * (len(saved(ctx)) - len(grads)))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, _x: None, *tangents: Tensor | None) -> Tensor:
-        pair = build(ctx.structure, ctx.saved_tensors)
+        pair = build(ctx.structure, saved(ctx))
         gradients = pair.operator._logdet_gradient(pair.factors)
         terms: list[Tensor | None] = []
         for tangent, gradient, (_, own) in zip(tangents, gradients, pair.operator._tensors(), strict=False):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from curvlin._tree import Structure, build, hide_from_compiler
 from curvlin.numerics import implicit
+from curvlin.numerics.implicit import saved
 
 _AGM_STEPS = 10  # quadratic convergence: enough for every modulus above 1e-150
 
@@ -104,7 +105,7 @@ class _InverseRoot(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
-        Z, *tensors = ctx.saved_tensors
+        Z, *tensors = saved(ctx)
         pair = build(ctx.structure, tensors)
         grad_z = inverse_root(pair.operator, G, pair.factors).sum_to_size(Z.shape)
         wanted = ctx.needs_input_grad[2:]
@@ -118,7 +119,7 @@ class _InverseRoot(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, dZ: Tensor | None, *tangents: Tensor | None) -> Tensor:
-        Z, *tensors = ctx.saved_tensors
+        Z, *tensors = saved(ctx)
         pair = build(ctx.structure, tensors)
         total = None if dZ is None else inverse_root(pair.operator, dZ, pair.factors)
         for shifted, factors, weights in pair.operator._quadrature(pair.factors):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from curvlin._tree import Tree, hide_from_compiler, static_field, tensor_field
+from curvlin.numerics.implicit import saved
 
 _SAFE_PIVOT = 1e-6
 """The smallest squared pivot, relative to its diagonal entry, at which forming a Gram matrix leaves 10 digits."""
@@ -98,12 +99,12 @@ class _SymmetricGram(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> Tensor:
-        (V,) = ctx.saved_tensors
+        (V,) = saved(ctx)
         return V @ (G + G.mT)
 
     @staticmethod
     def jvp(ctx: Any, dV: Tensor) -> Tensor:
-        (V,) = ctx.saved_tensors
+        (V,) = saved(ctx)
         half = V.mT @ dV
         return half + half.mT
 

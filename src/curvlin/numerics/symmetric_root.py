@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlin._tree import hide_from_compiler
+from curvlin.numerics.implicit import saved
 
 
 def symmetric_root(H: Tensor, W: Tensor, h: Tensor) -> Tensor:
@@ -42,12 +43,12 @@ class _Root(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> Any:
-        S, W, r = ctx.saved_tensors
+        S, W, r = saved(ctx)
         return _lyapunov(S, G, W, r).sum_to_size(ctx.shape), None, None
 
     @staticmethod
     def jvp(ctx: Any, dH: Tensor | None, *_: Any) -> Any:
-        S, W, r = ctx.saved_tensors
+        S, W, r = saved(ctx)
         return None if dH is None else _lyapunov(S, dH, W, r)
 
 
@@ -69,13 +70,13 @@ class _Lyapunov(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> Any:
-        S, X, W, r = ctx.saved_tensors
+        S, X, W, r = saved(ctx)
         Y = _lyapunov(S, G, W, r)
         return -(Y @ X.mT + X.mT @ Y), Y, None, None
 
     @staticmethod
     def jvp(ctx: Any, dS: Tensor | None, dC: Tensor | None, *_: Any) -> Any:
-        S, X, W, r = ctx.saved_tensors
+        S, X, W, r = saved(ctx)
         change = torch.zeros_like(X) if dC is None else dC
         if dS is not None:
             change = change - (dS @ X + X @ dS)
