@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from curvlin._tree import Structure, Tree, build, hide_from_compiler, needs_grad, tensor_field
+from curvlin.errors import NotClosedError
 
 
 def solve(P: Any, X: Tensor, factors: Any) -> Tensor:
@@ -55,6 +56,12 @@ def log_det(P: Any, factors: Any) -> Tensor:
 def graft(value: Tensor, expression: Tensor) -> Tensor:
     """`value` with the derivatives of `expression`: two ways to compute one thing, each for what it is good at."""
     result: Tensor = _Graft.apply(value, expression)  # type: ignore[no-untyped-call]
+    return result
+
+
+def without_derivative(value: Tensor, tensors: Sequence[Tensor], why: str) -> Tensor:
+    """`value`, for which a derivative with respect to the tensors raises NotClosedError, and only that."""
+    result: Tensor = _WithoutDerivative.apply(why, value, *tensors)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -195,7 +202,9 @@ class _InvQuad(torch.autograd.Function):
         pair = build(ctx.structure, tensors)
         solution = solve(pair.operator, X, pair.factors)
         # -x^T P x with x held fixed has the derivative of the quadratic form with respect to P.
-        grads = pull_back(pair, ctx.needs_input_grad[2:], lambda P: -P._energy(solution), g)
+        grads = pull_back(
+            pair, ctx.needs_input_grad[2:], lambda P: -P._energy_of(solution, X, pair.factors), g
+        )
         grad_x = (2 * g.unsqueeze(-2) * solution).sum_to_size(X.shape) if ctx.needs_input_grad[1] else None
         return None, grad_x, *grads
 
@@ -204,7 +213,7 @@ class _InvQuad(torch.autograd.Function):
         X, *tensors = saved(ctx)
         pair = build(ctx.structure, tensors)
         solution = solve(pair.operator, X, pair.factors)
-        change = push_forward(pair, tangents, lambda P: -P._energy(solution))
+        change = push_forward(pair, tangents, lambda P: -P._energy_of(solution, X, pair.factors))
         total = sum_of(None if dX is None else 2 * (solution * dX).sum(-2), change)
         assert total is not None
         return total
@@ -229,11 +238,8 @@ class _LogDet(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         pair = build(ctx.structure, saved(ctx))
-        gradients = pair.operator._logdet_gradient(pair.factors)
-        grads: list[Tensor | None] = []
-        for (leaf, own), gradient in zip(pair.operator._tensors(), gradients, strict=True):
-            grads.append((g[(..., *(None,) * own)] * gradient).sum_to_size(leaf.shape))
-        return None, None, *grads, *([None] * (len(saved(ctx)) - len(grads)))
+        grads = pair.operator._logdet_pull_back(g, pair.factors)
+        return None, None, *grads, *([None] * (len(ctx.needs_input_grad) - 2 - len(grads)))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, _x: None, *tangents: Tensor | None) -> Tensor:
@@ -267,6 +273,31 @@ class _Graft(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Tensor | None, tangent: Tensor | None) -> Tensor | None:
+        return None if tangent is None else tangent.clone()
+
+
+@hide_from_compiler
+class _WithoutDerivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(why: str, value: Tensor, *tensors: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.why, ctx.count = inputs[0], len(inputs) - 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        if any(ctx.needs_input_grad[2:]):
+            raise NotClosedError(ctx.why)
+        return None, g, *([None] * ctx.count)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tangent: Tensor | None, *tangents: Tensor | None) -> Tensor | None:
+        if any(t is not None for t in tangents):
+            raise NotClosedError(ctx.why)
         return None if tangent is None else tangent.clone()
 
 

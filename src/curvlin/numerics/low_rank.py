@@ -5,9 +5,9 @@ routes to its spectrum, both exact:
 
 - *orthonormal*: ``V = Q diag(sigma) W^T`` by QR and SVD; functions of P act as ``f(1 + s sigma^2)`` on ``Q^T
   x`` and as the identity on the rest, so nothing cancels. O(D k^2), with the larger constant.
-- *Gram*: ``V^T V = W diag(sigma^2) W^T``; functions of P act as ``I + V W diag(...) W^T V^T``. Loses a factor
-  cond(V^T V + I) of accuracy, so it is taken only where that is harmless and where the size makes the other
-  route expensive.
+- *Gram*: ``V^T V = W diag(sigma^2) W^T``; functions of P act as ``I + V W diag(...) W^T V^T``, with V applied and
+  never stored. Loses a factor cond(V^T V + I) of accuracy, so it is taken where that is harmless and the size
+  makes the other route expensive, and for features, which have no other.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlin._tree import Tree, hide_from_compiler, static_field, tensor_field
+from curvlin._tree import Tree, hide_from_compiler, tensor_field
 from curvlin.numerics.implicit import saved
+from curvlin.numerics.tall import row_slices
 
 _SAFE_PIVOT = 1e-6
 """The smallest squared pivot, relative to its diagonal entry, at which forming a Gram matrix leaves 10 digits."""
 
-_ALWAYS_ORTHONORMAL = 2**21
+ALWAYS_ORTHONORMAL = 2**21
 """Entries of V up to which a QR costs milliseconds."""
 
 
@@ -34,32 +35,26 @@ class LowRankFactors(Tree):
 
     Attributes:
         base: the factors of Z.
-        V: ``(..., D, r)``: the orthonormal Q or V itself; None where V is a feature operator and stays one.
+        Q: ``(..., D, r)``, orthonormal columns; None in the Gram route.
         W: ``(..., k, r)``, orthonormal columns.
         gain: ``sigma^2``, ``(..., r)``.
         h: ``1 + s sigma^2``, ``(..., r)``.
-        orthonormal: whether V holds Q.
     """
 
     base: Any = tensor_field(0)
-    V: Tensor | None = tensor_field(2)
+    Q: Tensor | None = tensor_field(2)
     W: Tensor = tensor_field(2)
     gain: Tensor = tensor_field(1)
     h: Tensor = tensor_field(1)
-    orthonormal: bool = static_field()
 
 
-def from_columns(V: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """V (or Q), W, gain, h and whether the first is orthonormal, by the cheaper route that is accurate enough."""
-    if V.numel() > _ALWAYS_ORTHONORMAL:
-        gram = V.mT @ V
-        if _gram_is_safe(gram, sign):
-            return V, *from_gram(gram, sign), False
+def from_columns(V: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Q, W, gain and h from V."""
     Q, R = torch.linalg.qr(V)
     left, sigma, Wh = torch.linalg.svd(R, full_matrices=False)
     gain = sigma.square()
     h = 1 + gain if sign > 0 else (1 - sigma) * (1 + sigma)
-    return Q @ left, Wh.mT, gain, h, True
+    return Q @ left, Wh.mT, gain, h
 
 
 def from_gram(gram: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +64,8 @@ def from_gram(gram: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor]:
     return W, gain, 1 + gain if sign > 0 else 1 - gain
 
 
-def _gram_is_safe(gram: Tensor, sign: int) -> bool:
+def gram_is_safe(gram: Tensor, sign: int) -> bool:
+    """Whether the Gram matrix ``V^T V`` leaves the answers about ten digits."""
     H = sign * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     lower, info = torch.linalg.cholesky_ex(H)
     pivots = lower.diagonal(dim1=-2, dim2=-1).square()
@@ -122,6 +118,52 @@ def spectral_change(h: Tensor, function: str, sign: int) -> Tensor:
     root = h.sqrt()
     magnitude = {INVERSE: -1 / h, ROOT: 1 / (1 + root), INVERSE_ROOT: -1 / (h + root)}[function]
     return sign * magnitude
+
+
+def split_off(Q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``c = Q^T v`` and ``v - Q c`` for orthonormal Q, orthogonalised twice so that the rest keeps its digits."""
+    c = Q.mT @ v
+    rest = v - Q @ c
+    again = Q.mT @ rest
+    return c + again, rest - Q @ again
+
+
+def leverages(
+    U: Tensor,
+    scale: Tensor,
+    factors: LowRankFactors,
+    out: Tensor | None = None,
+    weight: Tensor | float = 1.0,
+) -> Tensor:
+    """For a diagonal base: the leverages ``diag(V H^-1 V^T)``, by slices of rows for which V fits in cache.
+
+    Args:
+        U: ``(..., D, k)``.
+        scale: ``d^(-1/2)``, ``(..., D or 1, 1)``: ``V = scale U``.
+        factors: of ``I + s V V^T``.
+        out: where ``weight scale V H^-1`` goes, if it is wanted: of the shape and dtype of U.
+        weight: a number.
+
+    Returns:
+        ``(..., D)``.
+    """
+    W, gain, h = factors.W, factors.gain, factors.h
+    root = (gain.sqrt() / h).unsqueeze(-1) * W.mT
+    middle = (W / h.unsqueeze(-2)) @ W.mT if factors.Q is None else root
+    parts = []
+    for rows in row_slices(U):
+        r = scale if scale.shape[-2] == 1 else scale[..., rows, :]
+        if factors.Q is None:
+            V = U[..., rows, :].to(r.dtype) * r
+            solved = V @ middle
+            parts.append(torch.linalg.vecdot(solved, V))
+        else:
+            Q = factors.Q[..., rows, :]
+            parts.append((Q.square() * (gain / h).unsqueeze(-2)).sum(-1))
+            solved = Q if out is None else Q @ middle
+        if out is not None:
+            out[..., rows, :] = solved.mul_(weight * r)
+    return torch.cat(parts, dim=-1)
 
 
 def leverage_split(V: Tensor, leverage: Tensor) -> Tensor:

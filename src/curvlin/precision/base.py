@@ -411,7 +411,7 @@ class PrecisionOperator(Tree, ABC):
         tensor of P is changed in place afterwards, using the factored operator raises `StaleFactorError`.
         """
         kept = self._map(lambda t, _: t)
-        working = self.to(torch.float64)
+        working = self._working()
         versions = tuple(_version(t) for t, _ in self._tensors())
         object.__setattr__(kept, "_kept", _Kept(working, self._needs_grad(), factorize(working), versions))
         return kept
@@ -420,14 +420,18 @@ class PrecisionOperator(Tree, ABC):
         """This operator in float64, and its factors: the kept ones, or new ones."""
         kept: _Kept | None = self.__dict__.get("_kept")
         if kept is None:
-            P = self.to(torch.float64)
+            P = self._working()
             return P, factorize(P)
         if kept.versions != tuple(_version(t) for t, _ in self._tensors()):
             raise StaleFactorError(
                 f"a tensor of this {type(self).__name__} was changed in place after factor(); call factor() again"
             )
         # The kept float64 copy serves only the gradient mode that it was made in.
-        return (kept.working if kept.live == self._needs_grad() else self.to(torch.float64)), kept.factors
+        return (kept.working if kept.live == self._needs_grad() else self._working()), kept.factors
+
+    def _working(self: OperatorT) -> OperatorT:
+        """The operator on which hooks run: itself in float64."""
+        return self.to(torch.float64)
 
     # -- argument shapes --------------------------------------------------------------------------------------
 
@@ -494,6 +498,10 @@ class PrecisionOperator(Tree, ABC):
     def _energy(self, X: Tensor) -> Tensor:
         """``x^T P x`` of each column, by plain differentiable operations: ``(..., D, K) -> (..., K)``."""
         return (X * self._matmul(X)).sum(-2)
+
+    def _energy_of(self, solution: Tensor, X: Tensor, factors: Any) -> Tensor:
+        """`_energy` of ``P^-1 X``, for operators that know parts of it better than from the rounded solution."""
+        return self._energy(solution)
 
     @abstractmethod
     def _solve(self, X: Tensor, factors: Any) -> Tensor:

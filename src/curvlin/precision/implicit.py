@@ -20,6 +20,18 @@ class ImplicitOperator(PrecisionOperator):
     def _inv_quad(self, X: Tensor, factors: Any) -> Tensor:
         return implicit.inv_quad(self, X, factors)
 
+    def _logdet_pull_back(self, g: Tensor, factors: Any) -> list[Tensor]:
+        """The gradients of ``<g, log det P>`` for the tensors of P."""
+        gradients = self._logdet_gradient(factors)
+        pairs = zip(self._tensors(), gradients, strict=True)
+        return [
+            (g[(..., *(None,) * own)] * gradient).sum_to_size(leaf.shape) for (leaf, own), gradient in pairs
+        ]
+
+    @abstractmethod
+    def _logdet_gradient(self, factors: Any) -> list[Tensor]:
+        """``tr(P^-1 dP)`` as one gradient for each tensor of P, expanded to the batch."""
+
     @abstractmethod
     def _solve_value(self, X: Tensor, factors: Any) -> Tensor:
         """``P^-1 X``; autograd does not look inside."""

@@ -1,10 +1,10 @@
 """Low-rank changes of a precision: ``Z + U C U^T`` for any base Z, and ``diag(d) + U U^T``.
 
 All of it happens in coordinates that whiten the base, ``R_Z R_Z^T = Z``, where P is ``I + s V V^T`` with ``V =
-R_Z^-1 U`` and ``s = +1`` (update) or ``-1`` (downdate); the root of P is ``R_Z (I + s V V^T)^{1/2}``. A
-feature operator in the place of U is never multiplied out: V then acts as ``V c = R_Z^-1 U c``, ``V^T x = U^T
-R_Z^-T x``, and only the k x k congruence with Z is formed. That is the dual (kernel) form of a posterior
-precision.
+R_Z^-1 U`` and ``s = +1`` (update) or ``-1`` (downdate); the root of P is ``R_Z (I + s V V^T)^{1/2}``. Where V is
+large it is not formed: it acts as ``V c = R_Z^-1 U c``, ``V^T x = U^T R_Z^-T x``. A feature operator in the place
+of U is never multiplied out, and only its k x k congruence with Z is formed: the dual (kernel) form of a
+posterior precision.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ from curvlin._tables import CONGRUENCE, lookup
 from curvlin._tree import Tree, build, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.features.base import FeatureOperator
-from curvlin.numerics import implicit
-from curvlin.numerics.implicit import graft
+from curvlin.numerics import implicit, tall
+from curvlin.numerics.implicit import graft, without_derivative
 from curvlin.numerics.low_rank import (
+    ALWAYS_ORTHONORMAL,
     INVERSE,
     INVERSE_ROOT,
     ROOT,
     LowRankFactors,
     from_columns,
     from_gram,
+    gram_is_safe,
     leverage_split,
+    leverages,
     spectral_change,
     spectral_value,
+    split_off,
     symmetric_gram,
 )
+from curvlin.numerics.refinement import refine
 from curvlin.numerics.symmetric_root import symmetric_root
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
@@ -97,6 +102,17 @@ class Woodbury(ImplicitOperator):
         keeps_type = isinstance(changes.get("base", self.base), Diagonal)
         return super()._with(cls or (type(self) if keeps_type else Woodbury), **changes)
 
+    def _working(self) -> Woodbury:
+        """In float64, but for a large U, which is widened a slice at a time where it is used."""
+        if (
+            self.core is not None
+            or isinstance(self.U, FeatureOperator)
+            or self.U.numel() <= ALWAYS_ORTHONORMAL
+        ):
+            return self.to(torch.float64)
+        working: Woodbury = self._with(U=self.U[..., :1, :]).to(torch.float64)
+        return working._with(U=self.U)
+
     @property
     def size(self) -> int:
         return self.base.size
@@ -114,13 +130,13 @@ class Woodbury(ImplicitOperator):
         """``U c``: ``(..., k, K) -> (..., D, K)``."""
         if isinstance(self.U, FeatureOperator):
             return self.U._rmatmul(c.unflatten(-2, (self.U.n_samples, self.U.n_rows)))
-        return self.U @ c
+        return tall.spread(self.U, c)
 
     def _collect(self, X: Tensor) -> Tensor:
         """``U^T X``: ``(..., D, K) -> (..., k, K)``."""
         if isinstance(self.U, FeatureOperator):
             return self.U._matmul(X).flatten(-3, -2)
-        return self.U.mT @ X
+        return tall.collect(self.U, X)
 
     def _weighted(self, X: Tensor) -> Tensor:
         """``s w X``."""
@@ -139,9 +155,12 @@ class Woodbury(ImplicitOperator):
             gram = rule(self.U, None, self.base, base_factors, "joint", None).double()
             gram = gram.flatten(-2).flatten(-3, -2)
         elif isinstance(self.base, (Diagonal, Isotropic)):
-            return symmetric_gram(self.base._root_solve(self.U, base_factors))
+            if self._needs_grad():
+                return symmetric_gram(self.base._root_solve(self.U, base_factors))
+            return tall.gram(self.U, self.base._column().rsqrt())
         else:
-            gram = self.U.mT @ self.base._solve(self.U, base_factors)
+            U = self.U.double()
+            gram = U.mT @ self.base._solve(U, base_factors)
         return (gram + gram.mT) / 2
 
     def _unweighted(self) -> Woodbury:
@@ -164,14 +183,17 @@ class Woodbury(ImplicitOperator):
             base = normal.base._factorize()
         except NotPositiveDefiniteError as error:
             raise error.within("Woodbury.base") from None
-        if isinstance(self.U, FeatureOperator):
-            V, orthonormal = None, False
-            W, gain, h = from_gram(normal._gram(base), self.sign)
+        gram = None
+        if isinstance(self.U, FeatureOperator) or self.U.numel() > ALWAYS_ORTHONORMAL:
+            gram = normal._gram(base)
+        if isinstance(self.U, Tensor) and (gram is None or not gram_is_safe(gram, self.sign)):
+            Q, W, gain, h = from_columns(normal.base._root_solve(self.U.double(), base), self.sign)
         else:
-            V, W, gain, h, orthonormal = from_columns(normal.base._root_solve(self.U, base), self.sign)
+            assert gram is not None
+            Q, (W, gain, h) = None, from_gram(gram, self.sign)
         if not bool((h > 0).all()):
             raise NotPositiveDefiniteError("Woodbury", float(h.min()))
-        return LowRankFactors(base, V, W, gain, h, orthonormal)
+        return LowRankFactors(base, Q, W, gain, h)
 
     def _canonical(self) -> CanonicalFactors:
         """The core as ``E diag(gamma) E^T``, its positive part an update and its negative part a downdate."""
@@ -182,7 +204,11 @@ class Woodbury(ImplicitOperator):
             return CanonicalFactors(definite, definite._factorize(), True)
         gamma, E = torch.linalg.eigh(self.core)
         columns = self.U @ E
-        tiny = gamma.shape[-1] * self.resolution * gamma.abs().amax(-1, keepdim=True)
+        # Rounding in the stored entries, and in the decomposition, that a zero eigenvalue may show.
+        tiny = torch.maximum(
+            self.resolution * torch.linalg.vector_norm(gamma, dim=-1, keepdim=True),
+            gamma.shape[-1] * torch.finfo(gamma.dtype).eps * gamma.abs().amax(-1, keepdim=True),
+        )
         gamma = torch.where(gamma.abs() <= tiny, 0.0, gamma)
         total = self._with(core=None, U=columns * gamma.clamp(min=0.0).sqrt().unsqueeze(-2))
         if bool((gamma < 0).any()):
@@ -194,15 +220,21 @@ class Woodbury(ImplicitOperator):
         """This operator without a core, differentiable, for what needs a root of it."""
         if isinstance(factors, LowRankFactors):
             return self, factors
-        if not self._needs_grad():
+        if not (self._needs_grad() and factors.definite):
             return factors.operator, factors.factors
-        if not factors.definite:
-            raise NotClosedError(
-                "the root of Woodbury with a singular or indefinite core has no derivative; make the core positive "
-                "definite, or detach the operator"
-            )
         assert self.core is not None and isinstance(self.U, Tensor)
         return self._with(core=None, U=self.U @ torch.linalg.cholesky_ex(self.core).L), factors.factors
+
+    def _finished_root(self, result: Tensor, factors: Any) -> Tensor:
+        """What a root returns; a core without a Cholesky factor leaves it without a derivative in P."""
+        if isinstance(factors, LowRankFactors) or factors.definite or not self._needs_grad():
+            return result
+        return without_derivative(
+            result,
+            [t for t, _ in self._tensors()],
+            "the root of Woodbury with a singular or indefinite core has no derivative; make the core positive "
+            "definite, or detach the operator",
+        )
 
     # -- in whitened coordinates -------------------------------------------------------------------------------
 
@@ -216,27 +248,22 @@ class Woodbury(ImplicitOperator):
 
     def _along(self, v: Tensor, factors: LowRankFactors) -> Tensor:
         """``W^T V^T v``."""
-        V = factors.V
-        if factors.orthonormal:
-            assert V is not None
-            return factors.gain.sqrt().unsqueeze(-1) * (V.mT @ v)
-        return factors.W.mT @ (self._collect_white(v, factors) if V is None else V.mT @ v)
+        if factors.Q is not None:
+            return factors.gain.sqrt().unsqueeze(-1) * (factors.Q.mT @ v)
+        return factors.W.mT @ self._collect_white(v, factors)
 
     def _back(self, c: Tensor, factors: LowRankFactors) -> Tensor:
         """``V W c``."""
-        V = factors.V
-        if factors.orthonormal:
-            assert V is not None
-            return V @ (factors.gain.sqrt().unsqueeze(-1) * c)
-        return self._spread_white(factors.W @ c, factors) if V is None else V @ (factors.W @ c)
+        if factors.Q is not None:
+            return factors.Q @ (factors.gain.sqrt().unsqueeze(-1) * c)
+        return self._spread_white(factors.W @ c, factors)
 
     def _shrink(self, v: Tensor, function: str, factors: LowRankFactors) -> Tensor:
         """``f(I + s V V^T) v`` for the inverse and the inverse root."""
         h = factors.h.unsqueeze(-1)
-        if factors.orthonormal:
-            assert factors.V is not None
-            c, rest = split_off(factors.V, v)
-            return rest + factors.V @ (spectral_value(h, function) * c)
+        if factors.Q is not None:
+            c, rest = split_off(factors.Q, v)
+            return rest + factors.Q @ (spectral_value(h, function) * c)
         return v + self._back(spectral_change(h, function, self.sign) * self._along(v, factors), factors)
 
     def _capacitance(self, factors: LowRankFactors) -> Tensor:
@@ -257,18 +284,49 @@ class Woodbury(ImplicitOperator):
         return self.base._matmul(X) + self._spread(self._weighted(c if self.core is None else self.core @ c))
 
     def _energy(self, X: Tensor) -> Tensor:
-        c = self._collect(X)
+        return self._energy_along(X, self._collect(X))
+
+    def _energy_along(self, X: Tensor, c: Tensor) -> Tensor:
         change = (c * (c if self.core is None else self.core @ c)).sum(-2, keepdim=True)
         return self.base._energy(X) + self._weighted(change).squeeze(-2)
+
+    def _energy_of(self, solution: Tensor, X: Tensor, factors: Any) -> Tensor:
+        """With ``U^T P^-1 X`` from its own k equations where they are good: it is small beside ``|U| |P^-1 X|``."""
+        if not self._has_safe_gram(factors):
+            return self._energy(solution)
+        with torch.no_grad():
+            c = self._over_weight(self._unweighted()._coefficients(X, factors), 2)
+        return self._energy_along(solution, graft(c, self._collect(solution)))
+
+    def _has_safe_gram(self, factors: Any) -> bool:
+        return isinstance(factors, LowRankFactors) and factors.Q is None and isinstance(self.U, Tensor)
+
+    def _coefficients(self, X: Tensor, factors: LowRankFactors) -> Tensor:
+        """``U^T P^-1 X = H^-1 U^T Z^-1 X``, without a weight."""
+        W, h = factors.W, factors.h.unsqueeze(-1)
+        return W @ ((W.mT @ self._collect(self.base._solve(X, factors.base))) / h)
 
     def _solve_value(self, X: Tensor, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
             return factors.operator._solve_value(X, factors.factors)
         normal = self._unweighted()
-        x = normal._solve_once(X, factors)
-        # One step of refinement repairs what whitening by an ill-conditioned base has cost.
-        x = x + normal._solve_once(X - normal._matmul(x), factors)
+        # Refinement repairs what whitening by an ill-conditioned base, or a Gram matrix, has cost.
+        x = refine(
+            normal._solve_once(X, factors),
+            X,
+            normal._matmul,
+            lambda R: normal._solve_once(R, factors),
+            normal._least_norm(factors),
+        )
         return self._over_weight(x, 2)
+
+    def _least_norm(self, factors: LowRankFactors) -> Tensor:
+        """A lower bound of the norms that rounding in ``P x`` is relative to."""
+        diagonal = self.base._diagonal()
+        largest = diagonal.amax(-1)
+        if isinstance(self.base, (Diagonal, Isotropic)):
+            largest = torch.maximum(largest, factors.gain.amax(-1) * diagonal.amin(-1))
+        return largest
 
     def _solve_once(self, X: Tensor, factors: LowRankFactors) -> Tensor:
         white = self._shrink(self.base._root_solve(X, factors.base), INVERSE, factors)
@@ -277,24 +335,21 @@ class Woodbury(ImplicitOperator):
     def _inv_quad_value(self, X: Tensor, factors: Any) -> Tensor:
         """A sum of squares in every route.
 
-        In the Gram route it is the minimum of a least-squares problem, where errors of the coefficients count squared.
+        For an update it is ``min_t (x - U t)^T Z^-1 (x - U t) + t^T t``, where errors of t count squared. The
+        minimum is at ``t = U^T P^-1 x``; a safe Gram matrix gives it directly.
         """
         if isinstance(factors, CanonicalFactors):
             return factors.operator._inv_quad_value(X, factors.factors)
         normal = self._unweighted()
-        white = normal.base._root_solve(X, factors.base)
-        V, W, h = factors.V, factors.W, factors.h.unsqueeze(-1)
-        if factors.orthonormal:
-            assert V is not None
-            c, rest = split_off(V, white)
-            quad = rest.square().sum(-2) + (c.square() / h).sum(-2)
-        elif self.sign < 0:
-            quad = normal._shrink(white, INVERSE_ROOT, factors).square().sum(-2)
+        if self.sign < 0:
+            white = normal._shrink(normal.base._root_solve(X, factors.base), INVERSE_ROOT, factors)
+            return self._over_weight(white.square().sum(-2), 1)
+        if self._has_safe_gram(factors):
+            t = normal._coefficients(X, factors)
         else:
-            t = W @ ((W.mT @ (normal._collect_white(white, factors) if V is None else V.mT @ white)) / h)
-            rest = white - (normal._spread_white(t, factors) if V is None else V @ t)
-            quad = rest.square().sum(-2) + t.square().sum(-2)
-        return self._over_weight(quad, 1)
+            t = normal._collect(normal._solve_value(X, factors))
+        rest = X - normal._spread(t)
+        return self._over_weight(normal.base._inv_quad(rest, factors.base) + t.square().sum(-2), 1)
 
     def _logdet(self, factors: Any) -> Tensor:
         return implicit.log_det(self, factors)
@@ -316,8 +371,6 @@ class Woodbury(ImplicitOperator):
         return graft(value, self._unweighted()._live_logdet(factors)) if self._needs_grad() else value
 
     def _logdet_gradient(self, factors: Any) -> list[Tensor]:
-        if not torch.is_grad_enabled() and self._has_closed_gradient(factors):
-            return self._closed_logdet_gradient(factors)
         full = self.expand(self.batch_shape)
         structure = full._structure()
 
@@ -331,25 +384,17 @@ class Woodbury(ImplicitOperator):
             output, vjp = torch.func.vjp(live, *(t for t, _ in full._tensors()))[:2]
         return list(vjp(torch.ones_like(output)))
 
-    def _has_closed_gradient(self, factors: Any) -> bool:
-        plain = isinstance(factors, LowRankFactors) and factors.V is not None and self.weight is None
-        return plain and isinstance(self.base, Diagonal) and not self.batch_shape
-
-    def _closed_logdet_gradient(self, factors: LowRankFactors) -> list[Tensor]:
-        """``diag(P^-1)`` and ``2 s P^-1 U``; a slice of rows at a time stays in cache."""
-        V, W, h = factors.V, factors.W, factors.h
-        assert V is not None
-        root = factors.gain.sqrt().unsqueeze(-1) * W.mT if factors.orthonormal else None
-        middle = (W / h) @ W.mT if root is None else root / h.unsqueeze(-1)
-        scale = self.base._diagonal().rsqrt().unsqueeze(-1)
-        gradient = torch.empty(V.shape[0], W.shape[0], dtype=V.dtype, device=V.device)
-        leverage = torch.empty(V.shape[0], dtype=V.dtype, device=V.device)
-        for start in range(0, V.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
-            solved = V[rows] @ middle
-            leverage[rows] = torch.linalg.vecdot(solved, V[rows] if root is None else V[rows] @ root)
-            torch.mul(solved, 2 * self.sign * scale[rows], out=gradient[rows])
-        return [self._diagonal_from_leverage(leverage, factors), gradient]
+    def _logdet_pull_back(self, g: Tensor, factors: Any) -> list[Tensor]:
+        """For ``diag(d) + s U U^T`` in one pass over U: ``g diag(P^-1)`` and ``2 s g P^-1 U``."""
+        plain = isinstance(self.U, Tensor) and isinstance(factors, LowRankFactors) and self.weight is None
+        eager = self._is_concrete() and not torch.is_grad_enabled()
+        if not (plain and eager) or self.batch_shape or not isinstance(self.base, Diagonal):
+            return super()._logdet_pull_back(g, factors)
+        assert isinstance(self.U, Tensor)
+        gradient = torch.empty_like(self.U)
+        scale = self.base._column().rsqrt()
+        leverage = leverages(self.U, scale, factors, out=gradient, weight=2 * self.sign * g)
+        return [g * self._diagonal_from_leverage(leverage, factors), gradient]
 
     def _live_logdet(self, factors: LowRankFactors) -> Tensor:
         """``log det H`` around the accurate spectrum: its derivative ``H^-1 dH`` comes from there."""
@@ -362,14 +407,11 @@ class Woodbury(ImplicitOperator):
 
     def _core_logdet(self, factors: CanonicalFactors) -> Tensor:
         """``logdet Z + logdet(I + G C)``: no root of the core, which may be singular."""
-        assert self.core is not None and isinstance(self.U, Tensor)
-        innermost, inner_factors = factors.operator, factors.factors
-        while isinstance(innermost.base, Woodbury) and innermost.base is not self.base:
-            innermost, inner_factors = innermost.base, inner_factors.base
-        normal = self._unweighted()
-        gram = normal._gram(inner_factors.base)
+        assert self.core is not None
+        normal, base_factors = self._unweighted(), self._base_factors(factors)
+        gram = normal._gram(base_factors)
         M = self.sign * gram @ self.core + torch.eye(self.rank, dtype=gram.dtype, device=gram.device)
-        base = normal.base._logdet(inner_factors.base)
+        base = normal.base._logdet(base_factors)
         if self.weight is not None:
             base = base + self.size * self.weight.log()
         return base + torch.linalg.slogdet(M).logabsdet
@@ -385,35 +427,55 @@ class Woodbury(ImplicitOperator):
         return _by_chunks(self.U, lambda columns: columns.square().sum((-3, -2)))
 
     def _inverse_diagonal(self, factors: Any) -> Tensor:
-        P, factors = self._rooted(factors)
-        normal = P._unweighted()
+        if isinstance(factors, CanonicalFactors):
+            value: Tensor = factors.operator._inverse_diagonal(factors.factors)
+            return graft(value, self._core_inverse_diagonal(factors)) if self._needs_grad() else value
+        normal = self._unweighted()
         value = normal._inverse_diagonal_value(factors)
-        if P._needs_grad():
-            eye = torch.eye(normal.rank, dtype=P.dtype, device=P.device)
-            columns = normal.base._solve(normal._spread(eye), factors.base)
-            removed = (columns * torch.linalg.solve(normal._capacitance(factors), columns.mT).mT).sum(-1)
-            value = graft(value, normal.base._inverse_diagonal(factors.base) - P.sign * removed)
-        return P._over_weight(value, 1)
+        if self._needs_grad():
+            removed = normal._removed(_inverse_root_of(normal._capacitance(factors)), factors)
+            value = graft(value, normal.base._inverse_diagonal(factors.base) - self.sign * removed)
+        return self._over_weight(value, 1)
+
+    def _core_inverse_diagonal(self, factors: CanonicalFactors) -> Tensor:
+        """``diag(Z^-1)`` less the diagonal of ``W C (I + G C)^-1 W^T``, ``W = Z^-1 U``: no root of the core."""
+        normal, base = self._unweighted(), self._base_factors(factors)
+        columns, middle = normal._core_change(base)
+        value = normal.base._inverse_diagonal(base) - self.sign * ((columns @ middle) * columns).sum(-1)
+        return self._over_weight(value, 1)
+
+    def _core_change(self, base: Any) -> tuple[Tensor, Tensor]:
+        """``W = Z^-1 U`` and ``C (I + s G C)^-1``, so that ``P^-1 = Z^-1 - s W C (I + s G C)^-1 W^T``."""
+        assert self.core is not None and isinstance(self.U, Tensor)
+        columns = self.base._solve(self.U.double(), base)
+        M = self.sign * self._gram(base) @ self.core
+        M = M + torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+        return columns, torch.linalg.solve(M, self.core, left=False)
+
+    def _base_factors(self, factors: CanonicalFactors) -> Any:
+        """The factors of Z, which one or two changes of the canonical form lie on."""
+        operator, inner = factors.operator, factors.factors
+        changes = 1 if factors.definite or operator.sign == self.sign else 2
+        for _ in range(changes):
+            inner = inner.base
+        return inner
 
     def _inverse_diagonal_value(self, factors: LowRankFactors) -> Tensor:
         """``diag(Z^-1)`` less what the update removes; where that cancels, a leverage split or single solves."""
+        if isinstance(self.U, Tensor) and isinstance(self.base, (Diagonal, Isotropic)):
+            scale = self.base._column().rsqrt()
+            return self._diagonal_from_leverage(leverages(self.U, scale, factors), factors)
         prior = self.base._inverse_diagonal(factors.base)
-        h = factors.h.unsqueeze(-2)
-        if factors.V is None:
-            return prior - self.sign * self._removed_by_features(factors)
-        if isinstance(self.base, (Diagonal, Isotropic)):
-            directions = factors.V if factors.orthonormal else factors.V @ factors.W
-            share = factors.gain.unsqueeze(-2) / h if factors.orthonormal else 1 / h
-            return self._diagonal_from_leverage((directions.square() * share).sum(-1), factors)
-        spread = factors.V if factors.orthonormal else factors.V @ factors.W
-        columns = self.base._unwhiten(spread, factors.base)
-        share = factors.gain.unsqueeze(-2) / h if factors.orthonormal else 1 / h
-        result = prior - self.sign * (columns.square() * share).sum(-1)
+        if factors.Q is None:
+            removed = self._removed(factors.W / factors.h.sqrt().unsqueeze(-2), factors)
+        else:
+            columns = self.base._unwhiten(factors.Q, factors.base)
+            removed = (columns.square() * (factors.gain / factors.h).unsqueeze(-2)).sum(-1)
+        result = prior - self.sign * removed
         if self.sign < 0 or not is_concrete(result):
             return result
         cancelled = (result < prior / 2).flatten(0, -2).any(0) if result.ndim > 1 else result < prior / 2
-        if bool(cancelled.any()):
-            rows = cancelled.nonzero().squeeze(-1)
+        for rows in cancelled.nonzero().squeeze(-1).split(max(1, _CHUNK // self.size)):
             selection = torch.zeros(self.size, len(rows), dtype=self.dtype, device=self.device)
             selection[rows, torch.arange(len(rows), device=self.device)] = 1.0
             result[..., rows] = self._inv_quad_value(selection, factors)
@@ -426,7 +488,7 @@ class Woodbury(ImplicitOperator):
         # Inside transforms values cannot be looked at, and the formula as it stands has to do.
         if self.sign > 0 and is_concrete(leverage) and bool((leverage > 0.5).any()):
             assert isinstance(self.U, Tensor)
-            V = self.base._root_solve(self.U, factors.base)
+            V = self.base._root_solve(self.U.double(), factors.base)
             V = V.expand(*leverage.shape[:-1], *V.shape[-2:]).flatten(0, -3) if leverage.ndim > 1 else V[None]
             rows = leverage.reshape(-1, leverage.shape[-1])
             share = torch.stack([leverage_split(v, h) for v, h in zip(V, rows, strict=True)]).view_as(
@@ -434,11 +496,10 @@ class Woodbury(ImplicitOperator):
             )
         return prior * share
 
-    def _removed_by_features(self, factors: LowRankFactors) -> Tensor:
-        """The diagonal of ``Z^-1 U H^-1 U^T Z^-1``, a chunk of k right-hand sides at a time."""
-        coefficients = factors.W / factors.h.sqrt().unsqueeze(-2)
+    def _removed(self, root: Tensor, factors: LowRankFactors) -> Tensor:
+        """The diagonal of ``Z^-1 U H^-1 U^T Z^-1``, given R with ``R R^T = H^-1``, some right-hand sides at a time."""
         total: Tensor | float = 0.0
-        for part in coefficients.split(max(1, _CHUNK // self.size), dim=-1):
+        for part in root.split(max(1, _CHUNK // self.size), dim=-1):
             total = total + self.base._solve(self._spread(part), factors.base).square().sum(-1)
         assert isinstance(total, Tensor)
         return total
@@ -450,41 +511,45 @@ class Woodbury(ImplicitOperator):
     # The root adds U c itself, not R_Z V c: rows of very different size keep their digits.
 
     def _whiten(self, X: Tensor, factors: Any) -> Tensor:
-        P, factors, scale = self._rooted_normal(factors)
+        given = factors
+        P, factors, scale = self._rooted_normal(given)
         c = (factors.W.mT @ P._collect(X)) * spectral_change(factors.h, ROOT, P.sign).unsqueeze(-1)
         value = P.base._whiten(X, factors.base) + P._back(c, factors)
         if P._needs_grad() or needs_grad(X):
             c = P.sign * _after_identity(P._capacitance_root(factors)[1], P._collect(X))
             value = graft(value, P.base._whiten(X, factors.base) + P._spread_white(c, factors))
-        return value * scale.sqrt()[..., None, None]
+        return self._finished_root(value * scale.sqrt()[..., None, None], given)
 
     def _unwhiten(self, Z: Tensor, factors: Any) -> Tensor:
-        P, factors, scale = self._rooted_normal(factors)
+        given = factors
+        P, factors, scale = self._rooted_normal(given)
         value = P.base._unwhiten(P._shrink(Z, INVERSE_ROOT, factors), factors.base)
         if P._needs_grad() or needs_grad(Z):
             H, S = P._capacitance_root(factors)
             u = P.base._unwhiten(Z, factors.base)
             c = P.sign * torch.linalg.solve(H + S, P._collect(u))
             value = graft(value, u - P.base._solve(P._spread(c), factors.base))
-        return value / scale.sqrt()[..., None, None]
+        return self._finished_root(value / scale.sqrt()[..., None, None], given)
 
     def _root_matvec(self, Z: Tensor, factors: Any) -> Tensor:
-        P, factors, scale = self._rooted_normal(factors)
+        given = factors
+        P, factors, scale = self._rooted_normal(given)
         c = factors.W @ (spectral_change(factors.h, ROOT, P.sign).unsqueeze(-1) * P._along(Z, factors))
         value = P.base._root_matvec(Z, factors.base) + P._spread(c)
         if P._needs_grad() or needs_grad(Z):
             c = P.sign * _after_identity(P._capacitance_root(factors)[1], P._collect_white(Z, factors))
             value = graft(value, P.base._root_matvec(Z, factors.base) + P._spread(c))
-        return value * scale.sqrt()[..., None, None]
+        return self._finished_root(value * scale.sqrt()[..., None, None], given)
 
     def _root_solve(self, G: Tensor, factors: Any) -> Tensor:
-        P, factors, scale = self._rooted_normal(factors)
+        given = factors
+        P, factors, scale = self._rooted_normal(given)
         value = P._shrink(P.base._root_solve(G, factors.base), INVERSE_ROOT, factors)
         if P._needs_grad() or needs_grad(G):
             H, S = P._capacitance_root(factors)
             c = P.sign * torch.linalg.solve(H + S, P._collect(P.base._solve(G, factors.base)))
             value = graft(value, P.base._root_solve(G - P._spread(c), factors.base))
-        return value / scale.sqrt()[..., None, None]
+        return self._finished_root(value / scale.sqrt()[..., None, None], given)
 
     def _rooted_normal(self, factors: Any) -> tuple[Woodbury, LowRankFactors, Tensor]:
         """``P / w`` without core or weight, its factors, and w, all differentiable."""
@@ -549,9 +614,6 @@ class LowRankPlusDiag(Woodbury):
         super().__init__(Diagonal(diagonal), U)
 
 
-_ROWS = 8192
-"""Rows of U handled at a time where a whole pass would leave the cache."""
-
 _CHUNK = 2**22
 """Numbers formed at a time where a feature operator's columns are needed: 32 MiB in float64."""
 
@@ -563,14 +625,6 @@ def _by_chunks(features: FeatureOperator, reduce: Any) -> Tensor:
     return torch.cat([reduce(features._columns(part)) for part in positions.split(width)], dim=-1)
 
 
-def split_off(Q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``c = Q^T v`` and ``v - Q c`` for orthonormal Q, orthogonalised twice so that the rest keeps its digits."""
-    c = Q.mT @ v
-    rest = v - Q @ c
-    again = Q.mT @ rest
-    return c + again, rest - Q @ again
-
-
 def _full_spectrum(factors: LowRankFactors) -> tuple[Tensor, Tensor]:
     """W and h over all k directions, also where the orthonormal route kept fewer than k."""
     k, r = factors.W.shape[-2:]
@@ -578,6 +632,13 @@ def _full_spectrum(factors: LowRankFactors) -> tuple[Tensor, Tensor]:
         return factors.W, factors.h
     rest = torch.linalg.qr(factors.W, mode="complete").Q[..., r:]
     return torch.cat([factors.W, rest], dim=-1), torch.nn.functional.pad(factors.h, (0, k - r), value=1.0)
+
+
+def _inverse_root_of(H: Tensor) -> Tensor:
+    """``L^-T`` of ``H = L L^T``."""
+    lower = torch.linalg.cholesky_ex(H).L
+    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    return torch.linalg.solve_triangular(lower.mT, eye.expand_as(H), upper=True)
 
 
 def _after_identity(S: Tensor, c: Tensor) -> Tensor:

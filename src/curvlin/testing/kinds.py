@@ -504,6 +504,125 @@ def _woodbury_blocks(draw: Draw) -> Recipe:
     )
 
 
+@kind("woodbury_nested")
+def _woodbury_nested(draw: Draw) -> Recipe:
+    """An update of an updated Kronecker sum."""
+    inner = _woodbury(draw)
+    U = draw.columns(draw.spec.size, 1, draw.spec.log10scale)
+
+    def assemble(xp: Arrays, *t: Any) -> Any:
+        return inner.assemble(xp, *t[:-1]) + t[-1] @ t[-1].T
+
+    assert inner.base is not None
+    base = inner.base
+    return Recipe(
+        (*inner.parameters, U),
+        lambda *t: inner.build(*t[:-1]).update(t[-1]),
+        assemble,
+        draw.spec.size,
+        base=lambda xp, *t: base(xp, *t[:-1]),
+    )
+
+
+@kind("woodbury_singular_core")
+def _woodbury_singular_core(draw: Draw) -> Recipe:
+    """``diag(d) + U C U^T`` with a core that has no root to differentiate: C = G G^T of less than full rank."""
+    from curvlin.precision.diagonal import Diagonal
+    from curvlin.precision.low_rank import Woodbury
+
+    spec = draw.spec
+    n, k = spec.size, max(2, _rank(spec.size))
+    d = draw.positive(n, spec.log10cond, spec.log10scale)
+    U = draw.columns(n, k, spec.log10scale)
+    values = eigenvalues(k, "decay", min(1.0, spec.log10cond)).clone()
+    values[-1] = 0.0
+    C = draw.parameter(lambda: spd_matrix(values, draw.generator), symmetric=True)
+    return Recipe(
+        (d, U, C),
+        lambda d, U, C: Woodbury(Diagonal(d), U, core=C),
+        lambda xp, d, U, C: xp.diag(d) + U @ C @ U.T,
+        n,
+        base=lambda xp, d, U, C: xp.diag(d),
+    )
+
+
+@kind("woodbury_indefinite_core")
+def _woodbury_indefinite_core(draw: Draw) -> Recipe:
+    """``delta I + A (x) B + U C U^T`` whose core lifts some directions and lowers others, by less than delta / 2."""
+    from curvlin.precision.low_rank import Woodbury
+
+    base, spec = _kronecker_shifted(draw), draw.spec
+    n, k = spec.size, max(2, _rank(spec.size))
+    U = draw.columns(n, k, spec.log10scale - spec.log10cond + math.log10(0.25))
+    signs = torch.ones(k, dtype=torch.float64)
+    signs[::2] = -1.0
+
+    def core() -> Tensor:
+        Q = orthogonal(k, draw.generator)
+        return ((Q * signs) @ Q.mT + ((Q * signs) @ Q.mT).mT) / 2
+
+    C = draw.parameter(core, symmetric=True)
+    return Recipe(
+        (*base.parameters, U, C),
+        lambda A, B, delta, U, C: Woodbury(base.build(A, B, delta), U, core=C),
+        lambda xp, A, B, delta, U, C: base.assemble(xp, A, B, delta) + U @ C @ U.T,
+        n,
+    )
+
+
+@kind("dual_rows")
+def _dual_rows(draw: Draw) -> Recipe:
+    """``diag(d) + Phi^T Phi`` with rows of features in the place of U."""
+    from curvlin.features.dense import DenseFeatures
+    from curvlin.precision.diagonal import Diagonal
+    from curvlin.precision.low_rank import Woodbury
+
+    spec = draw.spec
+    n, k = spec.size, _rank(spec.size)
+    d = draw.positive(n, spec.log10cond, spec.log10scale)
+    U = draw.columns(n, k, spec.log10scale)
+    return Recipe(
+        (d, U),
+        lambda d, U: Woodbury(Diagonal(d), DenseFeatures(U.mT.unsqueeze(-2))),
+        lambda xp, d, U: xp.diag(d) + U @ U.T,
+        n,
+        base=lambda xp, d, U: xp.diag(d),
+    )
+
+
+@kind("dual_layer")
+def _dual_layer(draw: Draw) -> Recipe:
+    """``delta I + Phi^T Phi`` with Phi one layer's Jacobian: a posterior in its dual form."""
+    from curvlin.features.khatri_rao import KhatriRaoFeatures
+    from curvlin.precision.diagonal import Isotropic
+
+    spec, (out, inputs) = draw.spec, draw.spec.sides
+    N, R, S = 2, 2, 2
+    delta = draw.scalar(spec.scale * 10.0**-spec.log10cond)
+
+    def normal(*shape: int) -> Callable[[], Tensor]:
+        size = 10.0 ** (spec.log10scale / 4) / math.sqrt(S * math.prod(shape[-1:]))
+        return lambda: size * torch.randn(*shape, dtype=torch.float64, generator=draw.generator)
+
+    left, right = draw.parameter(normal(N, R, S, out)), draw.parameter(normal(N, S, inputs))
+
+    def assemble(xp: Arrays, delta: Any, left: Any, right: Any) -> Any:
+        total: Any = delta * xp.eye(out * inputs)
+        for n in range(N):
+            for r in range(R):
+                row = (left[n, r].T @ right[n]).reshape(1, -1)
+                total = total + row.T @ row
+        return total
+
+    return Recipe(
+        (delta, left, right),
+        lambda delta, left, right: Isotropic(delta, out * inputs).update(KhatriRaoFeatures(left, right)),
+        assemble,
+        out * inputs,
+        base=lambda xp, delta, left, right: delta * xp.eye(out * inputs),
+    )
+
+
 @kind("downdated")
 def _downdated(draw: Draw) -> Recipe:
     """``delta I + A (x) B - U U^T`` with ``|U U^T| = delta / 2``, still positive definite."""
