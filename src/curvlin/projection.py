@@ -107,11 +107,14 @@ def _squared_norm(P: PrecisionOperator) -> Tensor:
         return torch.stack(torch.broadcast_tensors(*pairs)).sum(0)
     if isinstance(P, BlockDiag):
         return torch.stack(torch.broadcast_tensors(*(_squared_norm(b) for b in P.blocks))).sum(0)
-    if isinstance(P, Woodbury) and isinstance(P.U, Tensor):
-        columns = P.U if P.core is None else P.U @ P.core
-        cross = P._weighted((columns * P.base._matmul(P.U)).sum((-2, -1), keepdim=True))[..., 0, 0]
-        gram = P._weighted(P.U.mT @ columns)
-        return _squared_norm(P.base) + 2 * cross + (gram * gram.mT).sum((-2, -1))
+    if isinstance(P, Woodbury):
+        # |Z|^2 + 2 <Z, U C U^T> + |U C U^T|^2, by k x k matrices: U^T Z U and U^T U.
+        core = torch.eye(P.rank, dtype=P.dtype, device=P.device) if P.core is None else P.core
+        products = [(P._collect(P.base._matmul(part)), P._collect(part)) for part in P._column_parts()]
+        through, direct = (torch.cat(side, dim=-1) for side in zip(*products, strict=True))
+        cross, gram = P._weighted(through @ core), P._weighted(direct @ core)
+        trace = cross.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return _squared_norm(P.base) + 2 * trace + (gram * gram.mT).sum((-2, -1))
     raise NotClosedError(
         f"the Frobenius norm of {type(P).__name__} needs its dense matrix; project Dense(P.to_dense())"
     )

@@ -370,7 +370,7 @@ def _less_low_rank(
 
 def _whitening(P: Woodbury, factors: Any, chunk: Chunk) -> Callable[[FeatureOperator], Tensor]:
     """The function ``Phi -> H^-1/2 U^T Z^-1 Phi^T``, ``(..., k, N R)``."""
-    solved = P.base._solve(P.U, factors.base) if isinstance(P.U, Tensor) else None
+    solved = P.base._solve(P.U.double(), factors.base) if isinstance(P.U, Tensor) else None
     lower = torch.linalg.cholesky_ex(P._capacitance(factors)).L if P._needs_grad() else None
 
     def whitened(Phi: FeatureOperator) -> Tensor:

@@ -227,6 +227,9 @@ def _is_identity(X: Tensor | None, Q: Tensor) -> bool:
 
 def _low_rank_sum(p: Known, q: Known) -> Tensor | None:
     """In coordinates that whiten Z, P is ``p I + s_1 V_1 V_1^T`` and Q is ``q I + s_2 V_2 V_2^T``."""
+    excess = _proportion(p[0], q[0])
+    if excess is not None:
+        return p[0].size * _excess(*_with_log(excess))
     P, Q = (_rooted(known) for known in (p, q))
     if isinstance(P, Woodbury):
         home, factors, scale = P._rooted_normal(p[1])
@@ -272,6 +275,8 @@ def _proportion(Z: PrecisionOperator, other: PrecisionOperator) -> Tensor | None
         Z, other = Diagonal(Z.diagonal()), Diagonal(other.diagonal())
     if identical(Z, other):
         return torch.zeros(Z.batch_shape, dtype=torch.float64, device=Z.device)
+    if isinstance(Z, Woodbury) and isinstance(other, Woodbury):
+        return _proportion_of_changed(Z, other)
     if Z._structure() != other._structure():
         return None
     before, after = Z.diagonal(), other.diagonal()
@@ -281,6 +286,17 @@ def _proportion(Z: PrecisionOperator, other: PrecisionOperator) -> Tensor | None
         if not torch.allclose(s, t, rtol=rounding, atol=rounding * float(t.abs().max())):
             return None
     return excess
+
+
+def _proportion_of_changed(P: Woodbury, Q: Woodbury) -> Tensor | None:
+    """As `_proportion`: a factor common to the base and to the weight of the change."""
+    excess = _proportion(P.base, Q.base)
+    if excess is None or not identical(P._with(base=P.base, weight=None), Q._with(base=P.base, weight=None)):
+        return None
+    ones = torch.ones((), dtype=torch.float64, device=P.device)
+    before, after = (ones if X.weight is None else X.weight for X in (P, Q))
+    rounding = 4 * Q.resolution
+    return excess if torch.allclose((1 + excess) * before, after, rtol=rounding, atol=0.0) else None
 
 
 def _one_change(P: Woodbury, factors: Any, *, update: bool) -> Change:
@@ -293,7 +309,7 @@ def _one_change(P: Woodbury, factors: Any, *, update: bool) -> Change:
 def _column_roots(Z: PrecisionOperator, factors: Any, changes: list[Woodbury]) -> list[Tensor] | None:
     """``A_1, A_2`` with ``A_i^T A_j = U_i^T Z^-1 U_j``, of few rows."""
     ranks = [X.rank for X in changes]
-    columns = [X.U for X in changes if isinstance(X.U, Tensor)]
+    columns = [X.U.double() for X in changes if isinstance(X.U, Tensor)]
     if len(columns) == len(changes):
         white = Z._root_solve(joined_columns(*columns) if len(columns) > 1 else columns[0], factors)
         return list(torch.linalg.qr(white, mode="r").R.split(ranks, dim=-1))
@@ -315,9 +331,9 @@ def _column_roots(Z: PrecisionOperator, factors: Any, changes: list[Woodbury]) -
 def _gram(Z: PrecisionOperator, factors: Any, P: Woodbury, Q: Woodbury) -> Tensor | None:
     """``U^T Z^-1 V`` for the columns U of P and V of Q."""
     if isinstance(Q.U, Tensor):
-        return P._collect(Z._solve(Q.U, factors))
+        return P._collect(Z._solve(Q.U.double(), factors))
     if isinstance(P.U, Tensor):
-        return Q._collect(Z._solve(P.U, factors)).mT
+        return Q._collect(Z._solve(P.U.double(), factors)).mT
     rule = lookup(CONGRUENCE, type(P.U), type(Z))
     if rule is None or type(P.U) is not type(Q.U):
         return None

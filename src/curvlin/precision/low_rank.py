@@ -9,6 +9,7 @@ posterior precision.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +139,15 @@ class Woodbury(ImplicitOperator):
             return self.U._matmul(X).flatten(-3, -2)
         return tall.collect(self.U, X)
 
+    def _column_parts(self) -> Iterator[Tensor]:
+        """The columns of U, as many at a time as may be formed: all at once where U is a tensor."""
+        if isinstance(self.U, Tensor):
+            yield self.U
+            return
+        eye = torch.eye(self.rank, dtype=self.dtype, device=self.device)
+        for part in eye.split(max(1, _CHUNK // self.size), dim=-1):
+            yield self._spread(part)
+
     def _weighted(self, X: Tensor) -> Tensor:
         """``s w X``."""
         X = X if self.weight is None else self.weight[..., None, None] * X
@@ -199,7 +209,10 @@ class Woodbury(ImplicitOperator):
         """The core as ``E diag(gamma) E^T``, its positive part an update and its negative part a downdate."""
         assert self.core is not None and isinstance(self.U, Tensor)
         lower, info = torch.linalg.cholesky_ex(self.core)
-        if bool((info == 0).all()):
+        pivots = lower.diagonal(dim1=-2, dim2=-1).square()
+        # A pivot near rounding would have a Cholesky factor without usable derivatives.
+        regular = pivots > _LEAST_PIVOT * self.core.diagonal(dim1=-2, dim2=-1)
+        if bool((info == 0).all()) and bool(regular.all()):
             definite = self._with(core=None, U=self.U @ lower)
             return CanonicalFactors(definite, definite._factorize(), True)
         gamma, E = torch.linalg.eigh(self.core)
@@ -264,7 +277,17 @@ class Woodbury(ImplicitOperator):
         if factors.Q is not None:
             c, rest = split_off(factors.Q, v)
             return rest + factors.Q @ (spectral_value(h, function) * c)
-        return v + self._back(spectral_change(h, function, self.sign) * self._along(v, factors), factors)
+
+        def apply(f: str, x: Tensor) -> Tensor:
+            return x + self._back(spectral_change(h, f, self.sign) * self._along(x, factors), factors)
+
+        if function != INVERSE_ROOT:
+            return apply(function, v)  # what solves with it refines its own result
+        # The inverse root cancels along large gains; the root, by which it is refined, does not.
+        norm = factors.h.amax(-1).clamp(min=1.0).sqrt()
+        return refine(
+            apply(INVERSE_ROOT, v), v, lambda x: apply(ROOT, x), lambda r: apply(INVERSE_ROOT, r), norm
+        )
 
     def _capacitance(self, factors: LowRankFactors) -> Tensor:
         """``H = I + s V^T V``, differentiable."""
@@ -303,8 +326,7 @@ class Woodbury(ImplicitOperator):
 
     def _coefficients(self, X: Tensor, factors: LowRankFactors) -> Tensor:
         """``U^T P^-1 X = H^-1 U^T Z^-1 X``, without a weight."""
-        W, h = factors.W, factors.h.unsqueeze(-1)
-        return W @ ((W.mT @ self._collect(self.base._solve(X, factors.base))) / h)
+        return _over_capacitance(self._collect(self.base._solve(X, factors.base)), factors)
 
     def _solve_value(self, X: Tensor, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
@@ -336,7 +358,7 @@ class Woodbury(ImplicitOperator):
         """A sum of squares in every route.
 
         For an update it is ``min_t (x - U t)^T Z^-1 (x - U t) + t^T t``, where errors of t count squared. The
-        minimum is at ``t = U^T P^-1 x``; a safe Gram matrix gives it directly.
+        minimum is at ``t = U^T P^-1 x``, from k equations ``(I + U^T Z^-1 U) t = U^T Z^-1 x``.
         """
         if isinstance(factors, CanonicalFactors):
             return factors.operator._inv_quad_value(X, factors.factors)
@@ -344,11 +366,13 @@ class Woodbury(ImplicitOperator):
         if self.sign < 0:
             white = normal._shrink(normal.base._root_solve(X, factors.base), INVERSE_ROOT, factors)
             return self._over_weight(white.square().sum(-2), 1)
-        if self._has_safe_gram(factors):
-            t = normal._coefficients(X, factors)
-        else:
-            t = normal._collect(normal._solve_value(X, factors))
+        t = normal._coefficients(X, factors)
         rest = X - normal._spread(t)
+        if not self._has_safe_gram(factors):
+            for _ in range(2):
+                missing = normal._collect(normal.base._solve(rest, factors.base)) - t
+                t = t + _over_capacitance(missing, factors)
+                rest = X - normal._spread(t)
         return self._over_weight(normal.base._inv_quad(rest, factors.base) + t.square().sum(-2), 1)
 
     def _logdet(self, factors: Any) -> Tensor:
@@ -614,6 +638,9 @@ class LowRankPlusDiag(Woodbury):
         super().__init__(Diagonal(diagonal), U)
 
 
+_LEAST_PIVOT = 1e-10
+"""The smallest squared pivot of a core, relative to its diagonal entry, that counts as definite."""
+
 _CHUNK = 2**22
 """Numbers formed at a time where a feature operator's columns are needed: 32 MiB in float64."""
 
@@ -632,6 +659,13 @@ def _full_spectrum(factors: LowRankFactors) -> tuple[Tensor, Tensor]:
         return factors.W, factors.h
     rest = torch.linalg.qr(factors.W, mode="complete").Q[..., r:]
     return torch.cat([factors.W, rest], dim=-1), torch.nn.functional.pad(factors.h, (0, k - r), value=1.0)
+
+
+def _over_capacitance(c: Tensor, factors: LowRankFactors) -> Tensor:
+    """``H^-1 c``; directions beyond the columns of W have no gain."""
+    W, along = factors.W, factors.W.mT @ c
+    inside = W @ (along / factors.h.unsqueeze(-1))
+    return inside if W.shape[-1] == W.shape[-2] else inside + (c - W @ along)
 
 
 def _inverse_root_of(H: Tensor) -> Tensor:

@@ -67,6 +67,8 @@ class Recipe:
     splits_leverage: bool = False
     # Positive semidefinite but not definite, by construction.
     singular: bool = False
+    # Whether samples and roots have derivatives; where not, asking for one is refused by name.
+    differentiable_roots: bool = True
 
 
 @dataclass(frozen=True, eq=False)

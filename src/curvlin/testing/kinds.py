@@ -543,6 +543,7 @@ def _woodbury_singular_core(draw: Draw) -> Recipe:
         lambda xp, d, U, C: xp.diag(d) + U @ C @ U.T,
         n,
         base=lambda xp, d, U, C: xp.diag(d),
+        differentiable_roots=False,
     )
 
 
@@ -567,6 +568,7 @@ def _woodbury_indefinite_core(draw: Draw) -> Recipe:
         lambda A, B, delta, U, C: Woodbury(base.build(A, B, delta), U, core=C),
         lambda xp, A, B, delta, U, C: base.assemble(xp, A, B, delta) + U @ C @ U.T,
         n,
+        differentiable_roots=False,
     )
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvlin.errors import NotClosedError
 from curvlin.precision.base import PrecisionOperator
 from curvlin.testing.cases import TORCH, Case
-from curvlin.testing.laws._law import CONSTANT, EPS64, Measurement, law, worst, worst_counted
+from curvlin.testing.laws._law import CONSTANT, EPS64, Measurement, claim, law, worst, worst_counted
 from curvlin.testing.laws.roots import through
 
 LARGEST = 30
@@ -25,6 +26,7 @@ class _Question:
     ours: Callable[[PrecisionOperator, Tensor], Tensor]
     dense: Callable[[Tensor, Tensor], Tensor]
     size: Callable[[Tensor, Tensor], Tensor]
+    of_a_root: bool = False
 
 
 @law(13)
@@ -73,6 +75,7 @@ def gradients(case: Case) -> Iterator[Measurement]:
             lambda P, B: (w * _covariance(P, case)).sum(),
             lambda M, B: (w * torch.linalg.inv(M)).sum(),
             lambda M, B: torch.linalg.inv(M).norm() * w.norm(),
+            of_a_root=True,
         ),
     ]
     for question in questions:
@@ -103,6 +106,9 @@ def _derivatives(
         second = torch.autograd.grad(slope, inputs, materialize_grads=True)
         return [g.detach() for g in first], list(second)
 
+    if question.of_a_root and not case.recipe.differentiable_roots:
+        yield claim(f"the derivative of {question.name} is refused", _refused(case, question, B))
+        return
     found = derivatives(lambda leaves, b: question.ours(case.rebuilt(leaves), b))
     truth = derivatives(lambda leaves, b: question.dense(_dense(case, leaves), b))
     kappa = case.condition
@@ -116,6 +122,15 @@ def _derivatives(
             limit = unit * kappa**power * size
             label = f"{'gradient' if order == 0 else 'Hessian product'} of {question.name}, input {i}"
             yield from worst_counted(label, (mine - exact).norm(), limit, size)
+
+
+def _refused(case: Case, question: _Question, B: Tensor) -> bool:
+    leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in case.tensors]
+    try:
+        torch.autograd.grad(question.ours(case.rebuilt(leaves), B), leaves)
+    except NotClosedError:
+        return True
+    return False
 
 
 def _size(n: int) -> Tensor:
