@@ -317,4 +317,7 @@ class _Factorize(torch.autograd.Function):
         tensors = _Factorize.apply(  # type: ignore[no-untyped-call]
             structure, made, *(t.expand(info.batch_size, *t.shape[1:]) for t in moved)
         )
-        return tensors, (0,) * len(tensors)
+        # What does not depend on the data, such as the eigenvalues of an identity, has no batch of its own.
+        assert made.structure is not None
+        factors = build(made.structure, tensors)
+        return tensors, tuple(0 if t.ndim - n > width else None for t, n in factors._tensors())

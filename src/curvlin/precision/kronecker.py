@@ -215,12 +215,15 @@ class KroneckerSum(ImplicitOperator):
     def _side_roots(self, side: int) -> list[Tensor | None]:
         return [None] * len(self.terms) if self.roots is None else [pair[side] for pair in self.roots]
 
+    def _ones(self, side: int) -> Tensor:
+        return torch.ones(self.sizes[side], dtype=self.dtype, device=self.device)
+
     # -- factorisation ----------------------------------------------------------------------------------------
 
     def _factorize(self) -> KroneckerFactors:
         left, right = (
             diagonalise(
-                self._side(s), self._side_roots(s), self.resolution, f"KroneckerSum.{name}", self.sizes[s]
+                self._side(s), self._side_roots(s), self.resolution, f"KroneckerSum.{name}", self._ones(s)
             )
             for s, name in enumerate(("left", "right"))
         )
@@ -330,10 +333,8 @@ class KroneckerSum(ImplicitOperator):
         total: Tensor | float = 0.0
         for left, right in self.terms:
             l, r = (
-                torch.ones(n, dtype=self.dtype, device=self.device)
-                if M is None
-                else M.diagonal(dim1=-2, dim2=-1)
-                for M, n in zip((left, right), self.sizes, strict=True)
+                self._ones(s) if M is None else M.diagonal(dim1=-2, dim2=-1)
+                for s, M in enumerate((left, right))
             )
             total = total + l[..., :, None] * r[..., None, :]
         assert isinstance(total, Tensor)
@@ -468,8 +469,7 @@ class _CommutingSum(KroneckerSum):
             matrices = self._side(s)
             first = next((M for M in matrices if M is not None), None)
             if first is None:
-                ones = torch.ones(self.sizes[s], dtype=self.dtype, device=self.device)
-                sides.append(Side((ones,) * len(matrices), None, None, None))
+                sides.append(Side((self._ones(s),) * len(matrices), None, None, None))
                 continue
             spectrum, Q = torch.linalg.eigh(first)
             spectra = [
