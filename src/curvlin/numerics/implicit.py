@@ -54,6 +54,7 @@ def log_det(P: Any, factors: Any) -> Tensor:
 
 def graft(value: Tensor, expression: Tensor) -> Tensor:
     """`value` with the derivatives of `expression`: two ways to compute one thing, each for what it is good at."""
+    value = value.expand(torch.broadcast_shapes(value.shape, expression.shape))
     result: Tensor = _Graft.apply(value, expression)  # type: ignore[no-untyped-call]
     return result
 

@@ -17,8 +17,10 @@ from torch import Tensor
 from curvlin._check import floating, same_kind, square, symmetric
 from curvlin._tree import Tree, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
-from curvlin.numerics import implicit
+from curvlin.numerics import frozen_basis
 from curvlin.numerics.cholesky import follow
+from curvlin.numerics.frozen_basis import FrozenBasis, OffDiagonal, stacked
+from curvlin.numerics.implicit import graft
 from curvlin.numerics.inverse_root import inverse_root, inverse_square_root_rule
 from curvlin.numerics.kronecker import congruence, product, rotate
 from curvlin.numerics.pencil import Side, diagonalise
@@ -275,59 +277,39 @@ class KroneckerSum(ImplicitOperator):
         return (V.square() / factors.eigenvalues.unsqueeze(-3)).sum((-2, -1))
 
     def _logdet(self, factors: KroneckerFactors) -> Tensor:
-        return implicit.log_det(self, factors)
+        value = self._logdet_value(factors)
+        return graft(value, frozen_basis.log_det(self._frozen(factors))) if self._needs_grad() else value
 
     def _logdet_value(self, factors: KroneckerFactors) -> Tensor:
         a, b = self.sizes
         whitening = 2 * b * factors.left.logdet_whitening() + 2 * a * factors.right.logdet_whitening()
         return factors.eigenvalues.log().sum((-2, -1)) + whitening
 
-    def _logdet_gradient(self, factors: KroneckerFactors) -> list[Tensor]:
-        """``tr(P^-1 dP)`` for every tensor of P, in a basis held fixed.
-
-        In that basis ``dL_t`` meets ``G_t = diag(sum_j r_tj / d_ij)``. For a second derivative the off-diagonal
-        elements of the rotated factors, which are zero in value, enter G to first order:
-        ``- (l_u)_ik sum_j r_tj r_uj / (d_ij d_kj)``.
-        """
-        second_order = torch.is_grad_enabled() and self._needs_grad()
-        bases = [side.solve_basis for side in factors.sides]
-        rotated: list[list[Tensor | None]] = [[None] * len(self.terms), [None] * len(self.terms)]
+    def _frozen(self, factors: KroneckerFactors) -> FrozenBasis:
+        """P in its eigenbasis, which is a constant of the calculus."""
         spectra = [list(side.spectra) for side in factors.sides]
-        if second_order:
-            for s in (0, 1):
-                for t, M in enumerate(self._side(s)):
-                    if M is not None:
-                        X = bases[s]
-                        assert X is not None
-                        inner = X.mT @ M @ X
-                        rotated[s][t] = inner
-                        spectra[s][t] = inner.diagonal(dim1=-2, dim2=-1)
-        inverse = 1 / self._combine(spectra[0], spectra[1])
-        gradients: list[Tensor] = []
-        for t in range(len(self.terms)):
-            for s, weights in ((0, inverse), (1, inverse.mT)):
-                if self.terms[t][s] is None:
-                    continue
-                other = spectra[1 - s]
-                X = bases[s]
-                assert X is not None
-                diagonal = (weights * other[t].unsqueeze(-2)).sum(-1)
-                if not second_order:
-                    gradients.append((X * diagonal.unsqueeze(-2)) @ X.mT)
-                    continue
-                inner = torch.diag_embed(diagonal)
-                for u, M in enumerate(rotated[s]):
-                    if M is not None:
-                        off_diagonal = M - torch.diag_embed(M.diagonal(dim1=-2, dim2=-1))
-                        inner = inner - off_diagonal * (
-                            (weights * (other[t] * other[u]).unsqueeze(-2)) @ weights.mT
-                        )
-                gradients.append(X @ inner @ X.mT)
-        if self.shift is not None:
-            gradients.append(inverse.sum((-2, -1)))
-        if self.roots is not None:
-            gradients.extend(torch.zeros_like(R) for pair in self.roots for R in pair if R is not None)
-        return gradients
+        off: list[list[tuple[int, Tensor]]] = [[], []]
+        for s, side in enumerate(factors.sides):
+            for t, M in enumerate(self._side(s)):
+                if M is not None and needs_grad(M):
+                    X = side.solve_basis
+                    assert X is not None
+                    rotated = X.mT @ M @ X
+                    diagonal = rotated.diagonal(dim1=-2, dim2=-1)
+                    spectra[s][t] = graft(spectra[s][t], diagonal)
+                    off[s].append((t, rotated - torch.diag_embed(diagonal)))
+        parts = [
+            OffDiagonal(
+                stacked([M for _, M in found], 2),
+                stacked([spectra[1 - s][t] for t, _ in found], 1),
+                tuple(t for t, _ in found),
+            )
+            if found
+            else None
+            for s, found in enumerate(off)
+        ]
+        bases = factors.left.solve_basis, factors.right.solve_basis
+        return FrozenBasis(bases, self._combine(*spectra), (parts[0], parts[1]))
 
     def _diagonal(self) -> Tensor:
         total: Tensor | float = 0.0
@@ -343,12 +325,7 @@ class KroneckerSum(ImplicitOperator):
         return total.flatten(-2)
 
     def _inverse_diagonal(self, factors: KroneckerFactors) -> Tensor:
-        if self._factors_need_grad():
-            eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
-            return self._inv_quad(eye, factors)
-        left, right, eigenvalues = spectral_form(self, factors)
-        squares = [None if X is None else X.square() for X in (left, right)]
-        return rotate(squares[0], (1 / eigenvalues).unsqueeze(-3), squares[1]).squeeze(-3).flatten(-2)
+        return frozen_basis.inverse_diagonal(self._frozen(factors)).flatten(-2)
 
     # -- roots ------------------------------------------------------------------------------------------------
     # P = (L_l (x) L_r) K (L_l (x) L_r)^T with K diagonal in an orthogonal basis; the root is
@@ -577,3 +554,11 @@ def spectral_form(
     assert factors is not None
     left, right = factors.sides
     return left.solve_basis, right.solve_basis, P._combine(left.spectra, right.spectra)
+
+
+def frozen(P: KroneckerSum | SpectralKronecker, factors: KroneckerFactors | None) -> FrozenBasis:
+    """P in its eigenbasis, with what its derivatives need."""
+    if isinstance(P, SpectralKronecker):
+        return FrozenBasis((P.QL, P.QR), P.eigenvalues)
+    assert factors is not None
+    return P._frozen(factors)
