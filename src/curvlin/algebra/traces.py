@@ -5,7 +5,7 @@
     P: Isotropic, Diagonal       sum of Q's diagonal over p, for every Q
     P or Q: Dense                a dense solve
     P: Woodbury kinds            the base's trace less tr(H^-1 W^T Q W), W = Z^-1 U, for every Q that the base knows
-    Kronecker with Kronecker     in the eigenbasis of P, equal sizes
+    Kronecker with Kronecker     in the eigenbasis of P, equal sizes (Isotropic is I (x) I)
     BlockDiag with BlockDiag     block by block, equal partitions
 
 A rule takes P and Q in float64 and the factors of P.

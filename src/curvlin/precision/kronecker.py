@@ -7,8 +7,9 @@ O(ab(a + b)), and nothing of size ``ab x ab`` is ever formed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -18,14 +19,15 @@ from curvlin._check import floating, same_kind, square, symmetric
 from curvlin._tree import Tree, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.numerics import frozen_basis
-from curvlin.numerics.cholesky import follow
 from curvlin.numerics.frozen_basis import FrozenBasis, OffDiagonal, stacked
 from curvlin.numerics.implicit import graft
-from curvlin.numerics.inverse_root import inverse_root, inverse_square_root_rule
 from curvlin.numerics.kronecker import congruence, product, rotate
 from curvlin.numerics.pencil import Side, diagonalise
 from curvlin.precision.implicit import ImplicitOperator
 from curvlin.precision.spectral import SpectralKronecker
+
+if TYPE_CHECKING:
+    from curvlin.precision.whitened import WhitenedFrame
 
 Pair = tuple[Tensor | None, Tensor | None]
 
@@ -328,52 +330,23 @@ class KroneckerSum(ImplicitOperator):
         return frozen_basis.inverse_diagonal(self._frozen(factors)).flatten(-2)
 
     # -- roots ------------------------------------------------------------------------------------------------
-    # P = (L_l (x) L_r) K (L_l (x) L_r)^T with K diagonal in an orthogonal basis; the root is
-    # (L_l (x) L_r) K^{1/2}, with the symmetric K^{1/2}: it varies smoothly where eigenvectors do not.
 
     def _whiten(self, X: Tensor, factors: KroneckerFactors) -> Tensor:
-        frame = self._frame(factors)
-        return frame.root(
-            congruence(frame.lowers[0], X.mT.unflatten(-1, self.sizes), frame.lowers[1]).flatten(-2).mT
-        )
+        return self._frame(factors).whiten(X)
 
     def _unwhiten(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
-        frame = self._frame(factors)
-        return self._solve_lower(frame.lowers, frame.inverse_root(Z), transpose=True)
+        return self._frame(factors).unwhiten(Z)
 
     def _root_matvec(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
-        frame = self._frame(factors)
-        V = frame.root(Z).mT.unflatten(-1, self.sizes)
-        return rotate(frame.lowers[0], V, frame.lowers[1]).flatten(-2).mT
+        return self._frame(factors).root_matvec(Z)
 
     def _root_solve(self, G: Tensor, factors: KroneckerFactors) -> Tensor:
-        frame = self._frame(factors)
-        return frame.inverse_root(self._solve_lower(frame.lowers, G, transpose=False))
+        return self._frame(factors).root_solve(G)
 
-    def _solve_lower(self, lowers: Pair, X: Tensor, *, transpose: bool) -> Tensor:
-        V = X.mT.unflatten(-1, self.sizes)
-        left, right = lowers
-        if left is not None:
-            M = (left.mT if transpose else left).unsqueeze(-3)
-            V = torch.linalg.solve_triangular(M, V, upper=transpose)
-        if right is not None:
-            M = (right.mT if transpose else right).unsqueeze(-3)
-            V = torch.linalg.solve_triangular(M, V.mT, upper=transpose).mT
-        return V.flatten(-2).mT
+    def _frame(self, factors: KroneckerFactors) -> WhitenedFrame:
+        from curvlin.precision.whitened import whitened  # which has a KroneckerSum inside
 
-    def _frame(self, factors: KroneckerFactors) -> _WhitenedFrame:
-        sides = tuple(Side(side.spectra, side.orthogonal, None, side.orthogonal) for side in factors.sides)
-        inner_factors = KroneckerFactors(sides[0], sides[1], factors.eigenvalues)
-        lowers = [side.lower for side in factors.sides]
-        if not self._needs_grad():
-            return _WhitenedFrame((lowers[0], lowers[1]), None, inner_factors)
-        matrices = [self._side(0), self._side(1)]
-        for s, lower in enumerate(lowers):
-            if lower is not None:
-                lower = lowers[s] = _differentiable_lower(lower, matrices[s])
-                matrices[s] = [_solve_both_sides(lower, M) for M in matrices[s]]
-        inner = self._with(_CommutingSum, terms=tuple(zip(*matrices, strict=True)), roots=None)
-        return _WhitenedFrame((lowers[0], lowers[1]), inner, inner_factors)
+        return whitened(self, factors)
 
     # -- algebra ----------------------------------------------------------------------------------------------
 
@@ -431,95 +404,6 @@ class KroneckerSum(ImplicitOperator):
                 self.size, dtype=self.dtype, device=self.device
             )
         return total
-
-
-class _CommutingSum(KroneckerSum):
-    """A Kronecker sum whose factors share an orthogonal eigenbasis on each side, by construction."""
-
-    @property
-    def orthogonal(self) -> bool:
-        return True
-
-    def _factorize(self) -> KroneckerFactors:
-        sides = []
-        for s in (0, 1):
-            matrices = self._side(s)
-            first = next((M for M in matrices if M is not None), None)
-            if first is None:
-                sides.append(Side((self._ones(s),) * len(matrices), None, None, None))
-                continue
-            spectrum, Q = torch.linalg.eigh(first)
-            spectra = [
-                torch.ones_like(spectrum) if M is None else ((M @ Q) * Q).sum(-2).clamp(min=0.0)
-                for M in matrices
-            ]
-            sides.append(Side(tuple(spectra), Q, None, Q))
-        return KroneckerFactors(sides[0], sides[1], self._combine(sides[0].spectra, sides[1].spectra))
-
-    def _inverse_root_value(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
-        return _in_basis(Z, 1 / factors.eigenvalues.sqrt(), factors)
-
-    def _quadrature(
-        self, factors: KroneckerFactors
-    ) -> Iterator[tuple[_CommutingSum, KroneckerFactors, Tensor]]:
-        """``K + t_q I`` with its factors and the weight w_q, a few nodes at a time as a leading batch dimension."""
-        d = factors.eigenvalues
-        n = None if is_concrete(d) else _NODES_FOR_ANY_CONDITION
-        rule = inverse_square_root_rule(d.amin((-2, -1)), d.amax((-2, -1)), n)
-        for nodes, weights in zip(*(part.split(_NODES_AT_A_TIME) for part in rule), strict=True):
-            shifted = self._with(shift=nodes if self.shift is None else self.shift + nodes)
-            moved = KroneckerFactors(factors.left, factors.right, d + nodes[..., None, None])
-            yield shifted, moved, weights[..., None, None]
-
-
-_NODES_AT_A_TIME = 4
-_NODES_FOR_ANY_CONDITION = 72  # what a condition number of 1e14 needs
-
-
-@dataclass(frozen=True)
-class _WhitenedFrame:
-    """``P = (L_l (x) L_r) K (L_l (x) L_r)^T``: the L of each side, and K where derivatives are asked for."""
-
-    lowers: Pair
-    inner: _CommutingSum | None
-    factors: KroneckerFactors
-
-    def inverse_root(self, Z: Tensor) -> Tensor:
-        """``K^{-1/2} Z``."""
-        if self.inner is None:
-            return _in_basis(Z, 1 / self.factors.eigenvalues.sqrt(), self.factors)
-        return inverse_root(self.inner, Z, self.factors)
-
-    def root(self, Z: Tensor) -> Tensor:
-        """``K^{1/2} Z``."""
-        if self.inner is None:
-            return _in_basis(Z, self.factors.eigenvalues.sqrt(), self.factors)
-        return self.inner._matmul(self.inverse_root(Z))
-
-
-def _in_basis(Z: Tensor, values: Tensor, factors: KroneckerFactors) -> Tensor:
-    """``Q diag(values) Q^T Z`` in the orthogonal basis ``Q = Q_l (x) Q_r``."""
-    left, right = (side.orthogonal for side in factors.sides)
-    V = congruence(left, Z.mT.unflatten(-1, values.shape[-2:]), right) * values.unsqueeze(-3)
-    return rotate(left, V, right).flatten(-2).mT
-
-
-def _solve_both_sides(lower: Tensor, M: Tensor | None) -> Tensor:
-    """``L^-1 M L^-T``."""
-    assert M is not None  # a whitened side holds two matrices and no identity
-    half = torch.linalg.solve_triangular(lower, M, upper=False)
-    return torch.linalg.solve_triangular(lower, half.mT, upper=False)
-
-
-def _differentiable_lower(lower: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
-    """The accurate L of the factorisation with the derivatives of chol(M1 / tr M1 + M2 / tr M2)."""
-    total: Tensor | float = 0.0
-    for M in matrices:
-        assert M is not None
-        trace = M.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        total = total + M / trace
-    assert isinstance(total, Tensor)
-    return follow(lower, total)
 
 
 def _check_proportional(name: str, R: Tensor, M: Tensor) -> None:
