@@ -75,6 +75,8 @@ OPERATORS: dict[str, Callable[[], PrecisionOperator]] = {
     "damped": lambda: KroneckerSum.damped(spd(SIDE, 1), spd(SIDE, 2), scalar(0.1)),
     "direct": lambda: KroneckerSum.direct(spd(SIDE, 1), spd(SIDE, 2)),
     "two terms": lambda: KroneckerSum([(spd(SIDE, 1), spd(SIDE, 2)), (spd(SIDE, 3), spd(SIDE, 4))]),
+    "repeated": lambda: KroneckerSum([(None, spd(SIDE, 1))], scalar(0.1), sizes=(SIDE, SIDE)),
+    "one side": lambda: KroneckerSum([(spd(SIDE, 1), None), (spd(SIDE, 2), None)], sizes=(SIDE, SIDE)),
     "a batch of shifted": lambda: KroneckerSum.shifted(
         torch.stack([spd(SIDE, 1), spd(SIDE, 3)]).detach().requires_grad_(), spd(SIDE, 2), scalar(0.1)
     ),
@@ -190,6 +192,44 @@ def test_no_backward_pass_forms_the_matrix(name: str) -> None:
     run(OPERATORS[name](), gradients)
 
 
+VARIANCES: dict[str, Callable[[PrecisionOperator], Tensor]] = {
+    "inverse_diagonal": lambda P: P.inverse_diagonal().square(),
+    "variance": lambda P: gaussian(P).variance.square(),
+    "inverse diagonal": lambda P: P.inverse().diagonal().square(),
+    "trace_solve": lambda P: P.trace_solve(2.0 * P.detach()),
+    "trace_solve of a diagonal": lambda P: P.trace_solve(Diagonal(ROWS[0].abs())),
+    "divergence from a multiple": lambda P: kl_divergence(gaussian(P.detach()), gaussian(2.0 * P)),
+    "divergence of a multiple": lambda P: kl_divergence(gaussian(2.0 * P), gaussian(P.detach())),
+    "divergence from isotropic": lambda P: kl_divergence(gaussian(P), gaussian(ISOTROPIC)),
+}
+
+
+@pytest.mark.parametrize("question", VARIANCES)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_no_derivative_of_a_variance_forms_the_matrix(name: str, question: str) -> None:
+    """The first of every operator; the second of the Kronecker kinds, on which the others build."""
+
+    def derivatives(P: PrecisionOperator) -> None:
+        value = VARIANCES[question](P).sum()
+        wanted = [t for t, _ in P._tensors() if t.requires_grad]
+        twice = isinstance(P, KroneckerSum) and question in ("inverse_diagonal", "trace_solve")
+        first = torch.autograd.grad(value, wanted, create_graph=twice)
+        assert all(bool(g.isfinite().all()) for g in first)
+        if twice:
+            slope = sum((g * g.detach().sin()).sum() for g in first)
+            assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(slope, wanted))
+
+    run(OPERATORS[name](), derivatives)
+
+
+@pytest.mark.parametrize("sides", [(16, 512), (512, 16)])
+def test_derivatives_of_variances_between_unequal_sides_form_nothing_larger(sides: tuple[int, int]) -> None:
+    P = KroneckerSum.shifted(spd(sides[0], 1), spd(sides[1], 2), scalar(0.1))
+    with forbid_dense(None, P):
+        value = P.inverse_diagonal().square().sum() + P.trace_solve(P.detach())
+        torch.autograd.grad(value, [t for t, _ in P._tensors()])
+
+
 @pytest.mark.parametrize("name", ["Isotropic", "Diagonal", "one term", "LowRankPlusDiag", "BlockDiag"])
 def test_structured_parts_stay_structured(name: str) -> None:
     """Product index sets for a Kronecker product, any for diagonals, low rank and blocks."""
@@ -202,7 +242,7 @@ def test_structured_parts_stay_structured(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_sums_stay_structured(name: str) -> None:
-    closed = name not in ("two terms",)
+    closed = name not in ("two terms", "one side")
     if closed:
         run(OPERATORS[name]().detach(), lambda P: (P + ISOTROPIC).solve(ROWS[0]))
 

@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import kl_divergence
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from curvlin import NotClosedError, NotPositiveDefiniteError
+from curvlin import (
+    Diagonal,
+    Gaussian,
+    KroneckerSum,
+    NotClosedError,
+    NotPositiveDefiniteError,
+    SpectralKronecker,
+)
 from curvlin.precision.base import PrecisionOperator
 from curvlin.testing import KINDS, Case, Spec, make_case
 
@@ -22,6 +30,8 @@ ANSWERS: dict[str, Callable[[PrecisionOperator, Tensor], Tensor]] = {
     "logdet": lambda P, b: P.logdet(),
     "solve": lambda P, b: P.solve(b).sin().sum(),
     "inv_quad": lambda P, b: P.inv_quad(b),
+    "inverse_diagonal": lambda P, b: (P.inverse_diagonal() * b).sin().sum(),
+    "trace_solve": lambda P, b: P.trace_solve(Diagonal(1 + b.square())),
 }
 
 
@@ -140,6 +150,90 @@ def test_forward_mode_equals_reverse_mode(kind: str, name: str) -> None:
     reverse = pull(torch.ones((), dtype=f64))
     close(forward, sum((g * t).sum() for g, t in zip(reverse, tangents, strict=True)))
     close(jacfwd(fn)(*inputs), reverse[0])
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nested_vmap_equals_a_loop(kind: str, name: str) -> None:
+    batched = case_of(kind, Spec(**{**vars(SPEC), "batch": (2, 3)}))
+    inputs, b = inputs_of(batched), vector(batched)
+    for i, p in enumerate(batched.recipe.parameters):
+        if not p.differentiable:
+            p.tensor[:] = batched.tensors[i][0, 0].clone()
+    fn = function_of(batched.single((0, 0)), name, b)
+    everything = tuple(range(len(inputs)))
+    values = vmap(vmap(fn))(*inputs)
+    gradients = vmap(vmap(grad(fn, argnums=everything)))(*inputs)
+    for i, j in ((0, 0), (1, 2)):
+        element = tuple(t[i, j] for t in inputs)
+        close(values[i, j], fn(*element))
+        close(tuple(g[i, j] for g in gradients), eager_gradient(fn, element))
+
+
+# -- pairs of operators --------------------------------------------------------------------------------------------
+
+PAIRS: dict[str, Callable[[PrecisionOperator, PrecisionOperator], Tensor]] = {
+    "trace_solve": lambda P, Q: P.trace_solve(Q),
+    "divergence": lambda P, Q: kl_divergence(*(Gaussian(torch.zeros(R.size, dtype=f64), R) for R in (P, Q))),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("other", ["kronecker_shifted", "kronecker_repeated", "spectral_kronecker"])
+@pytest.mark.parametrize("kind", [k for k in KINDS if "kronecker" in k])
+def test_pairs_of_kronecker_operators_under_transforms(kind: str, other: str, name: str) -> None:
+    pair = [case_of(k, Spec(**{**vars(SPEC), "batch": (3,)})) for k in (kind, other)]
+    P, Q = (case.operator.expand((3,)) for case in pair)
+    singles = [[case.single((i,)).operator for case in pair] for i in range(3)]
+    close(vmap(PAIRS[name])(P, Q), torch.stack([PAIRS[name](*each) for each in singles]))
+
+    def fn(x: Tensor, y: Tensor, p: PrecisionOperator, q: PrecisionOperator) -> Tensor:
+        return PAIRS[name]((1 + x) * p, (1 + y) * q)
+
+    here = torch.tensor([0.1, 0.2, 0.3], dtype=f64)
+    first = vmap(grad(fn, argnums=(0, 1)))(here, here, P, Q)
+    for i, each in enumerate(singles):
+        eager = eager_gradient(lambda x, y: fn(x, y, *each), (here[i], here[i]))  # noqa: B023
+        close(tuple(g[i] for g in first), eager)
+    p, q = singles[0]
+    close(
+        hessian(lambda x: fn(x[0], x[1], p, q))(here),
+        torch.autograd.functional.hessian(lambda x: fn(x[0], x[1], p, q), here),
+    )
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_hessian_in_the_factors_of_both_equals_double_backward(name: str) -> None:
+    A, B, C, E = (make_case("dense", Spec(size=n, seed=n + i)).matrix for i, n in enumerate((2, 3, 2, 3)))
+
+    def fn(x: Tensor) -> Tensor:
+        a, b, c, e = (t.reshape(M.shape) for t, M in zip(x.split([4, 9, 4, 9]), (A, B, C, E), strict=True))
+        a, b, c, e = ((M + M.mT) / 2 for M in (a, b, c, e))
+        return PAIRS[name](KroneckerSum.shifted(a, b, 0.1), KroneckerSum([(c, b), (a, e)]))
+
+    x = torch.cat([M.flatten() for M in (A, B, C, E)])
+    eager = torch.autograd.functional.hessian(fn, x)
+    close(hessian(fn)(x), eager)
+    close(jacrev(jacfwd(fn))(x), eager)
+
+
+def test_spectral_sums_under_vmap_need_a_shared_basis() -> None:
+    """The same tensors are one basis; whether two mapped tensors are equal cannot be seen."""
+    batched = make_case("spectral_kronecker", Spec(size=6, batch=(3,), seed=4)).operator
+    other = batched.with_eigenvalues(batched.eigenvalues + 1)
+
+    def total(P: SpectralKronecker, more: Tensor) -> Tensor:
+        return (P + P.with_eigenvalues(more)).logdet()
+
+    close(vmap(total)(batched, other.eigenvalues), (batched + other).logdet())
+    with pytest.raises(NotClosedError, match="project"):
+        vmap(lambda P, Q: (P + Q).logdet())(batched, other)
+    one = SpectralKronecker(batched.QL[0], batched.QR[0], batched.eigenvalues[0])
+    clone = SpectralKronecker(one.QL.clone(), one.QR.clone(), one.eigenvalues)
+    values = vmap(lambda e: (one.with_eigenvalues(e) + clone.with_eigenvalues(e)).logdet())(
+        batched.eigenvalues
+    )
+    close(values, torch.stack([one.with_eigenvalues(2 * e).logdet() for e in batched.eigenvalues]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

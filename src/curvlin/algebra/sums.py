@@ -10,7 +10,8 @@
     Dense + anything is Dense. SpectralKronecker + Isotropic, or + one in the same basis, is SpectralKronecker.
 
 Closure depends on types and static structure (number of terms, identity factors, index sets); the one exception is
-"the same basis", which compares two tensors that no gradient flows into. A rule returns None where it does not apply.
+"the same basis", which compares two tensors that no gradient flows into (and under a transform asks whether they are
+one). A rule returns None where it does not apply.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from curvlin._tables import ADD, register
+from curvlin._tree import is_concrete
 from curvlin.index import IndexSet
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
@@ -95,8 +97,15 @@ def spectral_isotropic(P: SpectralKronecker, Q: Isotropic) -> SpectralKronecker:
 
 @register(ADD, SpectralKronecker, SpectralKronecker)
 def spectral_spectral(P: SpectralKronecker, Q: SpectralKronecker) -> SpectralKronecker | None:
-    same = all(a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in ((P.QL, Q.QL), (P.QR, Q.QR)))
+    same = all(_equal(a, b) for a, b in ((P.QL, Q.QL), (P.QR, Q.QR)))
     return P.with_eigenvalues(P.eigenvalues + Q.eigenvalues) if same else None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal and can be seen to be: under a transform only if they are one tensor."""
+    if a is b or not (is_concrete(a) and is_concrete(b)):
+        return a is b
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------

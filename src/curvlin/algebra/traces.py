@@ -5,7 +5,7 @@
     P: Isotropic, Diagonal       sum of Q's diagonal over p, for every Q
     P or Q: Dense                a dense solve
     P: Woodbury kinds            the base's trace less tr(H^-1 W^T Q W), W = Z^-1 U, for every Q that the base knows
-    Kronecker with Kronecker     in the eigenbasis of P, equal sizes
+    Kronecker with Kronecker     in the eigenbasis of P, equal sizes (Isotropic is I (x) I)
     BlockDiag with BlockDiag     block by block, equal partitions
 
 A rule takes P and Q in float64 and the factors of P.
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from curvlin._tables import TRACE_SOLVE, lookup, register
 from curvlin.errors import NotClosedError
+from curvlin.numerics import frozen_basis
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
-from curvlin.precision.kronecker import KroneckerFactors, KroneckerSum, spectral_form
+from curvlin.precision.kronecker import KroneckerSum, frozen
 from curvlin.precision.low_rank import Woodbury
 from curvlin.precision.spectral import SpectralKronecker
 
@@ -58,6 +59,9 @@ def _of_low_rank(P: PrecisionOperator, Q: Woodbury, factors: Any) -> Tensor:
 
 
 def _of_diagonal(P: PrecisionOperator, Q: Isotropic | Diagonal, factors: Any) -> Tensor:
+    if isinstance(Q, Isotropic) and isinstance(P, (KroneckerSum, SpectralKronecker)):
+        # I is a Kronecker product, and its trace has cheaper derivatives than D variances.
+        return frozen_basis.trace(frozen(P, factors), [(Q.value, None, None)])
     return (P._inverse_diagonal(factors) * Q.diagonal()).sum(-1)
 
 
@@ -95,33 +99,19 @@ def low_rank_anything(P: Woodbury, Q: PrecisionOperator, factors: Any) -> Tensor
 def kronecker_kronecker(P: KroneckerSum | SpectralKronecker, Q: KroneckerSum, factors: Any) -> Tensor:
     """``sum_ij (X^T L X)_ii (Y^T R Y)_jj / d_ij`` over the terms ``L (x) R`` of Q."""
     _check_sizes(P, Q)
-    left, right, d = spectral_form(P, factors)
-    total = torch.zeros((), dtype=d.dtype, device=d.device)
-    for L, R in Q.terms:
-        total = (
-            total
-            + _rotated_diagonal(left, L, P.sizes[0], d)
-            @ (1 / d)
-            @ _rotated_diagonal(right, R, P.sizes[1], d).mT
-        )
-    trace = total.sum((-2, -1)) if total.ndim > 1 else total
-    if Q.shift is not None:
-        trace = trace + Q.shift * P._inverse_diagonal(factors).sum(-1)
-    return trace
+    terms = [(None, L, R) for L, R in Q.terms]
+    return frozen_basis.trace(
+        frozen(P, factors), terms if Q.shift is None else [*terms, (Q.shift, None, None)]
+    )
 
 
 @register(TRACE_SOLVE, SpectralKronecker, SpectralKronecker)
 @register(TRACE_SOLVE, KroneckerSum, SpectralKronecker)
-def kronecker_spectral(
-    P: KroneckerSum | SpectralKronecker, Q: SpectralKronecker, factors: KroneckerFactors
-) -> Tensor:
-    """``sum_ij (X^T Q_L)_ik^2 (Y^T Q_R)_jl^2 q_kl / d_ij``."""
+def kronecker_spectral(P: KroneckerSum | SpectralKronecker, Q: SpectralKronecker, factors: Any) -> Tensor:
+    """The eigenvalues of Q times the diagonal of ``P^-1`` in its basis."""
     _check_sizes(P, Q)
-    left, right, d = spectral_form(P, factors)
-    L2, R2 = (
-        (Q_side if X is None else X.mT @ Q_side).square() for X, Q_side in ((left, Q.QL), (right, Q.QR))
-    )
-    return ((L2 @ Q.eigenvalues @ R2.mT) / d).sum((-2, -1))
+    variances = frozen_basis.inverse_diagonal(frozen(P, factors).seen_from(Q.QL, Q.QR))
+    return (variances * Q.eigenvalues).sum((-2, -1))
 
 
 def _check_sizes(P: KroneckerSum | SpectralKronecker, Q: KroneckerSum | SpectralKronecker) -> None:
@@ -129,24 +119,6 @@ def _check_sizes(P: KroneckerSum | SpectralKronecker, Q: KroneckerSum | Spectral
         raise NotClosedError(
             f"tr(P^-1 Q) of Kronecker operators needs equal factor sizes, found {P.sizes} and {Q.sizes}"
         )
-    if P._factors_need_grad():
-        raise NotClosedError(
-            "tr(P^-1 Q) has no structured derivative in the Kronecker factors of P; detach P, or differentiate "
-            "Dense(P.to_dense()).trace_solve(...)"
-        )
-
-
-def _rotated_diagonal(X: Tensor | None, M: Tensor | None, size: int, like: Tensor) -> Tensor:
-    """The diagonal of ``X^T M X`` as a row ``(..., 1, n)``; None is the identity."""
-    if X is None:
-        diagonal = (
-            torch.ones(size, dtype=like.dtype, device=like.device)
-            if M is None
-            else M.diagonal(dim1=-2, dim2=-1)
-        )
-    else:
-        diagonal = (X * (X if M is None else M @ X)).sum(-2)
-    return diagonal.unsqueeze(-2)
 
 
 @register(TRACE_SOLVE, BlockDiag, BlockDiag)

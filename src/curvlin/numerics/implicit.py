@@ -55,6 +55,7 @@ def log_det(P: Any, factors: Any) -> Tensor:
 
 def graft(value: Tensor, expression: Tensor) -> Tensor:
     """`value` with the derivatives of `expression`: two ways to compute one thing, each for what it is good at."""
+    value = value.expand(torch.broadcast_shapes(value.shape, expression.shape))
     result: Tensor = _Graft.apply(value, expression)  # type: ignore[no-untyped-call]
     return result
 
@@ -356,4 +357,7 @@ class _Factorize(torch.autograd.Function):
         tensors = _Factorize.apply(  # type: ignore[no-untyped-call]
             structure, made, *(t.expand(info.batch_size, *t.shape[1:]) for t in moved)
         )
-        return tensors, (0,) * len(tensors)
+        # What does not depend on the data, such as the eigenvalues of an identity, has no batch of its own.
+        assert made.structure is not None
+        factors = build(made.structure, tensors)
+        return tensors, tuple(0 if t.ndim - n > width else None for t, n in factors._tensors())

@@ -55,7 +55,7 @@ def diagonalise(
     roots: Sequence[Tensor | None],
     resolution: float,
     where: str,
-    size: int,
+    ones: Tensor,
 ) -> Side:
     """Diagonalise the matrices of one side; None is the identity.
 
@@ -65,28 +65,23 @@ def diagonalise(
         roots: R with ``M`` a positive multiple of ``R^T R``, ``(..., m, n)``, for each matrix where it is known.
         resolution: relative rounding of the entries; what it can have made of a zero eigenvalue is zero.
         where: the name under which a failure is reported.
-        size: n.
+        ones: the eigenvalues of the identity, ``(n,)``.
 
     Raises:
         NotPositiveDefiniteError: if two matrices share a null direction, or their sum is indefinite.
     """
     general = [i for i, M in enumerate(matrices) if M is not None]
     if not general:
-        return Side((_ones(size),) * len(matrices), None, None, None)
+        return Side((ones,) * len(matrices), None, None, None)
     if len(general) == 1:
         matrix, root = matrices[general[0]], roots[general[0]]
         assert matrix is not None
         spectrum, Q = _eigen(matrix, root, resolution)
-        ones = torch.ones_like(spectrum)
         return Side(tuple(spectrum if i in general else ones for i in range(len(matrices))), Q, None, Q)
     first, second = (matrices[i] for i in general)
     root1, root2 = (roots[i] for i in general)
     assert first is not None and second is not None
     return _pencil(first, second, root1, root2, resolution, where)
-
-
-def _ones(size: int) -> Tensor:
-    return torch.ones(size, dtype=torch.float64)
 
 
 def _eigen(M: Tensor, root: Tensor | None, resolution: float) -> tuple[Tensor, Tensor]:

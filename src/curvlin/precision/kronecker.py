@@ -7,8 +7,9 @@ O(ab(a + b)), and nothing of size ``ab x ab`` is ever formed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -17,13 +18,16 @@ from torch import Tensor
 from curvlin._check import floating, same_kind, square, symmetric
 from curvlin._tree import Tree, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
-from curvlin.numerics import implicit
-from curvlin.numerics.cholesky import follow
-from curvlin.numerics.inverse_root import inverse_root, inverse_square_root_rule
+from curvlin.numerics import frozen_basis
+from curvlin.numerics.frozen_basis import FrozenBasis, OffDiagonal, stacked
+from curvlin.numerics.implicit import graft
 from curvlin.numerics.kronecker import congruence, product, rotate
 from curvlin.numerics.pencil import Side, diagonalise
 from curvlin.precision.implicit import ImplicitOperator
 from curvlin.precision.spectral import SpectralKronecker
+
+if TYPE_CHECKING:
+    from curvlin.precision.whitened import WhitenedFrame
 
 Pair = tuple[Tensor | None, Tensor | None]
 
@@ -215,12 +219,15 @@ class KroneckerSum(ImplicitOperator):
     def _side_roots(self, side: int) -> list[Tensor | None]:
         return [None] * len(self.terms) if self.roots is None else [pair[side] for pair in self.roots]
 
+    def _ones(self, side: int) -> Tensor:
+        return torch.ones(self.sizes[side], dtype=self.dtype, device=self.device)
+
     # -- factorisation ----------------------------------------------------------------------------------------
 
     def _factorize(self) -> KroneckerFactors:
         left, right = (
             diagonalise(
-                self._side(s), self._side_roots(s), self.resolution, f"KroneckerSum.{name}", self.sizes[s]
+                self._side(s), self._side_roots(s), self.resolution, f"KroneckerSum.{name}", self._ones(s)
             )
             for s, name in enumerate(("left", "right"))
         )
@@ -272,68 +279,46 @@ class KroneckerSum(ImplicitOperator):
         return (V.square() / factors.eigenvalues.unsqueeze(-3)).sum((-2, -1))
 
     def _logdet(self, factors: KroneckerFactors) -> Tensor:
-        return implicit.log_det(self, factors)
+        value = self._logdet_value(factors)
+        return graft(value, frozen_basis.log_det(self._frozen(factors))) if self._needs_grad() else value
 
     def _logdet_value(self, factors: KroneckerFactors) -> Tensor:
         a, b = self.sizes
         whitening = 2 * b * factors.left.logdet_whitening() + 2 * a * factors.right.logdet_whitening()
         return factors.eigenvalues.log().sum((-2, -1)) + whitening
 
-    def _logdet_gradient(self, factors: KroneckerFactors) -> list[Tensor]:
-        """``tr(P^-1 dP)`` for every tensor of P, in a basis held fixed.
-
-        In that basis ``dL_t`` meets ``G_t = diag(sum_j r_tj / d_ij)``. For a second derivative the off-diagonal
-        elements of the rotated factors, which are zero in value, enter G to first order:
-        ``- (l_u)_ik sum_j r_tj r_uj / (d_ij d_kj)``.
-        """
-        second_order = torch.is_grad_enabled() and self._needs_grad()
-        bases = [side.solve_basis for side in factors.sides]
-        rotated: list[list[Tensor | None]] = [[None] * len(self.terms), [None] * len(self.terms)]
+    def _frozen(self, factors: KroneckerFactors) -> FrozenBasis:
+        """P in its eigenbasis, which is a constant of the calculus."""
         spectra = [list(side.spectra) for side in factors.sides]
-        if second_order:
-            for s in (0, 1):
-                for t, M in enumerate(self._side(s)):
-                    if M is not None:
-                        X = bases[s]
-                        assert X is not None
-                        inner = X.mT @ M @ X
-                        rotated[s][t] = inner
-                        spectra[s][t] = inner.diagonal(dim1=-2, dim2=-1)
-        inverse = 1 / self._combine(spectra[0], spectra[1])
-        gradients: list[Tensor] = []
-        for t in range(len(self.terms)):
-            for s, weights in ((0, inverse), (1, inverse.mT)):
-                if self.terms[t][s] is None:
-                    continue
-                other = spectra[1 - s]
-                X = bases[s]
-                assert X is not None
-                diagonal = (weights * other[t].unsqueeze(-2)).sum(-1)
-                if not second_order:
-                    gradients.append((X * diagonal.unsqueeze(-2)) @ X.mT)
-                    continue
-                inner = torch.diag_embed(diagonal)
-                for u, M in enumerate(rotated[s]):
-                    if M is not None:
-                        off_diagonal = M - torch.diag_embed(M.diagonal(dim1=-2, dim2=-1))
-                        inner = inner - off_diagonal * (
-                            (weights * (other[t] * other[u]).unsqueeze(-2)) @ weights.mT
-                        )
-                gradients.append(X @ inner @ X.mT)
-        if self.shift is not None:
-            gradients.append(inverse.sum((-2, -1)))
-        if self.roots is not None:
-            gradients.extend(torch.zeros_like(R) for pair in self.roots for R in pair if R is not None)
-        return gradients
+        off: list[list[tuple[int, Tensor]]] = [[], []]
+        for s, side in enumerate(factors.sides):
+            for t, M in enumerate(self._side(s)):
+                if M is not None and needs_grad(M):
+                    X = side.solve_basis
+                    assert X is not None
+                    rotated = X.mT @ M @ X
+                    diagonal = rotated.diagonal(dim1=-2, dim2=-1)
+                    spectra[s][t] = graft(spectra[s][t], diagonal)
+                    off[s].append((t, rotated - torch.diag_embed(diagonal)))
+        parts = [
+            OffDiagonal(
+                stacked([M for _, M in found], 2),
+                stacked([spectra[1 - s][t] for t, _ in found], 1),
+                tuple(t for t, _ in found),
+            )
+            if found
+            else None
+            for s, found in enumerate(off)
+        ]
+        bases = factors.left.solve_basis, factors.right.solve_basis
+        return FrozenBasis(bases, self._combine(*spectra), (parts[0], parts[1]))
 
     def _diagonal(self) -> Tensor:
         total: Tensor | float = 0.0
         for left, right in self.terms:
             l, r = (
-                torch.ones(n, dtype=self.dtype, device=self.device)
-                if M is None
-                else M.diagonal(dim1=-2, dim2=-1)
-                for M, n in zip((left, right), self.sizes, strict=True)
+                self._ones(s) if M is None else M.diagonal(dim1=-2, dim2=-1)
+                for s, M in enumerate((left, right))
             )
             total = total + l[..., :, None] * r[..., None, :]
         assert isinstance(total, Tensor)
@@ -342,60 +327,26 @@ class KroneckerSum(ImplicitOperator):
         return total.flatten(-2)
 
     def _inverse_diagonal(self, factors: KroneckerFactors) -> Tensor:
-        if self._factors_need_grad():
-            eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
-            return self._inv_quad(eye, factors)
-        left, right, eigenvalues = spectral_form(self, factors)
-        squares = [None if X is None else X.square() for X in (left, right)]
-        return rotate(squares[0], (1 / eigenvalues).unsqueeze(-3), squares[1]).squeeze(-3).flatten(-2)
+        return frozen_basis.inverse_diagonal(self._frozen(factors)).flatten(-2)
 
     # -- roots ------------------------------------------------------------------------------------------------
-    # P = (L_l (x) L_r) K (L_l (x) L_r)^T with K diagonal in an orthogonal basis; the root is
-    # (L_l (x) L_r) K^{1/2}, with the symmetric K^{1/2}: it varies smoothly where eigenvectors do not.
 
     def _whiten(self, X: Tensor, factors: KroneckerFactors) -> Tensor:
-        frame = self._frame(factors)
-        return frame.root(
-            congruence(frame.lowers[0], X.mT.unflatten(-1, self.sizes), frame.lowers[1]).flatten(-2).mT
-        )
+        return self._frame(factors).whiten(X)
 
     def _unwhiten(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
-        frame = self._frame(factors)
-        return self._solve_lower(frame.lowers, frame.inverse_root(Z), transpose=True)
+        return self._frame(factors).unwhiten(Z)
 
     def _root_matvec(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
-        frame = self._frame(factors)
-        V = frame.root(Z).mT.unflatten(-1, self.sizes)
-        return rotate(frame.lowers[0], V, frame.lowers[1]).flatten(-2).mT
+        return self._frame(factors).root_matvec(Z)
 
     def _root_solve(self, G: Tensor, factors: KroneckerFactors) -> Tensor:
-        frame = self._frame(factors)
-        return frame.inverse_root(self._solve_lower(frame.lowers, G, transpose=False))
+        return self._frame(factors).root_solve(G)
 
-    def _solve_lower(self, lowers: Pair, X: Tensor, *, transpose: bool) -> Tensor:
-        V = X.mT.unflatten(-1, self.sizes)
-        left, right = lowers
-        if left is not None:
-            M = (left.mT if transpose else left).unsqueeze(-3)
-            V = torch.linalg.solve_triangular(M, V, upper=transpose)
-        if right is not None:
-            M = (right.mT if transpose else right).unsqueeze(-3)
-            V = torch.linalg.solve_triangular(M, V.mT, upper=transpose).mT
-        return V.flatten(-2).mT
+    def _frame(self, factors: KroneckerFactors) -> WhitenedFrame:
+        from curvlin.precision.whitened import whitened  # which has a KroneckerSum inside
 
-    def _frame(self, factors: KroneckerFactors) -> _WhitenedFrame:
-        sides = tuple(Side(side.spectra, side.orthogonal, None, side.orthogonal) for side in factors.sides)
-        inner_factors = KroneckerFactors(sides[0], sides[1], factors.eigenvalues)
-        lowers = [side.lower for side in factors.sides]
-        if not self._needs_grad():
-            return _WhitenedFrame((lowers[0], lowers[1]), None, inner_factors)
-        matrices = [self._side(0), self._side(1)]
-        for s, lower in enumerate(lowers):
-            if lower is not None:
-                lower = lowers[s] = _differentiable_lower(lower, matrices[s])
-                matrices[s] = [_solve_both_sides(lower, M) for M in matrices[s]]
-        inner = self._with(_CommutingSum, terms=tuple(zip(*matrices, strict=True)), roots=None)
-        return _WhitenedFrame((lowers[0], lowers[1]), inner, inner_factors)
+        return whitened(self, factors)
 
     # -- algebra ----------------------------------------------------------------------------------------------
 
@@ -455,96 +406,6 @@ class KroneckerSum(ImplicitOperator):
         return total
 
 
-class _CommutingSum(KroneckerSum):
-    """A Kronecker sum whose factors share an orthogonal eigenbasis on each side, by construction."""
-
-    @property
-    def orthogonal(self) -> bool:
-        return True
-
-    def _factorize(self) -> KroneckerFactors:
-        sides = []
-        for s in (0, 1):
-            matrices = self._side(s)
-            first = next((M for M in matrices if M is not None), None)
-            if first is None:
-                ones = torch.ones(self.sizes[s], dtype=self.dtype, device=self.device)
-                sides.append(Side((ones,) * len(matrices), None, None, None))
-                continue
-            spectrum, Q = torch.linalg.eigh(first)
-            spectra = [
-                torch.ones_like(spectrum) if M is None else ((M @ Q) * Q).sum(-2).clamp(min=0.0)
-                for M in matrices
-            ]
-            sides.append(Side(tuple(spectra), Q, None, Q))
-        return KroneckerFactors(sides[0], sides[1], self._combine(sides[0].spectra, sides[1].spectra))
-
-    def _inverse_root_value(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
-        return _in_basis(Z, 1 / factors.eigenvalues.sqrt(), factors)
-
-    def _quadrature(
-        self, factors: KroneckerFactors
-    ) -> Iterator[tuple[_CommutingSum, KroneckerFactors, Tensor]]:
-        """``K + t_q I`` with its factors and the weight w_q, a few nodes at a time as a leading batch dimension."""
-        d = factors.eigenvalues
-        n = None if is_concrete(d) else _NODES_FOR_ANY_CONDITION
-        rule = inverse_square_root_rule(d.amin((-2, -1)), d.amax((-2, -1)), n)
-        for nodes, weights in zip(*(part.split(_NODES_AT_A_TIME) for part in rule), strict=True):
-            shifted = self._with(shift=nodes if self.shift is None else self.shift + nodes)
-            moved = KroneckerFactors(factors.left, factors.right, d + nodes[..., None, None])
-            yield shifted, moved, weights[..., None, None]
-
-
-_NODES_AT_A_TIME = 4
-_NODES_FOR_ANY_CONDITION = 72  # what a condition number of 1e14 needs
-
-
-@dataclass(frozen=True)
-class _WhitenedFrame:
-    """``P = (L_l (x) L_r) K (L_l (x) L_r)^T``: the L of each side, and K where derivatives are asked for."""
-
-    lowers: Pair
-    inner: _CommutingSum | None
-    factors: KroneckerFactors
-
-    def inverse_root(self, Z: Tensor) -> Tensor:
-        """``K^{-1/2} Z``."""
-        if self.inner is None:
-            return _in_basis(Z, 1 / self.factors.eigenvalues.sqrt(), self.factors)
-        return inverse_root(self.inner, Z, self.factors)
-
-    def root(self, Z: Tensor) -> Tensor:
-        """``K^{1/2} Z``."""
-        if self.inner is None:
-            return _in_basis(Z, self.factors.eigenvalues.sqrt(), self.factors)
-        return self.inner._matmul(self.inverse_root(Z))
-
-
-def _in_basis(Z: Tensor, values: Tensor, factors: KroneckerFactors) -> Tensor:
-    """``Q diag(values) Q^T Z`` in the orthogonal basis ``Q = Q_l (x) Q_r``."""
-    left, right = (side.orthogonal for side in factors.sides)
-    V = congruence(left, Z.mT.unflatten(-1, values.shape[-2:]), right) * values.unsqueeze(-3)
-    return rotate(left, V, right).flatten(-2).mT
-
-
-def _solve_both_sides(lower: Tensor, M: Tensor | None) -> Tensor:
-    """``L^-1 M L^-T``."""
-    assert M is not None  # a whitened side holds two matrices and no identity
-    half = torch.linalg.solve_triangular(lower, M, upper=False)
-    return torch.linalg.solve_triangular(lower, half.mT, upper=False)
-
-
-def _differentiable_lower(lower: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
-    """The accurate L of the factorisation with the derivatives of chol(M1 / tr M1 + M2 / tr M2)."""
-    total: Tensor | float = 0.0
-    for M in matrices:
-        assert M is not None
-        trace = M.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        total = total + M / trace
-    assert isinstance(total, Tensor)
-    return follow(lower, total)
-
-
 def _check_proportional(name: str, R: Tensor, M: Tensor) -> None:
     R, M = R.detach(), M.detach()
     gram = R.mT @ R
@@ -577,3 +438,11 @@ def spectral_form(
     assert factors is not None
     left, right = factors.sides
     return left.solve_basis, right.solve_basis, P._combine(left.spectra, right.spectra)
+
+
+def frozen(P: KroneckerSum | SpectralKronecker, factors: KroneckerFactors | None) -> FrozenBasis:
+    """P in its eigenbasis, with what its derivatives need."""
+    if isinstance(P, SpectralKronecker):
+        return FrozenBasis((P.QL, P.QR), P.eigenvalues)
+    assert factors is not None
+    return P._frozen(factors)

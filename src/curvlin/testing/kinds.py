@@ -301,6 +301,38 @@ def _kronecker_complementary(draw: Draw) -> Recipe:
     )
 
 
+@kind("kronecker_repeated")
+def _kronecker_repeated(draw: Draw) -> Recipe:
+    """``I (x) B + delta I``: one matrix for every row, and a side without any."""
+    from curvlin.precision.kronecker import KroneckerSum
+
+    spec, (a, b) = draw.spec, draw.spec.sides
+    B = draw.spd(b, spec.log10cond, spec.log10scale)
+    delta = draw.scalar(spec.scale * 10.0**-spec.log10cond)
+    return Recipe(
+        (B, delta),
+        lambda B, delta: KroneckerSum([(None, B)], delta, sizes=(a, b)),
+        lambda xp, B, delta: xp.kron(xp.eye(a), B) + delta * xp.eye(a * b),
+        a * b,
+    )
+
+
+@kind("kronecker_one_side")
+def _kronecker_one_side(draw: Draw) -> Recipe:
+    """``A1 (x) I + A2 (x) I``, which nobody added up: a pencil on one side, nothing on the other."""
+    from curvlin.precision.kronecker import KroneckerSum
+
+    spec, (a, b) = draw.spec, draw.spec.sides
+    A1 = draw.spd(a, spec.log10cond, spec.log10scale)
+    A2 = draw.spd(a, spec.log10cond, spec.log10scale, "decay")
+    return Recipe(
+        (A1, A2),
+        lambda A1, A2: KroneckerSum([(A1, None), (A2, None)], sizes=(a, b)),
+        lambda xp, A1, A2: xp.kron(A1, xp.eye(b)) + xp.kron(A2, xp.eye(b)),
+        a * b,
+    )
+
+
 @kind("kronecker_shifted_roots")
 def _kronecker_shifted_roots(draw: Draw) -> Recipe:
     """``R^T R (x) S^T S + delta I`` with the roots stored."""
