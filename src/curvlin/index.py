@@ -74,7 +74,9 @@ class IndexSet:
         self._arrays = tuple(a.astype(np.int64) for a in arrays)
         self.consecutive = bool((order == np.arange(self.size)).all())
         self._inverse = np.argsort(order)
-        self._hash = hash((self.sizes, hashlib.sha256(order.tobytes()).digest()))
+        # The same number in every process, unlike the hash of bytes: it travels with pickles.
+        digest = hashlib.sha256(order.tobytes()).digest()
+        self._hash = hash((self.sizes, int.from_bytes(digest, "big")))
 
     @classmethod
     def of_sizes(cls, sizes: Sequence[int]) -> IndexSet:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import math
+import os
+import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +21,7 @@ from curvlin import (
     Covariance,
     Dense,
     Diagonal,
+    Gaussian,
     Isotropic,
     KroneckerSum,
     LowRankPlusDiag,
@@ -393,6 +401,73 @@ def test_a_factor_is_stale_after_an_edit_in_place(kind: str) -> None:
         ):
             ask()
     torch.testing.assert_close(kept.factor().solve(x), case.operator.solve(x))
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda obj: pickle.loads(pickle.dumps(obj)),
+    "torch.save": lambda obj: _saved_and_loaded(obj),
+}
+
+
+def _saved_and_loaded(obj: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_a_factored_operator_answers_like_it(kind: str, how: str) -> None:
+    """The count of edits in place, by which a factor knows that it is stale, does not travel with a tensor."""
+    P = make_case(kind, Spec(size=6, seed=1)).operator
+    tensor = next(P._tensors())[0]
+    tensor.mul_(1.0)
+    kept = P.factor()
+    x = torch.ones(6, dtype=f64)
+    Q = COPIES[how](kept)
+    assert type(Q) is type(P)
+    assert torch.equal(Q.solve(x), kept.solve(x))
+    for made in (Covariance(kept), Gaussian(x, kept)):
+        copied = COPIES[how](made)
+        covariance = copied.covariance if isinstance(copied, Gaussian) else copied
+        assert torch.equal(covariance @ x, kept.solve(x))
+
+
+def test_an_edited_copy_of_a_factored_operator_is_not_answered_from_its_past() -> None:
+    P = Dense(2 * I2)
+    P.matrix.mul_(1.0).mul_(1.0)
+    Q = copy.deepcopy(P.factor())
+    Q.matrix.mul_(4.0)
+    assert float(Q.logdet()) == pytest.approx(2 * math.log(8.0))
+
+
+def test_factors_of_inference_tensors_go_stale_too() -> None:
+    """Inference tensors do not count their edits."""
+    with torch.inference_mode():
+        P = Dense(2 * I2).factor()
+        assert float(P.logdet()) == pytest.approx(2 * math.log(2.0))
+        P.matrix.mul_(4.0)
+        with pytest.raises(StaleFactorError):
+            P.logdet()
+        assert float(P.factor().logdet()) == pytest.approx(2 * math.log(8.0))
+
+
+def test_partitions_are_equal_across_processes() -> None:
+    """Their hash is part of what is pickled, and Python salts the hashes of bytes."""
+    hashes = "import curvlin.index as i; print(hash(i.IndexSet([[0, 2], [1]])))"
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", hashes],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(printed) == 1
 
 
 def test_what_is_made_from_a_factored_operator_is_not_factored() -> None:

@@ -407,14 +407,18 @@ class PrecisionOperator(Tree, ABC):
     def factor(self: OperatorT) -> OperatorT:
         """The same operator with its factorisation kept, for callers that ask it more than one question.
 
-        The result is equal to P and of the same type; what is made from it (`to`, `+`, ...) is not factored. If a
-        tensor of P is changed in place afterwards, using the factored operator raises `StaleFactorError`.
+        The result is equal to P and of the same type; what is made from it (`to`, `+`, a copy, ...) is not factored.
+        If a tensor of P is changed in place afterwards, using the factored operator raises `StaleFactorError`.
         """
         kept = self._map(lambda t, _: t)
         working = self.to(torch.float64)
-        versions = tuple(_version(t) for t, _ in self._tensors())
-        object.__setattr__(kept, "_kept", _Kept(working, self._needs_grad(), factorize(working), versions))
+        marks = tuple(_mark(t) for t, _ in self._tensors())
+        object.__setattr__(kept, "_kept", _Kept(working, self._needs_grad(), factorize(working), marks))
         return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: not the factors, whose tensors would go on by themselves."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def _factored(self: OperatorT) -> tuple[OperatorT, Any]:
         """This operator in float64, and its factors: the kept ones, or new ones."""
@@ -422,7 +426,7 @@ class PrecisionOperator(Tree, ABC):
         if kept is None:
             P = self.to(torch.float64)
             return P, factorize(P)
-        if kept.versions != tuple(_version(t) for t, _ in self._tensors()):
+        if not all(_unchanged(t, mark) for (t, _), mark in zip(self._tensors(), kept.marks, strict=True)):
             raise StaleFactorError(
                 f"a tensor of this {type(self).__name__} was changed in place after factor(); call factor() again"
             )
@@ -553,8 +557,13 @@ class _Kept:
     working: Any
     live: bool
     factors: Any
-    versions: tuple[int, ...]
+    marks: tuple[int | Tensor, ...]
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _mark(tensor: Tensor) -> int | Tensor:
+    """What `_unchanged` compares with: the count of edits in place, or a copy where torch does not count them."""
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _unchanged(tensor: Tensor, mark: int | Tensor) -> bool:
+    return torch.equal(tensor, mark) if isinstance(mark, Tensor) else tensor._version == mark
