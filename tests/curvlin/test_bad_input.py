@@ -92,6 +92,26 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"roots\[0\].left must satisfy",
     ),
+    "roots of zero": (
+        lambda: KroneckerSum([(I2, I2)], shift=1.0, roots=[(0 * I2, None)]),
+        ValueError,
+        r"roots\[0\].left must satisfy R\^T R = factor up to a positive scale, found",
+    ),
+    "roots of a negative matrix": (
+        lambda: KroneckerSum([(-3 * I2, I2)], roots=[(I2, I2)]),
+        ValueError,
+        r"roots\[0\].left must satisfy",
+    ),
+    "roots of a traceless matrix": (
+        lambda: KroneckerSum([(1e-20 * I2.flip(-1), I2)], roots=[(0 * I2, I2)]),
+        ValueError,
+        r"roots\[0\].left must satisfy",
+    ),
+    "one bad root of a batch": (
+        lambda: KroneckerSum([(I2.expand(2, 2, 2), I2)], roots=[(torch.stack([I2, 0 * I2]), I2)]),
+        ValueError,
+        r"roots\[0\].left must satisfy",
+    ),
     # NaN and Inf
     "Dense NaN": (lambda: Dense(NAN * I2), ValueError, "matrix must be finite"),
     "Dense Inf": (lambda: Dense(INF.expand(2, 2)), ValueError, "matrix must be finite"),
@@ -335,6 +355,18 @@ def test_what_needs_an_inverse_refuses(what: str, method: str) -> None:
         "Diagonal",
         "Woodbury",
     )
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1.0, 1e100])
+def test_roots_count_up_to_scale(scale: float) -> None:
+    R = torch.tensor([[1.0, 0.5], [0.0, 2.0], [1.0, 1.0]], dtype=f64)
+    expected = KroneckerSum([(R.mT @ R, I2)]).logdet()
+    torch.testing.assert_close(KroneckerSum([(R.mT @ R, I2)], roots=[(scale * R, I2)]).logdet(), expected)
+
+
+def test_a_root_of_a_zero_factor_is_zero() -> None:
+    P = KroneckerSum([(0 * I2, I2)], shift=3.0, roots=[(0 * I2, None)])
+    assert float(P.logdet()) == pytest.approx(4 * math.log(3.0))
 
 
 def test_the_offending_block_is_named() -> None:

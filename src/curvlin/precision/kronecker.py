@@ -547,11 +547,18 @@ def _differentiable_lower(lower: Tensor, matrices: Sequence[Tensor | None]) -> T
 
 def _check_proportional(name: str, R: Tensor, M: Tensor) -> None:
     R, M = R.detach(), M.detach()
-    gram = R.mT @ R
-    sizes = [A.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] for A in (gram, M)]
-    gap = float((gram / sizes[0] - M / sizes[1]).abs().max())
-    if gap > 8 * (R.shape[-2] + R.shape[-1]) * torch.finfo(R.dtype).eps:
-        raise ValueError(f"{name} must satisfy R^T R = factor, found a relative difference of {gap:.1e}")
+    gap = float((_of_unit_size(R.mT @ R) - _of_unit_size(M)).abs().max())
+    if not gap <= 8 * (R.shape[-2] + R.shape[-1]) * torch.finfo(R.dtype).eps:
+        raise ValueError(
+            f"{name} must satisfy R^T R = factor up to a positive scale, found a relative difference of {gap:.1e}"
+        )
+
+
+def _of_unit_size(A: Tensor) -> Tensor:
+    """A over its trace if it is positive semidefinite; always over a number that is zero only if A is."""
+    trace = A.diagonal(dim1=-2, dim2=-1).abs().sum(-1)
+    size = torch.maximum(trace, A.abs().amax((-2, -1)))[..., None, None]
+    return A / torch.where(size > 0, size, 1.0)
 
 
 def product_index(index: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
