@@ -184,13 +184,13 @@ class Covariance(Tree):
         rule = lookup(CONGRUENCE, type(Phi), type(self.operator))
         if rule is None or self.dtype == torch.float64:
             return self.operator.inv_congruence(Phi, joint=joint)  # which checks, and refuses by name
-        same_features("Phi", Phi, self.size, next(self._tensors())[0])
+        same_features("Phi", Phi, self.size, next(self._tensors())[0], self.batch_shape)
         P, factors = self.operator._factored()
         K: Tensor = rule(Phi.to(torch.float64), None, P, factors, "joint" if joint else "per_sample", None)
         return K.to(self.dtype)
 
     def _matrix_congruence(self, Phi: FeatureOperator, joint: bool) -> Tensor:
-        same_features("Phi", Phi, self.size, next(self._tensors())[0])
+        same_features("Phi", Phi, self.size, next(self._tensors())[0], self.batch_shape)
         Phi = Phi.to(torch.float64)
         products, rows = Phi._matmul(self.operator.to_dense().double()), Phi.to_dense()
         if not joint:

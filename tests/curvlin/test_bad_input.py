@@ -15,14 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributions import kl_divergence
 
 from curvlin import (
     BlockDiag,
+    BlockFeatures,
     Covariance,
     Dense,
+    DenseFeatures,
     Diagonal,
     Gaussian,
     Isotropic,
+    KhatriRaoFeatures,
     KroneckerSum,
     LowRankPlusDiag,
     NotClosedError,
@@ -40,7 +44,13 @@ NAN, INF = torch.tensor(float("nan"), dtype=f64), torch.tensor(float("inf"), dty
 INDEFINITE = torch.diag(torch.tensor([1.0, -0.5], dtype=f64))
 SINGULAR = torch.diag(torch.tensor([1.0, 0.0], dtype=f64))
 LOPSIDED = torch.tensor([[1.0, 0.5], [0.4, 1.0]], dtype=f64)
+I4 = torch.eye(4, dtype=f64)
 META = torch.empty(3, 3, dtype=f64, device="meta")
+
+
+def batch(n: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.expand(n, *tensor.shape)
+
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # not square
@@ -193,15 +203,106 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "eigenvalues",
     ),
-    "batches that do not broadcast": (
-        lambda: KroneckerSum([(I2.expand(3, 2, 2), I2.expand(2, 2, 2))]).logdet(),
-        (ValueError, RuntimeError),  # type: ignore[dict-item]
-        "",
+    "sizes of zero": (
+        lambda: KroneckerSum([(I2, None)], sizes=(2, 0)),
+        ValueError,
+        r"sizes\[1\] must be a positive integer, found 0",
+    ),
+    "sizes below zero": (
+        lambda: KroneckerSum([(I2, None)], sizes=(2, -1)),
+        ValueError,
+        r"sizes\[1\] must be a positive integer, found -1",
+    ),
+    "one size": (
+        lambda: KroneckerSum([(I2, None)], sizes=(2,)),  # type: ignore[arg-type]
+        ValueError,
+        r"sizes must be a pair \(a, b\), found \(2,\)",
+    ),
+    "sizes to project onto": (
+        lambda: Dense(I4).project(KroneckerSum, sizes=(-2, -2)),
+        ValueError,
+        r"sizes\[0\] must be a positive integer, found -2",
     ),
     "sizes unknown": (
         lambda: KroneckerSum([(I2, None)]),
         ValueError,
         "right factors are all identities; give sizes",
+    ),
+    # batches that do not broadcast
+    "batches, Kronecker": (
+        lambda: KroneckerSum([(batch(3, I2), batch(2, I2))]),
+        ValueError,
+        r"terms\[0\].right must have a batch shape that broadcasts with \(3,\), found \(2,\)",
+    ),
+    "batches, second term": (
+        lambda: KroneckerSum([(batch(3, I2), I2), (I2, batch(2, I2))]),
+        ValueError,
+        r"terms\[1\].right must have a batch shape",
+    ),
+    "batches, shift": (
+        lambda: KroneckerSum([(batch(3, I2), I2)], torch.ones(2, dtype=f64)),
+        ValueError,
+        "shift",
+    ),
+    "batches, roots": (
+        lambda: KroneckerSum([(batch(3, I2), I2)], roots=[(None, batch(2, I2))]),
+        ValueError,
+        r"roots\[0\].right must have a batch shape",
+    ),
+    "batches, damped": (
+        lambda: KroneckerSum.damped(batch(3, I2), I2, torch.ones(2, dtype=f64)),
+        ValueError,
+        "delta must have a batch shape",
+    ),
+    "batches, bases": (
+        lambda: SpectralKronecker(batch(3, I2), batch(2, I2), I2),
+        ValueError,
+        "QR must have a batch shape",
+    ),
+    "batches, eigenvalues": (
+        lambda: SpectralKronecker(I2, batch(3, I2), batch(2, I2)),
+        ValueError,
+        "eigenvalues must have a batch shape",
+    ),
+    "batches, other eigenvalues": (
+        lambda: SpectralKronecker(I2, batch(3, I2), I2).with_eigenvalues(batch(2, I2)),
+        ValueError,
+        "eigenvalues must have a batch shape",
+    ),
+    "batches, blocks": (
+        lambda: BlockDiag([Dense(batch(3, I2)), Dense(batch(2, I2))]),
+        ValueError,
+        r"blocks\[1\] must have a batch shape",
+    ),
+    "batches, U": (
+        lambda: LowRankPlusDiag(batch(3, ONES), batch(2, I3)),
+        ValueError,
+        "U must have a batch shape",
+    ),
+    "batches, core": (
+        lambda: Woodbury(Diagonal(ONES), batch(3, I3), core=batch(2, I3)),
+        ValueError,
+        "core must have a batch shape",
+    ),
+    "batches, features as U": (
+        lambda: Woodbury(Dense(batch(3, I2)), DenseFeatures(batch(2, I2[None]))),
+        ValueError,
+        "U must have a batch shape",
+    ),
+    "batches, Khatri-Rao": (
+        lambda: KhatriRaoFeatures(batch(3, I2[None, None]), batch(2, I2[None])),
+        ValueError,
+        "right must have a batch shape",
+    ),
+    "batches, parts": (
+        lambda: BlockFeatures([DenseFeatures(batch(3, I2[None])), DenseFeatures(batch(2, I2[None]))]),
+        ValueError,
+        r"parts\[1\] must have a batch shape",
+    ),
+    "batches, mean": (
+        lambda: Gaussian(batch(2, ONES), Dense(batch(3, I3))),
+        ValueError,
+        "mean must have a batch shape",
     ),
     # dtypes and devices
     "two dtypes, Kronecker": (
@@ -289,6 +390,159 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "matrix must be symmetric",
     ),
     "covariance of a tensor": (lambda: Covariance(I2), TypeError, "operator must be a PrecisionOperator"),  # type: ignore[arg-type]
+}
+
+
+P3 = Dense(torch.stack([I3] * 3))
+"""A batch of three, for arguments with a batch of two."""
+
+REFUSED |= {
+    # what an operation is given
+    "expand": (
+        lambda: P3.expand((2,)),
+        ValueError,
+        r"batch_shape must be one that \(3,\) expands to, found \(2,\)",
+    ),
+    "X": (lambda: P3 @ batch(2, I3), ValueError, "X must have a batch shape that broadcasts"),
+    "X from the left": (lambda: batch(2, I3) @ P3, ValueError, "X must have a batch shape"),
+    "solve": (lambda: P3.solve(batch(2, I3)), ValueError, "X must have a batch shape"),
+    "inv_quad": (lambda: P3.inv_quad(batch(2, ONES)), ValueError, "x must have a batch shape"),
+    "unwhiten": (lambda: P3.unwhiten(batch(2, ONES)), ValueError, "z must have a batch shape"),
+    "sum": (lambda: P3 + Dense(batch(2, I3)), ValueError, r"the right operand of \+ must have a batch shape"),
+    "scale": (
+        lambda: P3 * torch.ones(2, dtype=f64),
+        ValueError,
+        "the scale of an operator must have a batch shape",
+    ),
+    "trace_solve": (lambda: P3.trace_solve(Dense(batch(2, I3))), ValueError, "Q must have a batch shape"),
+    "rows": (lambda: P3.inv_congruence(batch(2, I3)), ValueError, "Phi must have a batch shape"),
+    "other rows": (
+        lambda: Dense(I3).inv_congruence(batch(3, I3), batch(2, I3)),
+        ValueError,
+        "Psi must have a batch shape",
+    ),
+    "features": (
+        lambda: P3.inv_congruence(DenseFeatures(batch(2, I3[None]))),
+        ValueError,
+        "Phi must have a batch shape",
+    ),
+    "other features": (
+        lambda: Dense(I3).inv_congruence(
+            DenseFeatures(batch(3, I3[None])), DenseFeatures(batch(2, I3[None]))
+        ),
+        ValueError,
+        "Psi must have a batch shape",
+    ),
+    "update": (lambda: P3.update(batch(2, I3)), ValueError, "U must have a batch shape"),
+    "product of features": (
+        lambda: DenseFeatures(batch(3, I3[None])) @ batch(2, I3),
+        ValueError,
+        "v must have a batch shape",
+    ),
+    "transposed features": (
+        lambda: DenseFeatures(batch(3, I3[None])).T @ batch(2, I3[None]),
+        ValueError,
+        "u must have a batch shape",
+    ),
+    "mixed features": (
+        lambda: batch(2, I3[None]) @ DenseFeatures(batch(3, I3[None])),
+        ValueError,
+        "S must have a batch shape",
+    ),
+    "scaled features": (
+        lambda: DenseFeatures(batch(3, I3[None])) * torch.ones(2, dtype=f64),
+        ValueError,
+        "the scale of features must have a batch shape",
+    ),
+    "gram": (
+        lambda: DenseFeatures(batch(3, I3[None])).gram(DenseFeatures(batch(2, I3[None]))),
+        ValueError,
+        "Psi must have a batch shape",
+    ),
+    "pushed forward": (
+        lambda: Gaussian(ONES, P3).push_forward(batch(2, I3)),
+        ValueError,
+        "Phi must have a batch shape",
+    ),
+    "pushed forward by features": (
+        lambda: Gaussian(ONES, P3).push_forward(DenseFeatures(batch(2, I3[None]))),
+        ValueError,
+        "Phi must have a batch shape",
+    ),
+    "offset": (
+        lambda: Gaussian(ONES, P3).push_forward(I3, offset=batch(2, ONES)),
+        ValueError,
+        r"offset must have shape \(..., 3, 3\), found \(2, 3\)",
+    ),
+    "center": (
+        lambda: Gaussian(ONES, P3).push_forward(I3, center=batch(2, ONES)),
+        ValueError,
+        r"center must have shape \(..., 3, 3\), found \(2, 3\)",
+    ),
+    "observations": (
+        lambda: Gaussian(ONES, P3).condition(I3, batch(2, ONES), 1.0),
+        ValueError,
+        r"y must have shape \(..., 3, 3\), found \(2, 3\)",
+    ),
+    "divergence": (
+        lambda: kl_divergence(Gaussian(ONES, P3), Gaussian(ONES, Dense(batch(2, I3)))),
+        ValueError,
+        "q must have a batch shape",
+    ),
+    # dtypes without room for the entries
+    "to integers": (
+        lambda: Dense(I2).to(torch.int64),
+        TypeError,
+        "a Dense must have a floating dtype, found torch.int64",
+    ),
+    "to complex": (
+        lambda: Covariance(Dense(I2)).to(torch.complex64),
+        TypeError,
+        "must have a floating dtype",
+    ),
+    "to a narrower dtype": (
+        lambda: Dense(1e300 * I2).to(torch.float32),
+        ValueError,
+        "entries that fit torch.float32, found an overflow",
+    ),
+    "scale beyond float64": (
+        lambda: 1e300 * KroneckerSum([(1e300 * I2, I2)]),
+        ValueError,
+        "the scaled operator must be finite",
+    ),
+    "scale of a spectrum": (
+        lambda: 1e300 * SpectralKronecker(I2, I2, torch.full((2, 2), 1e300, dtype=f64)),
+        ValueError,
+        "the scaled operator must be finite",
+    ),
+    "scale of a matrix": (
+        lambda: 1e300 * Dense(1e300 * I2),
+        ValueError,
+        "the scaled operator must be finite",
+    ),
+    "scale of an update": (
+        lambda: 1e300 * (1e300 * Woodbury(Dense(1e-300 * I2), I2)),
+        ValueError,
+        "the scaled operator must be finite",
+    ),
+    "scale beyond float32": (
+        lambda: Diagonal(torch.ones(2)) * torch.tensor(1e300, dtype=f64),
+        ValueError,
+        "the scale of an operator must be finite",
+    ),
+    "scale below float32": (
+        lambda: Diagonal(torch.ones(2)) * torch.tensor(1e-300, dtype=f64),
+        ValueError,
+        "the scale of an operator must be positive",
+    ),
+    "sum of spectra": (
+        lambda: (
+            SpectralKronecker(I2, I2, torch.full((2, 2), 1.7e308, dtype=f64))
+            + Isotropic(1.7e308 * NAN.new_ones(()), 4)
+        ),
+        ValueError,
+        "eigenvalues must be finite",
+    ),
 }
 
 

@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin._check import floating, same_kind
+from curvlin._check import broadcastable, floating, positive_integer, same_kind
 from curvlin._tables import ADD, CONGRUENCE, TRACE_SOLVE, lookup
-from curvlin._tree import Tree
+from curvlin._tree import Tree, is_concrete
 from curvlin.errors import NotClosedError, StaleFactorError
 from curvlin.numerics.implicit import factorize
 
@@ -141,12 +141,15 @@ class PrecisionOperator(Tree, ABC):
         return self._congruence(Phi, None, "diagonal", chunk)
 
     def _congruence(self, Phi: Any, Psi: Any, layout: str, chunk: int | None) -> Tensor:
+        if chunk is not None:
+            positive_integer("chunk", chunk)
         if isinstance(Phi, Tensor):
             if Psi is not None and not isinstance(Psi, Tensor):
                 raise TypeError(
                     f"Psi must be a tensor like Phi, found {type(Psi).__name__}; wrap Phi in DenseFeatures"
                 )
             return self._tensor_congruence(Phi, Psi, layout)
+        batch = self.batch_shape
         for name, value in (("Phi", Phi), ("Psi", Psi)):
             if value is None:
                 continue
@@ -157,6 +160,7 @@ class PrecisionOperator(Tree, ABC):
             if value.shape[-1] != self.size:
                 raise ValueError(f"{name} must have {self.size} columns, found shape {tuple(value.shape)}")
             same_kind(name, next(value._tensors())[0], next(self._tensors())[0])
+            batch = broadcastable(name, value.batch_shape, batch)
         rule = lookup(CONGRUENCE, type(Phi), type(self))
         if rule is None:
             raise NotClosedError(
@@ -169,13 +173,16 @@ class PrecisionOperator(Tree, ABC):
 
     def _tensor_congruence(self, Phi: Tensor, Psi: Tensor | None, layout: str) -> Tensor:
         Phi64 = self._rows("Phi", Phi).double()
+        Psi64 = None if Psi is None else self._rows("Psi", Psi).double()
+        if Psi64 is not None:
+            broadcastable("Psi", Psi64.shape[:-2], Phi64.shape[:-2])
         P, factors = self._factored()
         if layout == "diagonal":
             return P._inv_quad(Phi64.mT, factors).to(self.dtype)
-        if Psi is None:
+        if Psi64 is None:
             gram = Phi64 @ P._solve(Phi64.mT, factors)
             return ((gram + gram.mT) / 2).to(self.dtype)
-        return (Phi64 @ P._solve(self._rows("Psi", Psi).double().mT, factors)).to(self.dtype)
+        return (Phi64 @ P._solve(Psi64.mT, factors)).to(self.dtype)
 
     # -- diagonals and traces ---------------------------------------------------------------------------------
 
@@ -353,13 +360,18 @@ class PrecisionOperator(Tree, ABC):
         if not isinstance(c, Tensor):
             if not isinstance(c, (int, float)):
                 return NotImplemented
-            c = torch.as_tensor(float(c), dtype=reference.dtype, device=reference.device)
-        floating("the scale of an operator", c)
-        from curvlin._tree import is_concrete
-
+            c = torch.tensor(float(c), dtype=torch.float64)
+        name = "the scale of an operator"
+        c = floating(name, floating(name, c).to(reference))
         if is_concrete(c) and not bool((c > 0).all()):
-            raise ValueError(f"the scale of an operator must be positive, found {float(c.min()):.3e}")
-        return self._scale(c.to(reference))
+            raise ValueError(f"{name} must be positive, found {float(c.min()):.3e}")
+        broadcastable(name, c.shape, self.batch_shape)
+        scaled = self._scale(c)
+        unchanged = {id(t) for t, _ in self._tensors()}
+        for t, _ in scaled._tensors():
+            if id(t) not in unchanged:
+                floating("the scaled operator", t)
+        return scaled
 
     __rmul__ = __mul__
 
@@ -440,17 +452,19 @@ class PrecisionOperator(Tree, ABC):
         self._check_right_hand_side(name, X)
         was_vector = X.ndim == 1
         X = X.unsqueeze(-1) if was_vector else X
-        if X.shape[-2] != self.size:
+        if X.ndim == 0 or X.shape[-2] != self.size:
             raise ValueError(
                 f"{name} must have {self.size} rows, as ({self.size},) or (..., {self.size}, K); found shape "
                 f"{tuple(X.shape[:-1] if was_vector else X.shape)}"
             )
+        broadcastable(name, X.shape[:-2], self.batch_shape)
         return X, was_vector
 
     def _rows(self, name: str, X: Tensor) -> Tensor:
         self._check_right_hand_side(name, X)
         if X.ndim < 2 or X.shape[-1] != self.size:
             raise ValueError(f"{name} must have shape (..., R, {self.size}), found {tuple(X.shape)}")
+        broadcastable(name, X.shape[:-2], self.batch_shape)
         return X
 
     def _vectors(self, name: str, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -459,7 +473,7 @@ class PrecisionOperator(Tree, ABC):
         if x.ndim == 0 or x.shape[-1] != self.size:
             raise ValueError(f"{name} must have shape (..., {self.size}), found {tuple(x.shape)}")
         batch = self.batch_shape
-        full = torch.broadcast_shapes(x.shape[:-1], batch)
+        full = broadcastable(name, x.shape[:-1], batch)
         x = x.double().expand(*full, x.shape[-1])
         n_sample = len(full) - len(batch)
         sample = full[:n_sample]
@@ -480,6 +494,7 @@ class PrecisionOperator(Tree, ABC):
         if Q.size != self.size:
             raise ValueError(f"{name} must have {self.size} rows like P, found {Q.size}")
         same_kind(name, next(Q._tensors())[0], next(self._tensors())[0])
+        broadcastable(name, Q.batch_shape, self.batch_shape)
 
     # -- hooks: what an operator has to say -------------------------------------------------------------------
     # `factors` is what `_factorize` returned: a Tree, a tuple of them, or None, always constant to derivatives.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from curvlin._check import same_kind
+from curvlin._check import broadcastable, same_kind
 from curvlin._tree import static_field, tensor_field
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.index import Index, IndexSet
@@ -42,10 +42,12 @@ class BlockDiag(PrecisionOperator):
     ) -> None:
         if len(blocks) == 0:
             raise ValueError("blocks must hold at least one operator, found none")
+        batch = torch.Size()
         for i, block in enumerate(blocks):
             if not isinstance(block, PrecisionOperator):
                 raise TypeError(f"blocks[{i}] must be a PrecisionOperator, found {type(block).__name__}")
             same_kind(f"blocks[{i}]", next(block._tensors())[0], next(blocks[0]._tensors())[0])
+            batch = broadcastable(f"blocks[{i}]", block.batch_shape, batch)
         sizes = tuple(block.size for block in blocks)
         if indices is None:
             partition = IndexSet.of_sizes(sizes)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin._check import floating, same_kind, symmetric
+from curvlin._check import broadcastable, floating, same_kind, symmetric
 from curvlin._tables import CONGRUENCE, lookup
 from curvlin._tree import Tree, build, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
@@ -81,7 +81,7 @@ class Woodbury(ImplicitOperator):
     ) -> None:
         if not isinstance(base, PrecisionOperator):
             raise TypeError(f"base must be a PrecisionOperator, found {type(base).__name__}")
-        check_columns(U, base)
+        batch = check_columns(U, base)
         if core is not None:
             if isinstance(U, FeatureOperator):
                 raise NotClosedError(
@@ -90,6 +90,7 @@ class Woodbury(ImplicitOperator):
             core = symmetric("core", core, like=U)
             if core.shape[-1] != U.shape[-1]:
                 raise ValueError(f"core must have {U.shape[-1]} rows, found shape {tuple(core.shape)}")
+            broadcastable("core", core.shape[:-2], batch)
         self.base, self.U, self.core, self.weight, self.sign = base, U, core, None, 1
 
     def _with(self, cls: type | None = None, **changes: Any) -> Any:
@@ -597,17 +598,18 @@ def _decouples(base: PrecisionOperator, index: Tensor) -> bool:
     return len(index) == base.size
 
 
-def check_columns(U: object, base: PrecisionOperator) -> None:
-    """U is ``(..., D, k)``, or features over D coordinates, of the base's dtype and device."""
+def check_columns(U: object, base: PrecisionOperator) -> torch.Size:
+    """U is ``(..., D, k)``, or features over D coordinates, of the base's dtype and device; their common batch."""
     like = next(base._tensors())[0]
     if isinstance(U, FeatureOperator):
         if U.size != base.size:
             raise ValueError(f"U must have {base.size} features per row, found shape {tuple(U.shape)}")
         same_kind("U", next(U._tensors())[0], like)
-        return
+        return broadcastable("U", U.batch_shape, base.batch_shape)
     columns = floating("U", U, ndim=2, like=like)
     if columns.shape[-2] != base.size or columns.shape[-1] == 0:
         raise ValueError(f"U must have shape (..., {base.size}, k) with k >= 1, found {tuple(columns.shape)}")
+    return broadcastable("U", columns.shape[:-2], base.batch_shape)
 
 
 def low_rank_update(P: PrecisionOperator, U: Tensor | FeatureOperator, sign: int) -> PrecisionOperator:
