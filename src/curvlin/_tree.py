@@ -158,7 +158,9 @@ class Tree:
     @property
     def batch_shape(self) -> torch.Size:
         """The shape of the batch: the broadcast of what each tensor has left of its own dimensions."""
-        return torch.broadcast_shapes(*(t.shape[: t.ndim - n] for t, n in self._tensors()))
+        # Asked with every operation, and nearly always of tensors that agree.
+        shapes = {t.shape[: t.ndim - n] for t, n in self._tensors()} - {torch.Size()}
+        return shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -235,6 +237,8 @@ def _fill(part: Any, tensors: Iterator[Any]) -> Any:
 
 def common_shape(first: torch.Size, second: torch.Size) -> torch.Size | None:
     """What two shapes broadcast to, or None if they do not."""
+    if first == second or not second:
+        return first
     try:
         return torch.broadcast_shapes(first, second)
     except RuntimeError:

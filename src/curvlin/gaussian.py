@@ -14,6 +14,7 @@ from torch.distributions.kl import register_kl
 from torch.utils import _pytree as pytree
 
 from curvlin._check import broadcastable, floating, same_kind
+from curvlin._random import standard_normal
 from curvlin._tree import common_shape, hide_from_compiler
 from curvlin.algebra.divergence import shape_divergence
 from curvlin.covariance import Covariance, precision_quad
@@ -184,8 +185,7 @@ class Gaussian(Distribution):
             sample_shape: leading shape of the draws.
             generator: source of randomness; None is torch's default generator.
         """
-        shape = (*sample_shape, *self._mean.shape)
-        noise = torch.randn(shape, generator=generator, dtype=self._mean.dtype, device=self._mean.device)
+        noise = standard_normal(sample_shape, self._mean.shape, generator, self._mean)
         return self._mean + self._covariance.colour(noise)
 
     def sample(

@@ -489,6 +489,86 @@ REFUSED |= {
         ValueError,
         "q must have a batch shape",
     ),
+    # arguments of other kinds
+    "a number as X": (lambda: Dense(I2) @ ONES[0], ValueError, r"X must have 2 rows.*; found shape \(\)"),
+    "a number to solve for": (lambda: Dense(I2).solve(ONES[0]), ValueError, "X must have 2 rows"),
+    "a number as x": (lambda: Dense(I2).inv_quad(ONES[0]), ValueError, r"x must have shape \(..., 2\)"),
+    "no chunk": (
+        lambda: Dense(I2).inv_congruence(DenseFeatures(I2[None]), chunk=0),
+        ValueError,
+        "chunk must be a positive integer, found 0",
+    ),
+    "negative chunk": (
+        lambda: Dense(I2).inv_congruence_diagonal(DenseFeatures(I2[None]), chunk=-1),
+        ValueError,
+        "chunk must be a positive integer, found -1",
+    ),
+    "negative damping": (
+        lambda: KroneckerSum.damped(I2, I2, -1.0),
+        ValueError,
+        r"delta must be non-negative, found -1.000e\+00",
+    ),
+    "NaN damping": (lambda: KroneckerSum.damped(I2, I2, NAN), ValueError, "delta must be finite"),
+    "damped and not symmetric": (
+        lambda: KroneckerSum.damped(I2, LOPSIDED, 1.0),
+        ValueError,
+        "B must be symmetric",
+    ),
+    "one damped root": (
+        lambda: KroneckerSum.damped(I2, I2, 1.0, roots=(I2,)),  # type: ignore[arg-type]
+        ValueError,
+        r"roots must be a pair \(left, right\), found 1 entries",
+    ),
+    "damped root of another size": (
+        lambda: KroneckerSum.damped(I2, I2, 1.0, roots=(None, I3)),
+        ValueError,
+        r"roots.right must have 2 columns",
+    ),
+    "a seed": (
+        lambda: Dense(I2).sample(generator=3),  # type: ignore[arg-type]
+        TypeError,
+        "generator must be a torch.Generator or None, found int",
+    ),
+    "a seed for a covariance": (
+        lambda: Covariance(Dense(I2)).sample(generator=3),  # type: ignore[arg-type]
+        TypeError,
+        "generator must be a torch.Generator",
+    ),
+    "a seed for a Gaussian": (
+        lambda: Gaussian(ONES[:2], Dense(I2)).rsample(generator=3),  # type: ignore[arg-type]
+        TypeError,
+        "generator must be a torch.Generator",
+    ),
+    "a number of samples": (
+        lambda: Dense(I2).sample(3),  # type: ignore[arg-type]
+        ValueError,
+        "sample_shape must be a tuple of sizes, found 3",
+    ),
+    "fewer than no samples": (
+        lambda: Dense(I2).sample((-1,)),
+        ValueError,
+        r"sample_shape must be a tuple of sizes, found \(-1,\)",
+    ),
+    "no index": (
+        lambda: Dense(I2).marginal(None),  # type: ignore[arg-type]
+        TypeError,
+        "index must hold integers, found NoneType",
+    ),
+    "ragged index": (
+        lambda: Dense(I2).conditional([[0], [0, 1]]),  # type: ignore[list-item]
+        TypeError,
+        "index must hold integers, found list",
+    ),
+    "complex index": (
+        lambda: Dense(I2).marginal(torch.zeros(1, dtype=torch.complex64)),
+        TypeError,
+        "index must hold integers, found torch.complex64",
+    ),
+    "rows of a list": (
+        lambda: Gaussian(ONES, Dense(I3)).condition([[1.0, 0.0, 0.0]], ONES[:1], 1.0),  # type: ignore[arg-type]
+        TypeError,
+        "Phi must be a torch.Tensor, found list",
+    ),
     # dtypes without room for the entries
     "to integers": (
         lambda: Dense(I2).to(torch.int64),
@@ -668,6 +748,38 @@ def test_a_semidefinite_matrix_is_singular_by_structure_not_by_luck() -> None:
         with pytest.raises(NotPositiveDefiniteError):
             KroneckerSum([(X.mT @ X, I2)]).logdet()
         assert bool(KroneckerSum.shifted(X.mT @ X, I2, 1e-3).logdet().isfinite())
+
+
+# -- batches of nothing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_may_be_empty(kind: str) -> None:
+    """It has no element that could be singular, not symmetric or no root."""
+    case = make_case(kind, Spec(size=6, batch=(2,), seed=1))
+    P = case.rebuilt([t[:0] for t in case.tensors])
+    P = P._map(lambda t, _: t.clone().requires_grad_())
+    x = torch.ones(6, dtype=f64)
+    vectors = (
+        P @ x,
+        P.solve(x),
+        P.sample(),
+        P.whiten(x),
+        P.root_matvec(x),
+        P.diagonal(),
+        P.inverse_diagonal(),
+    )
+    for answer in vectors:
+        assert answer.shape == (0, 6)
+        answer.sum().backward()
+    for number in (P.logdet(), P.inv_quad(x), P.trace_solve(Isotropic(x[0], 6)), Gaussian(x, P).log_prob(x)):
+        assert number.shape == (0,)
+        number.sum().backward()
+    for part in (P.marginal([1, 3]), P.conditional([0, 2]), P.factor().marginal([1, 3]), 2.0 * P):
+        assert part.batch_shape == (0,)
+    assert P.inv_congruence(torch.ones(4, 6, dtype=f64)).shape == (0, 4, 4)
+    assert P.to_dense().shape == (0, 6, 6)
+    assert P.allclose(P)
 
 
 # -- factors that went stale --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlin._check import broadcastable, floating, positive_integer, same_kind
+from curvlin._random import standard_normal
 from curvlin._tables import ADD, CONGRUENCE, TRACE_SOLVE, lookup
 from curvlin._tree import Tree, is_concrete
 from curvlin.errors import NotClosedError, StaleFactorError
@@ -223,9 +224,9 @@ class PrecisionOperator(Tree, ABC):
             sample_shape: leading shape of the draws.
             generator: source of randomness; None is torch's default generator.
         """
-        shape = (*sample_shape, *self.batch_shape, self.size)
-        noise = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
-        return self.unwhiten(noise)
+        return self.unwhiten(
+            standard_normal(sample_shape, self.shape[:-1], generator, next(self._tensors())[0])
+        )
 
     def whiten(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """``R^T x``: turns a draw of N(0, P^-1) into standard normal noise; the inverse of `unwhiten`."""
@@ -360,9 +361,12 @@ class PrecisionOperator(Tree, ABC):
         if not isinstance(c, Tensor):
             if not isinstance(c, (int, float)):
                 return NotImplemented
-            c = torch.tensor(float(c), dtype=torch.float64)
+            c = torch.tensor(float(c), dtype=reference.dtype, device=reference.device)
         name = "the scale of an operator"
-        c = floating(name, floating(name, c).to(reference))
+        given = floating(name, c)
+        c = given.to(reference)
+        if c is not given:  # a narrower dtype may not hold it
+            floating(name, c)
         if is_concrete(c) and not bool((c > 0).all()):
             raise ValueError(f"{name} must be positive, found {float(c.min()):.3e}")
         broadcastable(name, c.shape, self.batch_shape)
@@ -396,13 +400,17 @@ class PrecisionOperator(Tree, ABC):
         return low_rank_update(self, U, sign=-1)
 
     def allclose(self, Q: PrecisionOperator, *, rtol: float = 1e-10) -> bool:
-        """Whether P and Q act the same on a fixed set of probing vectors, to `rtol` of the larger result."""
+        """Whether P and Q act the same on a fixed set of probing vectors, to `rtol` of the larger result.
+
+        In a batch, whether each of P's does what its partner does.
+        """
         self._same_space("Q", Q)
         position = torch.arange(1, self.size + 1, dtype=torch.float64, device=self.device)
         phases = torch.tensor([0.7, 1.3, 2.1], dtype=torch.float64, device=self.device)
         probes = torch.cos(position[:, None] * phases).to(self.dtype)
         left, right = self._matmul(probes).double(), Q._matmul(probes.to(Q.dtype)).double()
-        return bool((left - right).abs().max() <= rtol * torch.maximum(left.abs().max(), right.abs().max()))
+        gap, *sizes = (t.abs().amax((-2, -1)) for t in (left - right, left, right))
+        return bool((gap <= rtol * torch.maximum(*sizes)).all())
 
     # -- ways out ---------------------------------------------------------------------------------------------
 

@@ -22,9 +22,9 @@ class _DiagonalHooks(PrecisionOperator):
         raise NotImplementedError
 
     def _factorize(self) -> None:
-        smallest = self._diagonal().min()
-        if not bool(smallest > 0):
-            raise NotPositiveDefiniteError(type(self).__name__, float(smallest))
+        d = self._column()
+        if not bool((d > 0).all()):
+            raise NotPositiveDefiniteError(type(self).__name__, float(d.min()))
 
     def _matmul(self, X: Tensor) -> Tensor:
         return self._column() * X

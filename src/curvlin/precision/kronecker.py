@@ -565,10 +565,11 @@ def _check_root(name: str, R: Tensor, M: Tensor) -> None:
 
 def _check_proportional(name: str, R: Tensor, M: Tensor) -> None:
     R, M = R.detach(), M.detach()
-    gap = float((_of_unit_size(R.mT @ R) - _of_unit_size(M)).abs().max())
-    if not gap <= 8 * (R.shape[-2] + R.shape[-1]) * torch.finfo(R.dtype).eps:
+    gap = (_of_unit_size(R.mT @ R) - _of_unit_size(M)).abs().amax((-2, -1))
+    if not bool((gap <= 8 * (R.shape[-2] + R.shape[-1]) * torch.finfo(R.dtype).eps).all()):
         raise ValueError(
-            f"{name} must satisfy R^T R = factor up to a positive scale, found a relative difference of {gap:.1e}"
+            f"{name} must satisfy R^T R = factor up to a positive scale, found a relative difference of "
+            f"{float(gap.max()):.1e}"
         )
 
 

@@ -44,9 +44,11 @@ class SpectralKronecker(PrecisionOperator):
             square(name, Q, like=QL)
             eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
             if is_concrete(Q):
-                gap = float((Q.mT @ Q - eye).abs().max())
-                if gap > 32 * Q.shape[-1] * torch.finfo(Q.dtype).eps:
-                    raise ValueError(f"{name} must be orthogonal, found Q^T Q - I of size {gap:.1e}")
+                gap = (Q.mT @ Q - eye).abs().amax((-2, -1))
+                if bool((gap > 32 * Q.shape[-1] * torch.finfo(Q.dtype).eps).any()):
+                    raise ValueError(
+                        f"{name} must be orthogonal, found Q^T Q - I of size {float(gap.max()):.1e}"
+                    )
         broadcastable("QR", QR.shape[:-2], QL.shape[:-2])
         self.QL, self.QR = QL.detach(), QR.detach()
         self.eigenvalues = self._check_eigenvalues(eigenvalues)
@@ -77,9 +79,8 @@ class SpectralKronecker(PrecisionOperator):
         return False
 
     def _factorize(self) -> None:
-        smallest = self.eigenvalues.min()
-        if not bool(smallest > 0):
-            raise NotPositiveDefiniteError("SpectralKronecker", float(smallest))
+        if not bool((self.eigenvalues > 0).all()):
+            raise NotPositiveDefiniteError("SpectralKronecker", float(self.eigenvalues.min()))
 
     def _function(self, values: Tensor, X: Tensor) -> Tensor:
         """``(QL (x) QR) diag(values) (QL (x) QR)^T X``."""
