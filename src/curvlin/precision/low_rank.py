@@ -95,7 +95,7 @@ class Woodbury(ImplicitOperator):
 
     def _with(self, cls: type | None = None, **changes: Any) -> Any:
         """As everywhere; a base that is not diagonal makes it a plain `Woodbury`."""
-        keeps_type = isinstance(changes.get("base", self.base), Diagonal)
+        keeps_type = isinstance(changes.get("base", self.base), (Diagonal, Isotropic))
         return super()._with(cls or (type(self) if keeps_type else Woodbury), **changes)
 
     @property
@@ -334,10 +334,10 @@ class Woodbury(ImplicitOperator):
 
     def _has_closed_gradient(self, factors: Any) -> bool:
         plain = isinstance(factors, LowRankFactors) and factors.V is not None and self.weight is None
-        return plain and isinstance(self.base, Diagonal) and not self.batch_shape
+        return plain and isinstance(self.base, (Diagonal, Isotropic)) and not self.batch_shape
 
     def _closed_logdet_gradient(self, factors: LowRankFactors) -> list[Tensor]:
-        """``diag(P^-1)`` and ``2 s P^-1 U``; a slice of rows at a time stays in cache."""
+        """``diag(P^-1)`` (its sum beside one number) and ``2 s P^-1 U``; a slice of rows at a time stays in cache."""
         V, W, h = factors.V, factors.W, factors.h
         assert V is not None
         root = factors.gain.sqrt().unsqueeze(-1) * W.mT if factors.orthonormal else None
@@ -350,7 +350,8 @@ class Woodbury(ImplicitOperator):
             solved = V[rows] @ middle
             leverage[rows] = torch.linalg.vecdot(solved, V[rows] if root is None else V[rows] @ root)
             torch.mul(solved, 2 * self.sign * scale[rows], out=gradient[rows])
-        return [self._diagonal_from_leverage(leverage, factors), gradient]
+        diagonal = self._diagonal_from_leverage(leverage, factors)
+        return [diagonal.sum() if isinstance(self.base, Isotropic) else diagonal, gradient]
 
     def _live_logdet(self, factors: LowRankFactors) -> Tensor:
         """``log det H`` around the accurate spectrum: its derivative ``H^-1 dH`` comes from there."""
@@ -620,7 +621,8 @@ def low_rank_update(P: PrecisionOperator, U: Tensor | FeatureOperator, sign: int
         return Dense(P.matrix + sign * change)
     if sign > 0 and isinstance(U, Tensor):
         if isinstance(P, (Isotropic, Diagonal)):
-            return LowRankPlusDiag(P.diagonal(), U)
+            # On P itself: a multiple of the identity adds to more than a diagonal matrix does.
+            return Woodbury(P, U)._with(LowRankPlusDiag)
         if isinstance(P, Woodbury) and P.sign > 0 and P.core is None and isinstance(P.U, Tensor):
             return P._with(U=joined_columns(unit_weight(P), U), weight=None)
     changed = Woodbury(P, U)
