@@ -26,9 +26,10 @@ def as_index(index: Index, size: int, device: torch.device) -> Tensor:
         indices = torch.arange(size, device=device)[index]
     else:
         try:
-            indices = _constant(torch.as_tensor(index, device=device))
-        except (RuntimeError, ValueError):
+            indices = torch.as_tensor(index, device=device)
+        except (RuntimeError, TypeError, ValueError):
             raise TypeError(f"index must hold integers, found {type(index).__name__}") from None
+        indices = _constant(indices)
         whole = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
         if indices.numel() and not whole:
             raise TypeError(

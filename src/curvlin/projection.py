@@ -80,8 +80,9 @@ def project(
             raise ValueError(f"sizes must be (a, b) with a b = {P.size}, found {sizes}")
         operator, kept = _nearest_product(P, sizes)
     else:
+        name = getattr(onto, "__name__", repr(onto))
         raise NotClosedError(
-            f"no projection onto {onto.__name__}; choose Isotropic, Diagonal, BlockDiag or KroneckerSum"
+            f"no projection onto {name}; choose Isotropic, Diagonal, BlockDiag or KroneckerSum"
         )
     # Every target is a linear space or a cone through P's best multiple: what is lost is orthogonal to what is kept.
     lost = (total - kept).clamp(min=0.0)

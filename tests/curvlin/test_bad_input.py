@@ -559,6 +559,21 @@ REFUSED |= {
         TypeError,
         "index must hold integers, found list",
     ),
+    "text as index": (
+        lambda: Dense(I2).marginal("01"),  # type: ignore[arg-type]
+        TypeError,
+        "index must hold integers, found str",
+    ),
+    "nothing as features": (
+        lambda: Dense(I2).inv_congruence(None),  # type: ignore[arg-type]
+        TypeError,
+        r"Phi must be a FeatureOperator \(or both tensors\), found NoneType",
+    ),
+    "a name to project onto": (
+        lambda: Dense(I2).project("Diagonal"),  # type: ignore[arg-type]
+        NotClosedError,
+        "no projection onto 'Diagonal'; choose Isotropic",
+    ),
     "complex index": (
         lambda: Dense(I2).marginal(torch.zeros(1, dtype=torch.complex64)),
         TypeError,

@@ -152,7 +152,7 @@ class PrecisionOperator(Tree, ABC):
             return self._tensor_congruence(Phi, Psi, layout)
         batch = self.batch_shape
         for name, value in (("Phi", Phi), ("Psi", Psi)):
-            if value is None:
+            if value is None and name == "Psi":
                 continue
             if isinstance(value, Tensor) or not hasattr(value, "gram"):
                 raise TypeError(
