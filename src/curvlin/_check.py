@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
-from curvlin._tree import is_concrete
+from curvlin._tree import common_shape, is_concrete
 
 
 def floating(name: str, value: object, *, ndim: int = 0, like: Tensor | None = None) -> Tensor:
@@ -30,6 +33,30 @@ def same_kind(name: str, value: Tensor, like: Tensor) -> None:
         raise TypeError(f"{name} must have dtype {like.dtype}, found {value.dtype}; convert it with .to()")
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, found {value.device}; move it with .to()")
+
+
+def broadcastable(name: str, found: torch.Size, expected: torch.Size) -> torch.Size:
+    """The common shape of two batches: of `name`, and of what it meets."""
+    shape = common_shape(found, expected)
+    if shape is None:
+        raise ValueError(
+            f"{name} must have a batch shape that broadcasts with {tuple(expected)}, found {tuple(found)}"
+        )
+    return shape
+
+
+def positive_integer(name: str, value: object) -> int:
+    """`value` as an int of at least 1."""
+    if not isinstance(value, SupportsIndex) or operator.index(value) < 1:
+        raise ValueError(f"{name} must be a positive integer, found {value!r}")
+    return operator.index(value)
+
+
+def pair_of_sizes(name: str, value: object) -> tuple[int, int]:
+    """`value` as two positive integers."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be a pair (a, b), found {value!r}")
+    return positive_integer(f"{name}[0]", value[0]), positive_integer(f"{name}[1]", value[1])
 
 
 def square(name: str, value: object, *, like: Tensor | None = None) -> Tensor:

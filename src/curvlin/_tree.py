@@ -119,10 +119,22 @@ class Tree:
         return copy
 
     def to(self: SelfT, *args: Any, **kwargs: Any) -> SelfT:
-        """`Tensor.to` of every tensor."""
+        """`Tensor.to` of every tensor.
+
+        Raises:
+            TypeError: for a dtype that is not floating.
+            ValueError: if an entry exceeds what a narrower dtype holds.
+        """
         tensors = [t.to(*args, **kwargs) for t, _ in self._tensors()]
         structure = self._structure()
-        if tensors[0].dtype != self.dtype:
+        if (dtype := tensors[0].dtype) != self.dtype:
+            if not dtype.is_floating_point:
+                raise TypeError(f"a {type(self).__name__} must have a floating dtype, found {dtype}")
+            narrower = torch.finfo(dtype).max < torch.finfo(self.dtype).max
+            if narrower and not all(torch.isfinite(t).all() for t in tensors if is_concrete(t)):
+                raise ValueError(
+                    f"a {type(self).__name__} must have entries that fit {dtype}, found an overflow"
+                )
             structure = structure.with_resolution(torch.finfo(self.dtype).eps)
         result: SelfT = build(structure, tensors)
         return result
@@ -132,13 +144,23 @@ class Tree:
         return self._map(lambda t, _: t.detach())
 
     def expand(self: SelfT, batch_shape: tuple[int, ...] | torch.Size) -> SelfT:
-        """Every tensor with its batch dimensions expanded to `batch_shape`, as `torch.vmap` needs them."""
+        """Every tensor with its batch dimensions expanded to `batch_shape`, as `torch.vmap` needs them.
+
+        Raises:
+            ValueError: if the batch of this object does not expand to it.
+        """
+        if common_shape(self.batch_shape, torch.Size(batch_shape)) != torch.Size(batch_shape):
+            raise ValueError(
+                f"batch_shape must be one that {tuple(self.batch_shape)} expands to, found {tuple(batch_shape)}"
+            )
         return self._map(lambda t, n: t.expand((*batch_shape, *t.shape[t.ndim - n :])))
 
     @property
     def batch_shape(self) -> torch.Size:
         """The shape of the batch: the broadcast of what each tensor has left of its own dimensions."""
-        return torch.broadcast_shapes(*(t.shape[: t.ndim - n] for t, n in self._tensors()))
+        # Asked with every operation, and nearly always of tensors that agree.
+        shapes = {t.shape[: t.ndim - n] for t, n in self._tensors()} - {torch.Size()}
+        return shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,6 +233,16 @@ def _fill(part: Any, tensors: Iterator[Any]) -> Any:
     if isinstance(part, tuple):
         return tuple(_fill(p, tensors) for p in part)
     return next(tensors) if part else None
+
+
+def common_shape(first: torch.Size, second: torch.Size) -> torch.Size | None:
+    """What two shapes broadcast to, or None if they do not."""
+    if first == second or not second:
+        return first
+    try:
+        return torch.broadcast_shapes(first, second)
+    except RuntimeError:
+        return None
 
 
 def is_concrete(tensor: Tensor) -> bool:

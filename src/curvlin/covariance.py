@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlin._check import symmetric
+from curvlin._random import standard_normal
 from curvlin._tables import CONGRUENCE, lookup
 from curvlin._tree import Tree, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
@@ -184,13 +185,13 @@ class Covariance(Tree):
         rule = lookup(CONGRUENCE, type(Phi), type(self.operator))
         if rule is None or self.dtype == torch.float64:
             return self.operator.inv_congruence(Phi, joint=joint)  # which checks, and refuses by name
-        same_features("Phi", Phi, self.size, next(self._tensors())[0])
+        same_features("Phi", Phi, self.size, next(self._tensors())[0], self.batch_shape)
         P, factors = self.operator._factored()
         K: Tensor = rule(Phi.to(torch.float64), None, P, factors, "joint" if joint else "per_sample", None)
         return K.to(self.dtype)
 
     def _matrix_congruence(self, Phi: FeatureOperator, joint: bool) -> Tensor:
-        same_features("Phi", Phi, self.size, next(self._tensors())[0])
+        same_features("Phi", Phi, self.size, next(self._tensors())[0], self.batch_shape)
         Phi = Phi.to(torch.float64)
         products, rows = Phi._matmul(self.operator.to_dense().double()), Phi.to_dense()
         if not joint:
@@ -213,8 +214,9 @@ class Covariance(Tree):
             NotPositiveDefiniteError: if C has a negative eigenvalue.
             NotClosedError: if C is a singular matrix that needs a gradient; draws have none in it.
         """
-        shape = (*sample_shape, *self.batch_shape, self.size)
-        return self.colour(torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device))
+        return self.colour(
+            standard_normal(sample_shape, self.shape[:-1], generator, next(self._tensors())[0])
+        )
 
     def colour(self, z: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """``F z`` with ``F F^T = C``: turns standard normal noise into a draw of N(0, C)."""

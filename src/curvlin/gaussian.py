@@ -13,8 +13,9 @@ from torch.distributions import Distribution, constraints
 from torch.distributions.kl import register_kl
 from torch.utils import _pytree as pytree
 
-from curvlin._check import floating, same_kind
-from curvlin._tree import hide_from_compiler
+from curvlin._check import broadcastable, floating, same_kind
+from curvlin._random import standard_normal
+from curvlin._tree import common_shape, hide_from_compiler
 from curvlin.algebra.divergence import shape_divergence
 from curvlin.covariance import Covariance, precision_quad
 from curvlin.errors import NotClosedError
@@ -110,13 +111,7 @@ class Gaussian(Distribution):
                 f"mean must have {covariance.size} entries like the {name}, found shape {tuple(mean.shape)}"
             )
         self._covariance = covariance
-        try:
-            batch = torch.broadcast_shapes(mean.shape[:-1], covariance.batch_shape)
-        except RuntimeError:
-            raise ValueError(
-                f"mean must have a batch shape that broadcasts with {tuple(covariance.batch_shape)} of the {name}, "
-                f"found {tuple(mean.shape[:-1])}"
-            ) from None
+        batch = broadcastable("mean", mean.shape[:-1], covariance.batch_shape)
         self._mean = mean.expand(*batch, mean.shape[-1])
         # Values are checked above, in one line and not inside transforms, so torch's own check is left out.
         super().__init__(batch, mean.shape[-1:], validate_args=False)
@@ -190,8 +185,7 @@ class Gaussian(Distribution):
             sample_shape: leading shape of the draws.
             generator: source of randomness; None is torch's default generator.
         """
-        shape = (*sample_shape, *self._mean.shape)
-        noise = torch.randn(shape, generator=generator, dtype=self._mean.dtype, device=self._mean.device)
+        noise = standard_normal(sample_shape, self._mean.shape, generator, self._mean)
         return self._mean + self._covariance.colour(noise)
 
     def sample(
@@ -207,14 +201,9 @@ class Gaussian(Distribution):
         return (0.5 * (logdet + self._mean.shape[-1] * (1 + _LOG_2PI))).expand(self.batch_shape)
 
     def _must_broadcast(self, name: str, value: Tensor, shape: torch.Size) -> None:
-        expected = f"(..., {', '.join(map(str, shape))})"
-        fits = value.ndim > 0 and value.shape[-1] == shape[-1]
-        if fits:
-            try:
-                torch.broadcast_shapes(value.shape, shape)
-            except RuntimeError:
-                fits = False
-        if not fits:
+        same_end = value.ndim > 0 and value.shape[-1] == shape[-1]
+        if not same_end or common_shape(value.shape, shape) is None:
+            expected = f"(..., {', '.join(map(str, shape))})"
             raise ValueError(f"{name} must have shape {expected}, found {tuple(value.shape)}")
 
     # -- parts -----------------------------------------------------------------------------------------------
@@ -289,11 +278,15 @@ class Gaussian(Distribution):
         Raises:
             NotClosedError: if the kinds of features and operator have no exact rule.
         """
-        deviation = self._mean if center is None else self._mean - center
+        deviation = self._mean
+        if center is not None:
+            floating("center", center, like=self._mean)
+            self._must_broadcast("center", center, self._mean.shape)
+            deviation = self._mean - center
         mean = _applied(Phi, deviation)
         if offset is not None:
             floating("offset", offset, like=self._mean)
-            self._must_broadcast("offset", offset, mean.shape[-1 if isinstance(Phi, Tensor) else -2 :])
+            self._must_broadcast("offset", offset, mean.shape)
             mean = mean + offset
         covariance = self._covariance.congruence(Phi, joint=joint and not isinstance(Phi, Tensor))
         if joint and not isinstance(Phi, Tensor):
@@ -330,16 +323,18 @@ class Gaussian(Distribution):
             NotClosedError: if the posterior precision has no structured form.
             NotPositiveDefiniteError: if this Gaussian, or the noise, is degenerate.
         """
+        predicted = _applied(Phi, self._mean)
         rows = (
             torch.Size([Phi.n_samples, Phi.n_rows]) if isinstance(Phi, FeatureOperator) else Phi.shape[-2:-1]
         )
         floating("y", y, ndim=len(rows), like=self._mean)
         if y.shape[y.ndim - len(rows) :] != rows:
             raise ValueError(f"y must have shape (..., {', '.join(map(str, rows))}), found {tuple(y.shape)}")
-        residual = y.double() - _applied(Phi, self._mean).double()
+        self._must_broadcast("y", y, predicted.shape)
+        residual = y.double() - predicted.double()
         if offset is not None:
             floating("offset", offset, like=self._mean)
-            self._must_broadcast("offset", offset, rows)
+            self._must_broadcast("offset", offset, residual.shape)
             residual = residual - offset.double()
         noise = observation_noise(noise_precision, y, rows)
 
@@ -402,7 +397,7 @@ def _kl(p: Gaussian, q: Gaussian) -> Float[Tensor, "*batch"]:
     if p.event_shape != q.event_shape:
         raise ValueError(f"q must have event shape {tuple(p.event_shape)}, found {tuple(q.event_shape)}")
     same_kind("q", q.mean, p.mean)
-    batch = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    batch = broadcastable("q", q.batch_shape, p.batch_shape)
     if p.covariance.inverted or q.covariance.inverted:
         shape = shape_divergence(p.precision, q.precision)
     else:  # eig(P^-1 Q) = eig(C_q^-1 C_p)
@@ -433,9 +428,10 @@ def _determinant_lemma(P: Woodbury, factors: Any) -> Tensor:
 def _applied(Phi: Tensor | FeatureOperator, v: Tensor) -> Tensor:
     """``Phi v`` for vectors ``(..., D)``."""
     if isinstance(Phi, FeatureOperator):
-        same_features("Phi", Phi, v.shape[-1], v)
+        same_features("Phi", Phi, v.shape[-1], v, v.shape[:-1])
         return Phi._matmul(v.unsqueeze(-1)).squeeze(-1)
     rows = floating("Phi", Phi, ndim=2, like=v)
     if rows.shape[-1] != v.shape[-1]:
         raise ValueError(f"Phi must have shape (..., R, {v.shape[-1]}), found {tuple(rows.shape)}")
+    broadcastable("Phi", rows.shape[:-2], v.shape[:-1])
     return (rows @ v.unsqueeze(-1)).squeeze(-1)

@@ -25,8 +25,13 @@ def as_index(index: Index, size: int, device: torch.device) -> Tensor:
     if isinstance(index, slice):
         indices = torch.arange(size, device=device)[index]
     else:
-        indices = torch.as_tensor(index, device=device)
-        if indices.numel() and (indices.is_floating_point() or indices.dtype == torch.bool):
+        try:
+            indices = torch.as_tensor(index, device=device)
+        except (RuntimeError, TypeError, ValueError):
+            raise TypeError(f"index must hold integers, found {type(index).__name__}") from None
+        indices = _constant(indices)
+        whole = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
+        if indices.numel() and not whole:
             raise TypeError(
                 f"index must hold integers, found {indices.dtype}; use mask.nonzero().squeeze(-1)"
             )
@@ -74,7 +79,9 @@ class IndexSet:
         self._arrays = tuple(a.astype(np.int64) for a in arrays)
         self.consecutive = bool((order == np.arange(self.size)).all())
         self._inverse = np.argsort(order)
-        self._hash = hash((self.sizes, hashlib.sha256(order.tobytes()).digest()))
+        # The same number in every process, unlike the hash of bytes: it travels with pickles.
+        digest = hashlib.sha256(order.tobytes()).digest()
+        self._hash = hash((self.sizes, int.from_bytes(digest, "big")))
 
     @classmethod
     def of_sizes(cls, sizes: Sequence[int]) -> IndexSet:
@@ -125,6 +132,19 @@ class IndexSet:
 def _as_array(block: Index | NDArray[Any]) -> NDArray[Any]:
     """The coordinates without a torch operation, which a transform would record."""
     if isinstance(block, Tensor):
+        block = _constant(block)
         shared = block.device.type == "cpu" and block.dtype == torch.int64
         return np.from_dlpack(block) if shared else np.array(block.tolist())
     return np.asarray(block)
+
+
+def _constant(index: Tensor) -> Tensor:
+    """The integers under the wrappers of transforms in progress, which wrap whatever is made inside them."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(index):
+        if torch._C._functorch.is_batchedtensor(index):
+            raise TypeError(
+                "an index must be the same for all elements of a vmap, found one that is mapped over; indices are "
+                "structure: keep them out of in_dims"
+            )
+        index = torch._C._functorch.get_unwrapped(index)
+    return index

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlin._check import floating, same_kind
-from curvlin._tree import is_concrete
+from curvlin._tree import common_shape, is_concrete
 from curvlin.errors import NotClosedError
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.dense import Dense
@@ -48,7 +48,9 @@ def observation_noise(precision: float | Tensor | PrecisionOperator, y: Tensor, 
         if precision.ndim == 0:
             return _uniform_noise(precision, rows)
         per_row = (
-            precision.ndim <= y.ndim and _broadcasts(precision.shape, y.shape) and precision.shape[-1] == R
+            precision.ndim <= y.ndim
+            and common_shape(precision.shape, y.shape) == y.shape
+            and precision.shape[-1] == R
         )
         matrix = precision.ndim >= 2 and precision.shape[-2:] == (R, R)
         if per_row and matrix and R > 1:
@@ -70,13 +72,6 @@ def observation_noise(precision: float | Tensor | PrecisionOperator, y: Tensor, 
             f"{type(precision).__name__}"
         )
     return _correlated_noise(precision, y, rows)
-
-
-def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
-    try:
-        return bool(torch.broadcast_shapes(shape, target) == target)
-    except RuntimeError:
-        return False
 
 
 def _positive(precision: Tensor) -> None:
@@ -111,7 +106,7 @@ def _correlated_noise(precision: PrecisionOperator, y: Tensor, rows: torch.Size)
     if precision.size != R:
         mend = "; correlation between samples is not closed" if precision.size == rows.numel() else ""
         raise NotClosedError(f"noise_precision must have {R} rows, found {precision.size}{mend}")
-    if not _broadcasts(precision.batch_shape, y.shape[:-1]):
+    if common_shape(precision.batch_shape, y.shape[:-1]) != y.shape[:-1]:
         raise ValueError(
             f"noise_precision must have a batch shape that broadcasts to {tuple(y.shape[:-1])}, found "
             f"{tuple(precision.batch_shape)}"

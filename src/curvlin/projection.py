@@ -7,6 +7,7 @@ a sum of r Kronecker terms has rank r and needs matrices of size r only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlin._check import pair_of_sizes
 from curvlin.errors import NotClosedError
 from curvlin.index import Index, IndexSet
 from curvlin.precision.base import PrecisionOperator
@@ -74,12 +76,13 @@ def project(
         operator = BlockDiag([P.conditional(block.to(P.device)) for block in partition.blocks], partition)
         kept = _squared_norm(operator)
     elif onto is KroneckerSum:
-        if sizes is None or sizes[0] * sizes[1] != P.size:
+        if sizes is None or math.prod(pair_of_sizes("sizes", sizes)) != P.size:
             raise ValueError(f"sizes must be (a, b) with a b = {P.size}, found {sizes}")
         operator, kept = _nearest_product(P, sizes)
     else:
+        name = getattr(onto, "__name__", repr(onto))
         raise NotClosedError(
-            f"no projection onto {onto.__name__}; choose Isotropic, Diagonal, BlockDiag or KroneckerSum"
+            f"no projection onto {name}; choose Isotropic, Diagonal, BlockDiag or KroneckerSum"
         )
     # Every target is a linear space or a cone through P's best multiple: what is lost is orthogonal to what is kept.
     lost = (total - kept).clamp(min=0.0)

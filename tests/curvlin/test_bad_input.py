@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import math
+import os
+import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.distributions import kl_divergence
 
 from curvlin import (
     BlockDiag,
+    BlockFeatures,
     Covariance,
     Dense,
+    DenseFeatures,
     Diagonal,
+    Gaussian,
     Isotropic,
+    KhatriRaoFeatures,
     KroneckerSum,
     LowRankPlusDiag,
     NotClosedError,
@@ -32,7 +44,13 @@ NAN, INF = torch.tensor(float("nan"), dtype=f64), torch.tensor(float("inf"), dty
 INDEFINITE = torch.diag(torch.tensor([1.0, -0.5], dtype=f64))
 SINGULAR = torch.diag(torch.tensor([1.0, 0.0], dtype=f64))
 LOPSIDED = torch.tensor([[1.0, 0.5], [0.4, 1.0]], dtype=f64)
+I4 = torch.eye(4, dtype=f64)
 META = torch.empty(3, 3, dtype=f64, device="meta")
+
+
+def batch(n: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.expand(n, *tensor.shape)
+
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # not square
@@ -81,6 +99,26 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "roots that are none": (
         lambda: KroneckerSum([(I2, I2)], roots=[(SINGULAR, None)]),
+        ValueError,
+        r"roots\[0\].left must satisfy",
+    ),
+    "roots of zero": (
+        lambda: KroneckerSum([(I2, I2)], shift=1.0, roots=[(0 * I2, None)]),
+        ValueError,
+        r"roots\[0\].left must satisfy R\^T R = factor up to a positive scale, found",
+    ),
+    "roots of a negative matrix": (
+        lambda: KroneckerSum([(-3 * I2, I2)], roots=[(I2, I2)]),
+        ValueError,
+        r"roots\[0\].left must satisfy",
+    ),
+    "roots of a traceless matrix": (
+        lambda: KroneckerSum([(1e-20 * I2.flip(-1), I2)], roots=[(0 * I2, I2)]),
+        ValueError,
+        r"roots\[0\].left must satisfy",
+    ),
+    "one bad root of a batch": (
+        lambda: KroneckerSum([(I2.expand(2, 2, 2), I2)], roots=[(torch.stack([I2, 0 * I2]), I2)]),
         ValueError,
         r"roots\[0\].left must satisfy",
     ),
@@ -165,15 +203,106 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "eigenvalues",
     ),
-    "batches that do not broadcast": (
-        lambda: KroneckerSum([(I2.expand(3, 2, 2), I2.expand(2, 2, 2))]).logdet(),
-        (ValueError, RuntimeError),  # type: ignore[dict-item]
-        "",
+    "sizes of zero": (
+        lambda: KroneckerSum([(I2, None)], sizes=(2, 0)),
+        ValueError,
+        r"sizes\[1\] must be a positive integer, found 0",
+    ),
+    "sizes below zero": (
+        lambda: KroneckerSum([(I2, None)], sizes=(2, -1)),
+        ValueError,
+        r"sizes\[1\] must be a positive integer, found -1",
+    ),
+    "one size": (
+        lambda: KroneckerSum([(I2, None)], sizes=(2,)),  # type: ignore[arg-type]
+        ValueError,
+        r"sizes must be a pair \(a, b\), found \(2,\)",
+    ),
+    "sizes to project onto": (
+        lambda: Dense(I4).project(KroneckerSum, sizes=(-2, -2)),
+        ValueError,
+        r"sizes\[0\] must be a positive integer, found -2",
     ),
     "sizes unknown": (
         lambda: KroneckerSum([(I2, None)]),
         ValueError,
         "right factors are all identities; give sizes",
+    ),
+    # batches that do not broadcast
+    "batches, Kronecker": (
+        lambda: KroneckerSum([(batch(3, I2), batch(2, I2))]),
+        ValueError,
+        r"terms\[0\].right must have a batch shape that broadcasts with \(3,\), found \(2,\)",
+    ),
+    "batches, second term": (
+        lambda: KroneckerSum([(batch(3, I2), I2), (I2, batch(2, I2))]),
+        ValueError,
+        r"terms\[1\].right must have a batch shape",
+    ),
+    "batches, shift": (
+        lambda: KroneckerSum([(batch(3, I2), I2)], torch.ones(2, dtype=f64)),
+        ValueError,
+        "shift",
+    ),
+    "batches, roots": (
+        lambda: KroneckerSum([(batch(3, I2), I2)], roots=[(None, batch(2, I2))]),
+        ValueError,
+        r"roots\[0\].right must have a batch shape",
+    ),
+    "batches, damped": (
+        lambda: KroneckerSum.damped(batch(3, I2), I2, torch.ones(2, dtype=f64)),
+        ValueError,
+        "delta must have a batch shape",
+    ),
+    "batches, bases": (
+        lambda: SpectralKronecker(batch(3, I2), batch(2, I2), I2),
+        ValueError,
+        "QR must have a batch shape",
+    ),
+    "batches, eigenvalues": (
+        lambda: SpectralKronecker(I2, batch(3, I2), batch(2, I2)),
+        ValueError,
+        "eigenvalues must have a batch shape",
+    ),
+    "batches, other eigenvalues": (
+        lambda: SpectralKronecker(I2, batch(3, I2), I2).with_eigenvalues(batch(2, I2)),
+        ValueError,
+        "eigenvalues must have a batch shape",
+    ),
+    "batches, blocks": (
+        lambda: BlockDiag([Dense(batch(3, I2)), Dense(batch(2, I2))]),
+        ValueError,
+        r"blocks\[1\] must have a batch shape",
+    ),
+    "batches, U": (
+        lambda: LowRankPlusDiag(batch(3, ONES), batch(2, I3)),
+        ValueError,
+        "U must have a batch shape",
+    ),
+    "batches, core": (
+        lambda: Woodbury(Diagonal(ONES), batch(3, I3), core=batch(2, I3)),
+        ValueError,
+        "core must have a batch shape",
+    ),
+    "batches, features as U": (
+        lambda: Woodbury(Dense(batch(3, I2)), DenseFeatures(batch(2, I2[None]))),
+        ValueError,
+        "U must have a batch shape",
+    ),
+    "batches, Khatri-Rao": (
+        lambda: KhatriRaoFeatures(batch(3, I2[None, None]), batch(2, I2[None])),
+        ValueError,
+        "right must have a batch shape",
+    ),
+    "batches, parts": (
+        lambda: BlockFeatures([DenseFeatures(batch(3, I2[None])), DenseFeatures(batch(2, I2[None]))]),
+        ValueError,
+        r"parts\[1\] must have a batch shape",
+    ),
+    "batches, mean": (
+        lambda: Gaussian(batch(2, ONES), Dense(batch(3, I3))),
+        ValueError,
+        "mean must have a batch shape",
     ),
     # dtypes and devices
     "two dtypes, Kronecker": (
@@ -264,6 +393,254 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
+P3 = Dense(torch.stack([I3] * 3))
+"""A batch of three, for arguments with a batch of two."""
+
+REFUSED |= {
+    # what an operation is given
+    "expand": (
+        lambda: P3.expand((2,)),
+        ValueError,
+        r"batch_shape must be one that \(3,\) expands to, found \(2,\)",
+    ),
+    "X": (lambda: P3 @ batch(2, I3), ValueError, "X must have a batch shape that broadcasts"),
+    "X from the left": (lambda: batch(2, I3) @ P3, ValueError, "X must have a batch shape"),
+    "solve": (lambda: P3.solve(batch(2, I3)), ValueError, "X must have a batch shape"),
+    "inv_quad": (lambda: P3.inv_quad(batch(2, ONES)), ValueError, "x must have a batch shape"),
+    "unwhiten": (lambda: P3.unwhiten(batch(2, ONES)), ValueError, "z must have a batch shape"),
+    "sum": (lambda: P3 + Dense(batch(2, I3)), ValueError, r"the right operand of \+ must have a batch shape"),
+    "scale": (
+        lambda: P3 * torch.ones(2, dtype=f64),
+        ValueError,
+        "the scale of an operator must have a batch shape",
+    ),
+    "trace_solve": (lambda: P3.trace_solve(Dense(batch(2, I3))), ValueError, "Q must have a batch shape"),
+    "rows": (lambda: P3.inv_congruence(batch(2, I3)), ValueError, "Phi must have a batch shape"),
+    "other rows": (
+        lambda: Dense(I3).inv_congruence(batch(3, I3), batch(2, I3)),
+        ValueError,
+        "Psi must have a batch shape",
+    ),
+    "features": (
+        lambda: P3.inv_congruence(DenseFeatures(batch(2, I3[None]))),
+        ValueError,
+        "Phi must have a batch shape",
+    ),
+    "other features": (
+        lambda: Dense(I3).inv_congruence(
+            DenseFeatures(batch(3, I3[None])), DenseFeatures(batch(2, I3[None]))
+        ),
+        ValueError,
+        "Psi must have a batch shape",
+    ),
+    "update": (lambda: P3.update(batch(2, I3)), ValueError, "U must have a batch shape"),
+    "product of features": (
+        lambda: DenseFeatures(batch(3, I3[None])) @ batch(2, I3),
+        ValueError,
+        "v must have a batch shape",
+    ),
+    "transposed features": (
+        lambda: DenseFeatures(batch(3, I3[None])).T @ batch(2, I3[None]),
+        ValueError,
+        "u must have a batch shape",
+    ),
+    "mixed features": (
+        lambda: batch(2, I3[None]) @ DenseFeatures(batch(3, I3[None])),
+        ValueError,
+        "S must have a batch shape",
+    ),
+    "scaled features": (
+        lambda: DenseFeatures(batch(3, I3[None])) * torch.ones(2, dtype=f64),
+        ValueError,
+        "the scale of features must have a batch shape",
+    ),
+    "gram": (
+        lambda: DenseFeatures(batch(3, I3[None])).gram(DenseFeatures(batch(2, I3[None]))),
+        ValueError,
+        "Psi must have a batch shape",
+    ),
+    "pushed forward": (
+        lambda: Gaussian(ONES, P3).push_forward(batch(2, I3)),
+        ValueError,
+        "Phi must have a batch shape",
+    ),
+    "pushed forward by features": (
+        lambda: Gaussian(ONES, P3).push_forward(DenseFeatures(batch(2, I3[None]))),
+        ValueError,
+        "Phi must have a batch shape",
+    ),
+    "offset": (
+        lambda: Gaussian(ONES, P3).push_forward(I3, offset=batch(2, ONES)),
+        ValueError,
+        r"offset must have shape \(..., 3, 3\), found \(2, 3\)",
+    ),
+    "center": (
+        lambda: Gaussian(ONES, P3).push_forward(I3, center=batch(2, ONES)),
+        ValueError,
+        r"center must have shape \(..., 3, 3\), found \(2, 3\)",
+    ),
+    "observations": (
+        lambda: Gaussian(ONES, P3).condition(I3, batch(2, ONES), 1.0),
+        ValueError,
+        r"y must have shape \(..., 3, 3\), found \(2, 3\)",
+    ),
+    "divergence": (
+        lambda: kl_divergence(Gaussian(ONES, P3), Gaussian(ONES, Dense(batch(2, I3)))),
+        ValueError,
+        "q must have a batch shape",
+    ),
+    # arguments of other kinds
+    "a number as X": (lambda: Dense(I2) @ ONES[0], ValueError, r"X must have 2 rows.*; found shape \(\)"),
+    "a number to solve for": (lambda: Dense(I2).solve(ONES[0]), ValueError, "X must have 2 rows"),
+    "a number as x": (lambda: Dense(I2).inv_quad(ONES[0]), ValueError, r"x must have shape \(..., 2\)"),
+    "no chunk": (
+        lambda: Dense(I2).inv_congruence(DenseFeatures(I2[None]), chunk=0),
+        ValueError,
+        "chunk must be a positive integer, found 0",
+    ),
+    "negative chunk": (
+        lambda: Dense(I2).inv_congruence_diagonal(DenseFeatures(I2[None]), chunk=-1),
+        ValueError,
+        "chunk must be a positive integer, found -1",
+    ),
+    "negative damping": (
+        lambda: KroneckerSum.damped(I2, I2, -1.0),
+        ValueError,
+        r"delta must be non-negative, found -1.000e\+00",
+    ),
+    "NaN damping": (lambda: KroneckerSum.damped(I2, I2, NAN), ValueError, "delta must be finite"),
+    "damped and not symmetric": (
+        lambda: KroneckerSum.damped(I2, LOPSIDED, 1.0),
+        ValueError,
+        "B must be symmetric",
+    ),
+    "one damped root": (
+        lambda: KroneckerSum.damped(I2, I2, 1.0, roots=(I2,)),  # type: ignore[arg-type]
+        ValueError,
+        r"roots must be a pair \(left, right\), found 1 entries",
+    ),
+    "damped root of another size": (
+        lambda: KroneckerSum.damped(I2, I2, 1.0, roots=(None, I3)),
+        ValueError,
+        r"roots.right must have 2 columns",
+    ),
+    "a seed": (
+        lambda: Dense(I2).sample(generator=3),  # type: ignore[arg-type]
+        TypeError,
+        "generator must be a torch.Generator or None, found int",
+    ),
+    "a seed for a covariance": (
+        lambda: Covariance(Dense(I2)).sample(generator=3),  # type: ignore[arg-type]
+        TypeError,
+        "generator must be a torch.Generator",
+    ),
+    "a seed for a Gaussian": (
+        lambda: Gaussian(ONES[:2], Dense(I2)).rsample(generator=3),  # type: ignore[arg-type]
+        TypeError,
+        "generator must be a torch.Generator",
+    ),
+    "a number of samples": (
+        lambda: Dense(I2).sample(3),  # type: ignore[arg-type]
+        ValueError,
+        "sample_shape must be a tuple of sizes, found 3",
+    ),
+    "fewer than no samples": (
+        lambda: Dense(I2).sample((-1,)),
+        ValueError,
+        r"sample_shape must be a tuple of sizes, found \(-1,\)",
+    ),
+    "no index": (
+        lambda: Dense(I2).marginal(None),  # type: ignore[arg-type]
+        TypeError,
+        "index must hold integers, found NoneType",
+    ),
+    "ragged index": (
+        lambda: Dense(I2).conditional([[0], [0, 1]]),  # type: ignore[list-item]
+        TypeError,
+        "index must hold integers, found list",
+    ),
+    "text as index": (
+        lambda: Dense(I2).marginal("01"),  # type: ignore[arg-type]
+        TypeError,
+        "index must hold integers, found str",
+    ),
+    "nothing as features": (
+        lambda: Dense(I2).inv_congruence(None),  # type: ignore[arg-type]
+        TypeError,
+        r"Phi must be a FeatureOperator \(or both tensors\), found NoneType",
+    ),
+    "a name to project onto": (
+        lambda: Dense(I2).project("Diagonal"),  # type: ignore[arg-type]
+        NotClosedError,
+        "no projection onto 'Diagonal'; choose Isotropic",
+    ),
+    "complex index": (
+        lambda: Dense(I2).marginal(torch.zeros(1, dtype=torch.complex64)),
+        TypeError,
+        "index must hold integers, found torch.complex64",
+    ),
+    "rows of a list": (
+        lambda: Gaussian(ONES, Dense(I3)).condition([[1.0, 0.0, 0.0]], ONES[:1], 1.0),  # type: ignore[arg-type]
+        TypeError,
+        "Phi must be a torch.Tensor, found list",
+    ),
+    # dtypes without room for the entries
+    "to integers": (
+        lambda: Dense(I2).to(torch.int64),
+        TypeError,
+        "a Dense must have a floating dtype, found torch.int64",
+    ),
+    "to complex": (
+        lambda: Covariance(Dense(I2)).to(torch.complex64),
+        TypeError,
+        "must have a floating dtype",
+    ),
+    "to a narrower dtype": (
+        lambda: Dense(1e300 * I2).to(torch.float32),
+        ValueError,
+        "entries that fit torch.float32, found an overflow",
+    ),
+    "scale beyond float64": (
+        lambda: 1e300 * KroneckerSum([(1e300 * I2, I2)]),
+        ValueError,
+        "the scaled operator must be finite",
+    ),
+    "scale of a spectrum": (
+        lambda: 1e300 * SpectralKronecker(I2, I2, torch.full((2, 2), 1e300, dtype=f64)),
+        ValueError,
+        "the scaled operator must be finite",
+    ),
+    "scale of a matrix": (
+        lambda: 1e300 * Dense(1e300 * I2),
+        ValueError,
+        "the scaled operator must be finite",
+    ),
+    "scale of an update": (
+        lambda: 1e300 * (1e300 * Woodbury(Dense(1e-300 * I2), I2)),
+        ValueError,
+        "the scaled operator must be finite",
+    ),
+    "scale beyond float32": (
+        lambda: Diagonal(torch.ones(2)) * torch.tensor(1e300, dtype=f64),
+        ValueError,
+        "the scale of an operator must be finite",
+    ),
+    "scale below float32": (
+        lambda: Diagonal(torch.ones(2)) * torch.tensor(1e-300, dtype=f64),
+        ValueError,
+        "the scale of an operator must be positive",
+    ),
+    "sum of spectra": (
+        lambda: (
+            SpectralKronecker(I2, I2, torch.full((2, 2), 1.7e308, dtype=f64))
+            + Isotropic(1.7e308 * NAN.new_ones(()), 4)
+        ),
+        ValueError,
+        "eigenvalues must be finite",
+    ),
+}
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_constructor_refuses(what: str) -> None:
     call, expected, message = REFUSED[what]
@@ -329,6 +706,18 @@ def test_what_needs_an_inverse_refuses(what: str, method: str) -> None:
     )
 
 
+@pytest.mark.parametrize("scale", [1e-100, 1.0, 1e100])
+def test_roots_count_up_to_scale(scale: float) -> None:
+    R = torch.tensor([[1.0, 0.5], [0.0, 2.0], [1.0, 1.0]], dtype=f64)
+    expected = KroneckerSum([(R.mT @ R, I2)]).logdet()
+    torch.testing.assert_close(KroneckerSum([(R.mT @ R, I2)], roots=[(scale * R, I2)]).logdet(), expected)
+
+
+def test_a_root_of_a_zero_factor_is_zero() -> None:
+    P = KroneckerSum([(0 * I2, I2)], shift=3.0, roots=[(0 * I2, None)])
+    assert float(P.logdet()) == pytest.approx(4 * math.log(3.0))
+
+
 def test_the_offending_block_is_named() -> None:
     P = BlockDiag([Dense(I2), Diagonal(torch.tensor([1.0, -1.0], dtype=f64))])
     with pytest.raises(NotPositiveDefiniteError, match=r"BlockDiag.blocks\[1\].Diagonal") as caught:
@@ -376,6 +765,38 @@ def test_a_semidefinite_matrix_is_singular_by_structure_not_by_luck() -> None:
         assert bool(KroneckerSum.shifted(X.mT @ X, I2, 1e-3).logdet().isfinite())
 
 
+# -- batches of nothing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_may_be_empty(kind: str) -> None:
+    """It has no element that could be singular, not symmetric or no root."""
+    case = make_case(kind, Spec(size=6, batch=(2,), seed=1))
+    P = case.rebuilt([t[:0] for t in case.tensors])
+    P = P._map(lambda t, _: t.clone().requires_grad_())
+    x = torch.ones(6, dtype=f64)
+    vectors = (
+        P @ x,
+        P.solve(x),
+        P.sample(),
+        P.whiten(x),
+        P.root_matvec(x),
+        P.diagonal(),
+        P.inverse_diagonal(),
+    )
+    for answer in vectors:
+        assert answer.shape == (0, 6)
+        answer.sum().backward()
+    for number in (P.logdet(), P.inv_quad(x), P.trace_solve(Isotropic(x[0], 6)), Gaussian(x, P).log_prob(x)):
+        assert number.shape == (0,)
+        number.sum().backward()
+    for part in (P.marginal([1, 3]), P.conditional([0, 2]), P.factor().marginal([1, 3]), 2.0 * P):
+        assert part.batch_shape == (0,)
+    assert P.inv_congruence(torch.ones(4, 6, dtype=f64)).shape == (0, 4, 4)
+    assert P.to_dense().shape == (0, 6, 6)
+    assert P.allclose(P)
+
+
 # -- factors that went stale --------------------------------------------------------------------------------------
 
 
@@ -393,6 +814,73 @@ def test_a_factor_is_stale_after_an_edit_in_place(kind: str) -> None:
         ):
             ask()
     torch.testing.assert_close(kept.factor().solve(x), case.operator.solve(x))
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda obj: pickle.loads(pickle.dumps(obj)),
+    "torch.save": lambda obj: _saved_and_loaded(obj),
+}
+
+
+def _saved_and_loaded(obj: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_a_factored_operator_answers_like_it(kind: str, how: str) -> None:
+    """The count of edits in place, by which a factor knows that it is stale, does not travel with a tensor."""
+    P = make_case(kind, Spec(size=6, seed=1)).operator
+    tensor = next(P._tensors())[0]
+    tensor.mul_(1.0)
+    kept = P.factor()
+    x = torch.ones(6, dtype=f64)
+    Q = COPIES[how](kept)
+    assert type(Q) is type(P)
+    assert torch.equal(Q.solve(x), kept.solve(x))
+    for made in (Covariance(kept), Gaussian(x, kept)):
+        copied = COPIES[how](made)
+        covariance = copied.covariance if isinstance(copied, Gaussian) else copied
+        assert torch.equal(covariance @ x, kept.solve(x))
+
+
+def test_an_edited_copy_of_a_factored_operator_is_not_answered_from_its_past() -> None:
+    P = Dense(2 * I2)
+    P.matrix.mul_(1.0).mul_(1.0)
+    Q = copy.deepcopy(P.factor())
+    Q.matrix.mul_(4.0)
+    assert float(Q.logdet()) == pytest.approx(2 * math.log(8.0))
+
+
+def test_factors_of_inference_tensors_go_stale_too() -> None:
+    """Inference tensors do not count their edits."""
+    with torch.inference_mode():
+        P = Dense(2 * I2).factor()
+        assert float(P.logdet()) == pytest.approx(2 * math.log(2.0))
+        P.matrix.mul_(4.0)
+        with pytest.raises(StaleFactorError):
+            P.logdet()
+        assert float(P.factor().logdet()) == pytest.approx(2 * math.log(8.0))
+
+
+def test_partitions_are_equal_across_processes() -> None:
+    """Their hash is part of what is pickled, and Python salts the hashes of bytes."""
+    hashes = "import curvlin.index as i; print(hash(i.IndexSet([[0, 2], [1]])))"
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", hashes],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(printed) == 1
 
 
 def test_what_is_made_from_a_factored_operator_is_not_factored() -> None:

@@ -26,6 +26,7 @@ from curvlin import (
     LowRankPlusDiag,
     NotClosedError,
     NotPositiveDefiniteError,
+    Woodbury,
 )
 from curvlin.testing import KINDS, Reference, Spec, make_case
 from curvlin.testing.matrices import eigenvalues, spd_matrix
@@ -72,6 +73,42 @@ def test_f1_low_rank_plus_diagonal_in_either_order() -> None:
         assert isinstance(P, LowRankPlusDiag)
         assert float(P.logdet()) == pytest.approx(float(torch.linalg.slogdet(matrix)[1]), abs=1e-9)
         torch.testing.assert_close(P.solve(b), torch.linalg.solve(matrix, b), rtol=1e-9, atol=1e-11)
+
+
+def test_f1_an_updated_multiple_of_the_identity_adds_like_one() -> None:
+    """`Iso.update(U)` was a diagonal matrix underneath, to which no Kronecker product adds."""
+    K, U, value = KroneckerSum([(spd(3, 1), spd(4, 2))]), randn(12, 2), torch.tensor(0.7, dtype=f64)
+    iso = Isotropic(value, 12)
+    matrix = K.to_dense() + value * torch.eye(12, dtype=f64) + U @ U.mT
+    for P in (K + iso.update(U), iso.update(U) + K, (K + iso).update(U), K.update(U) + iso):
+        assert type(P) is Woodbury
+        torch.testing.assert_close(P.to_dense(), matrix)
+        assert float(P.logdet()) == pytest.approx(float(torch.linalg.slogdet(matrix)[1]), rel=1e-12)
+    twice = (K + iso.update(U)) + Isotropic(value, 12).update(U)
+    torch.testing.assert_close(twice.to_dense(), matrix + value * torch.eye(12, dtype=f64) + U @ U.mT)
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1.0, 1e6])
+def test_f1_an_updated_multiple_of_the_identity_is_a_low_rank_plus_diagonal(strength: float) -> None:
+    """Of the same type and values, and with the gradient of one number in the place of D."""
+    U, x = randn(12, 2) * strength, randn(12, seed=1)
+    value = torch.tensor(0.7, dtype=f64)
+
+    def answers(low: LowRankPlusDiag) -> list[Tensor]:
+        parts = (low.marginal([3, 1]).logdet(), low.conditional([3, 1]).logdet(), (2.0 * low).logdet())
+        return [low.logdet(), low.solve(x), low.inv_quad(x), low.inverse_diagonal(), low.whiten(x), *parts]
+
+    iso = [t.clone().requires_grad_() for t in (value, U)]
+    diagonal = [t.clone().requires_grad_() for t in (value.expand(12), U)]
+    P, Q = Isotropic(iso[0], 12).update(iso[1]), LowRankPlusDiag(*diagonal)
+    for made in (P, 2.0 * P, P + Isotropic(value, 12), P + Q, P.update(U), P.conditional([1, 2]), P.to(f64)):
+        assert type(made) is LowRankPlusDiag
+    for a, b in zip(answers(P), answers(Q), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        ours = torch.autograd.grad(a.sum(), iso, retain_graph=True)
+        theirs = torch.autograd.grad(b.sum(), diagonal, retain_graph=True)
+        torch.testing.assert_close(ours[0], theirs[0].sum(), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-8, atol=1e-8)
 
 
 # -- F2: samples of low rank ----------------------------------------------------------------------------------------

@@ -12,9 +12,15 @@ from torch.distributions import kl_divergence
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from curvlin import (
+    BlockDiag,
+    BlockFeatures,
+    Dense,
+    DenseFeatures,
     Diagonal,
     Gaussian,
+    Isotropic,
     KroneckerSum,
+    LowRankPlusDiag,
     NotClosedError,
     NotPositiveDefiniteError,
     SpectralKronecker,
@@ -285,3 +291,64 @@ def test_inside_transforms_an_indefinite_operator_never_answers(
         return
     assert bool(values[0].isfinite().all())
     assert bool(values[1].isnan().all())
+
+
+# -- indices ------------------------------------------------------------------------------------------------------
+
+
+def _interleaved(A: Tensor) -> BlockDiag:
+    return BlockDiag([Dense(A), Diagonal(A.diagonal())], [torch.tensor([3, 0, 4]), torch.tensor([1, 5, 2])])
+
+
+def _nested(A: Tensor) -> PrecisionOperator:
+    """The sum of two partitions, one finer than the other."""
+    blocks = [Isotropic(A[0, 0], 2), Dense(A[:1, :1])]
+    return _interleaved(A) + BlockDiag([*blocks, *blocks], [[4, 3], [0], [1, 2], torch.tensor([5])])
+
+
+USES_OF_INDICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "blocks": lambda A: _interleaved(A).logdet(),
+    "blocks, int32": lambda A: BlockDiag([Dense(A)], [torch.tensor([2, 0, 1], dtype=torch.int32)]).logdet(),
+    "marginal of blocks": lambda A: _interleaved(A).marginal(torch.tensor([5, 0, 3, 2])).logdet(),
+    "conditional of blocks": lambda A: _interleaved(A).conditional([5, 0, 3, 2]).logdet(),
+    "nested partitions": lambda A: _nested(A).logdet(),
+    "projection": lambda A: _nested(A).project(BlockDiag, indices=[[0, 2, 4], [1, 3, 5]]).operator.logdet(),
+    "dense": lambda A: Dense(A).marginal([2, 0]).logdet() + Dense(A).conditional(slice(1, 3)).logdet(),
+    "diagonal": lambda A: Diagonal(A.diagonal()).marginal(torch.tensor([2, 0])).logdet(),
+    "Kronecker": lambda A: KroneckerSum([(A, A)]).marginal(torch.tensor([0, 1, 3, 4])).logdet(),
+    "low rank": lambda A: LowRankPlusDiag(A.diagonal(), A).marginal(torch.tensor([2, 0])).logdet(),
+    "Gaussian": lambda A: Gaussian(A[0], Dense(A)).conditional([1], A[1, :2]).mean.sum(),
+    "columns": lambda A: DenseFeatures(A[None]).columns([0, 2]).sum(),
+    "columns of blocks": lambda A: (
+        BlockFeatures([DenseFeatures(A[None]), DenseFeatures(A[None])], [[3, 0, 4], torch.tensor([1, 5, 2])])
+        .columns(torch.tensor([4, 1, 0]))
+        .square()
+        .sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("use", USES_OF_INDICES)
+def test_indices_may_be_made_inside_a_transform(use: str) -> None:
+    """A transform wraps every tensor that is made inside it, also those that it does not transform."""
+    fn = USES_OF_INDICES[use]
+    A = torch.tensor([[3.0, 0.5, 0.2], [0.5, 2.0, 0.1], [0.2, 0.1, 1.0]], dtype=f64)
+    (expected,) = eager_gradient(fn, (A,))
+    close(grad(fn)(A), expected)
+    close(jacfwd(fn)(A), expected)
+    batch = torch.stack([A, 2 * A])
+    close(vmap(grad(fn))(batch)[0], expected)
+    close(grad(lambda B: vmap(fn)(B).sum())(batch)[0], expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda fn: fn, grad], ids=["vmap", "vmap of grad"])
+def test_an_index_that_differs_over_a_batch_is_refused(wrap: Callable[..., Any]) -> None:
+    """Structure is shared over a batch."""
+    A, index = torch.eye(3, dtype=f64), torch.tensor([[0, 1], [1, 2]])
+    fine, coarse = torch.tensor([[0], [1]]), torch.tensor([[1, 2], [0, 2]])
+    for fn, indices in (
+        (lambda A, i: Dense(A).marginal(i).logdet(), (index,)),
+        (lambda A, i, j: BlockDiag([Dense(A[:1, :1]), Dense(A[1:, 1:])], [i, j]).logdet(), (fine, coarse)),
+    ):
+        with pytest.raises(TypeError, match="must be the same for all elements of a vmap"):
+            vmap(wrap(fn), in_dims=(None, *(0 for _ in indices)))(A, *indices)

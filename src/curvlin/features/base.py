@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin._check import floating, same_kind
+from curvlin._check import broadcastable, floating, same_kind
 from curvlin._tree import Tree
 from curvlin.errors import NotClosedError
 from curvlin.index import Index, as_index
@@ -77,6 +77,7 @@ class FeatureOperator(Tree, ABC):
                 f"v must have {self.size} rows, as ({self.size},) or (..., {self.size}, K); found shape "
                 f"{tuple(v.shape[:-1] if was_vector else v.shape)}"
             )
+        broadcastable("v", v.shape[:-2], self.batch_shape)
         product = self._matmul(v)
         return product.squeeze(-1) if was_vector else product
 
@@ -95,7 +96,7 @@ class FeatureOperator(Tree, ABC):
             own = self._gram(self)
             assert own is not None  # every kind knows itself
             return (own + own.movedim((-4, -3), (-2, -1))) / 2
-        same_features("Psi", Psi, self.size, next(self._tensors())[0])
+        same_features("Psi", Psi, self.size, next(self._tensors())[0], self.batch_shape)
         if (cross := self._gram(Psi)) is not None:
             return cross
         if (cross := Psi._gram(self)) is not None:
@@ -118,6 +119,7 @@ class FeatureOperator(Tree, ABC):
                 f"S must have shape (Q, {self.n_rows}) or (..., {self.n_samples}, Q, {self.n_rows}), "
                 f"found {tuple(S.shape)}"
             )
+        broadcastable("S", S.shape[:-3], self.batch_shape)
         return self._mix(S)
 
     def __mul__(self: FeaturesT, c: float | Tensor) -> FeaturesT:
@@ -127,6 +129,7 @@ class FeatureOperator(Tree, ABC):
         if not isinstance(c, Tensor):
             return NotImplemented
         self._check_operand("the scale of features", c, 0)
+        broadcastable("the scale of features", c.shape, self.batch_shape)
         return self._scale(c)
 
     __rmul__ = __mul__
@@ -223,12 +226,13 @@ class FeatureTranspose:
                 f"u must have shape ({rows}) or (..., {rows}, K), found "
                 f"{tuple(u.shape[:-1] if was_vector else u.shape)}"
             )
+        broadcastable("u", u.shape[:-3], Phi.batch_shape)
         product = Phi._rmatmul(u)
         return product.squeeze(-1) if was_vector else product
 
 
-def same_features(name: str, Phi: object, size: int, like: Tensor) -> None:
-    """Phi is a feature operator over a space of `size` coordinates, of `like`'s dtype and device.
+def same_features(name: str, Phi: object, size: int, like: Tensor, batch: torch.Size) -> None:
+    """Phi is a feature operator over `size` coordinates, of `like`'s dtype and device, that meets this batch.
 
     Raises:
         TypeError, ValueError: if it is not.
@@ -240,3 +244,4 @@ def same_features(name: str, Phi: object, size: int, like: Tensor) -> None:
     if Phi.size != size:
         raise ValueError(f"{name} must have {size} features per row, found shape {tuple(Phi.shape)}")
     same_kind(name, next(Phi._tensors())[0], like)
+    broadcastable(name, Phi.batch_shape, batch)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin._check import same_kind
+from curvlin._check import broadcastable, same_kind
 from curvlin._tree import static_field, tensor_field
 from curvlin.features.base import FeatureOperator
 from curvlin.index import Index, IndexSet
@@ -38,6 +38,7 @@ class BlockFeatures(FeatureOperator):
         parts = tuple(parts)
         if not parts:
             raise ValueError("parts must hold at least one feature operator, found none")
+        batch = torch.Size()
         for b, part in enumerate(parts):
             if not isinstance(part, FeatureOperator):
                 raise TypeError(f"parts[{b}] must be a FeatureOperator, found {type(part).__name__}")
@@ -47,6 +48,7 @@ class BlockFeatures(FeatureOperator):
                     f"parts[{b}] must have {parts[0].n_samples} samples of {parts[0].n_rows} rows like "
                     f"parts[0], found shape {tuple(part.shape)}"
                 )
+            batch = broadcastable(f"parts[{b}]", part.batch_shape, batch)
         sizes = tuple(part.size for part in parts)
         if indices is None:
             indices = IndexSet.of_sizes(sizes)

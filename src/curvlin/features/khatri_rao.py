@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin._check import floating
+from curvlin._check import broadcastable, floating
 from curvlin._tree import tensor_field
 from curvlin.features.base import FeatureOperator
 from curvlin.numerics import contraction
@@ -50,6 +50,7 @@ class KhatriRaoFeatures(FeatureOperator):
                 "left and right must have at least one entry along every dimension, found shapes "
                 f"{tuple(left.shape)} and {tuple(right.shape)}"
             )
+        broadcastable("right", right.shape[:-3], left.shape[:-4])
         self.left, self.right = left, right
 
     @property

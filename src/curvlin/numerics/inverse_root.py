@@ -40,7 +40,8 @@ def inverse_square_root_rule(
     """
     k = (smallest / largest).sqrt()
     if n is None:
-        n = math.ceil((-2 * math.log(float(k.min())) + 3) * 38 / (2 * math.pi**2)) + 2
+        worst = float(k.min()) if k.numel() else 1.0
+        n = math.ceil((-2 * math.log(worst) + 3) * 38 / (2 * math.pi**2)) + 2
     means, differences = _arithmetic_geometric(k)
     period = math.pi / 2 / means[-1]
     steps = (torch.arange(n, dtype=k.dtype, device=k.device) + 0.5) / n

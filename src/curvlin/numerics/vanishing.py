@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from curvlin._tree import hide_from_compiler
+from curvlin.errors import NotClosedError
+from curvlin.numerics.implicit import saved
 
 
 def vanishing(
@@ -30,7 +32,7 @@ def vanishing(
         arguments: the tensors it depends on.
 
     Raises:
-        NotImplementedError: when a third derivative is asked for; an expansion that ends at second order has none.
+        NotClosedError: when a third derivative is asked for; an expansion that ends at second order has none.
     """
     return _Term(lambda *tensors: (term(*tensors),), order, 2, (tuple(shape),))(*arguments)[0]
 
@@ -53,7 +55,7 @@ class _Term:
     ) -> _Term:
         """A derivative is such a term again, of one order less."""
         if self.derivatives == 0:
-            raise NotImplementedError(
+            raise NotClosedError(
                 "the third derivative of a Kronecker operator's answer is not available; first and second ones are"
             )
         own = tuple(tuple(shape) for shape in shapes)
@@ -90,7 +92,7 @@ class _Vanishing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         term: _Term = ctx.term
-        tensors, n = ctx.saved_tensors, len(cotangents)
+        tensors, n = saved(ctx), len(cotangents)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
 
         def pulled(*arguments: Tensor) -> tuple[Tensor, ...]:
@@ -118,4 +120,4 @@ class _Vanishing(torch.autograd.Function):
             return change
 
         push = term.derivative(pushed, term.shapes)
-        return push(*(t for t in tangents if t is not None), *ctx.saved_tensors)
+        return push(*(t for t in tangents if t is not None), *saved(ctx))

@@ -22,9 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin._check import floating, same_kind
+from curvlin._check import broadcastable, floating, positive_integer, same_kind
+from curvlin._random import standard_normal
 from curvlin._tables import ADD, CONGRUENCE, TRACE_SOLVE, lookup
-from curvlin._tree import Tree
+from curvlin._tree import Tree, is_concrete
 from curvlin.errors import NotClosedError, StaleFactorError
 from curvlin.numerics.implicit import factorize
 
@@ -141,14 +142,17 @@ class PrecisionOperator(Tree, ABC):
         return self._congruence(Phi, None, "diagonal", chunk)
 
     def _congruence(self, Phi: Any, Psi: Any, layout: str, chunk: int | None) -> Tensor:
+        if chunk is not None:
+            positive_integer("chunk", chunk)
         if isinstance(Phi, Tensor):
             if Psi is not None and not isinstance(Psi, Tensor):
                 raise TypeError(
                     f"Psi must be a tensor like Phi, found {type(Psi).__name__}; wrap Phi in DenseFeatures"
                 )
             return self._tensor_congruence(Phi, Psi, layout)
+        batch = self.batch_shape
         for name, value in (("Phi", Phi), ("Psi", Psi)):
-            if value is None:
+            if value is None and name == "Psi":
                 continue
             if isinstance(value, Tensor) or not hasattr(value, "gram"):
                 raise TypeError(
@@ -157,6 +161,7 @@ class PrecisionOperator(Tree, ABC):
             if value.shape[-1] != self.size:
                 raise ValueError(f"{name} must have {self.size} columns, found shape {tuple(value.shape)}")
             same_kind(name, next(value._tensors())[0], next(self._tensors())[0])
+            batch = broadcastable(name, value.batch_shape, batch)
         rule = lookup(CONGRUENCE, type(Phi), type(self))
         if rule is None:
             raise NotClosedError(
@@ -169,13 +174,16 @@ class PrecisionOperator(Tree, ABC):
 
     def _tensor_congruence(self, Phi: Tensor, Psi: Tensor | None, layout: str) -> Tensor:
         Phi64 = self._rows("Phi", Phi).double()
+        Psi64 = None if Psi is None else self._rows("Psi", Psi).double()
+        if Psi64 is not None:
+            broadcastable("Psi", Psi64.shape[:-2], Phi64.shape[:-2])
         P, factors = self._factored()
         if layout == "diagonal":
             return P._inv_quad(Phi64.mT, factors).to(self.dtype)
-        if Psi is None:
+        if Psi64 is None:
             gram = Phi64 @ P._solve(Phi64.mT, factors)
             return ((gram + gram.mT) / 2).to(self.dtype)
-        return (Phi64 @ P._solve(self._rows("Psi", Psi).double().mT, factors)).to(self.dtype)
+        return (Phi64 @ P._solve(Psi64.mT, factors)).to(self.dtype)
 
     # -- diagonals and traces ---------------------------------------------------------------------------------
 
@@ -216,9 +224,9 @@ class PrecisionOperator(Tree, ABC):
             sample_shape: leading shape of the draws.
             generator: source of randomness; None is torch's default generator.
         """
-        shape = (*sample_shape, *self.batch_shape, self.size)
-        noise = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
-        return self.unwhiten(noise)
+        return self.unwhiten(
+            standard_normal(sample_shape, self.shape[:-1], generator, next(self._tensors())[0])
+        )
 
     def whiten(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """``R^T x``: turns a draw of N(0, P^-1) into standard normal noise; the inverse of `unwhiten`."""
@@ -353,13 +361,21 @@ class PrecisionOperator(Tree, ABC):
         if not isinstance(c, Tensor):
             if not isinstance(c, (int, float)):
                 return NotImplemented
-            c = torch.as_tensor(float(c), dtype=reference.dtype, device=reference.device)
-        floating("the scale of an operator", c)
-        from curvlin._tree import is_concrete
-
+            c = torch.tensor(float(c), dtype=reference.dtype, device=reference.device)
+        name = "the scale of an operator"
+        given = floating(name, c)
+        c = given.to(reference)
+        if c is not given:  # a narrower dtype may not hold it
+            floating(name, c)
         if is_concrete(c) and not bool((c > 0).all()):
-            raise ValueError(f"the scale of an operator must be positive, found {float(c.min()):.3e}")
-        return self._scale(c.to(reference))
+            raise ValueError(f"{name} must be positive, found {float(c.min()):.3e}")
+        broadcastable(name, c.shape, self.batch_shape)
+        scaled = self._scale(c)
+        unchanged = {id(t) for t, _ in self._tensors()}
+        for t, _ in scaled._tensors():
+            if id(t) not in unchanged:
+                floating("the scaled operator", t)
+        return scaled
 
     __rmul__ = __mul__
 
@@ -384,13 +400,17 @@ class PrecisionOperator(Tree, ABC):
         return low_rank_update(self, U, sign=-1)
 
     def allclose(self, Q: PrecisionOperator, *, rtol: float = 1e-10) -> bool:
-        """Whether P and Q act the same on a fixed set of probing vectors, to `rtol` of the larger result."""
+        """Whether P and Q act the same on a fixed set of probing vectors, to `rtol` of the larger result.
+
+        In a batch, whether each of P's does what its partner does.
+        """
         self._same_space("Q", Q)
         position = torch.arange(1, self.size + 1, dtype=torch.float64, device=self.device)
         phases = torch.tensor([0.7, 1.3, 2.1], dtype=torch.float64, device=self.device)
         probes = torch.cos(position[:, None] * phases).to(self.dtype)
         left, right = self._matmul(probes).double(), Q._matmul(probes.to(Q.dtype)).double()
-        return bool((left - right).abs().max() <= rtol * torch.maximum(left.abs().max(), right.abs().max()))
+        gap, *sizes = (t.abs().amax((-2, -1)) for t in (left - right, left, right))
+        return bool((gap <= rtol * torch.maximum(*sizes)).all())
 
     # -- ways out ---------------------------------------------------------------------------------------------
 
@@ -407,14 +427,18 @@ class PrecisionOperator(Tree, ABC):
     def factor(self: OperatorT) -> OperatorT:
         """The same operator with its factorisation kept, for callers that ask it more than one question.
 
-        The result is equal to P and of the same type; what is made from it (`to`, `+`, ...) is not factored. If a
-        tensor of P is changed in place afterwards, using the factored operator raises `StaleFactorError`.
+        The result is equal to P and of the same type; what is made from it (`to`, `+`, a copy, ...) is not factored.
+        If a tensor of P is changed in place afterwards, using the factored operator raises `StaleFactorError`.
         """
         kept = self._map(lambda t, _: t)
         working = self._working()
-        versions = tuple(_version(t) for t, _ in self._tensors())
-        object.__setattr__(kept, "_kept", _Kept(working, self._needs_grad(), factorize(working), versions))
+        marks = tuple(_mark(t) for t, _ in self._tensors())
+        object.__setattr__(kept, "_kept", _Kept(working, self._needs_grad(), factorize(working), marks))
         return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: not the factors, whose tensors would go on by themselves."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def _factored(self: OperatorT) -> tuple[OperatorT, Any]:
         """This operator in float64, and its factors: the kept ones, or new ones."""
@@ -422,7 +446,7 @@ class PrecisionOperator(Tree, ABC):
         if kept is None:
             P = self._working()
             return P, factorize(P)
-        if kept.versions != tuple(_version(t) for t, _ in self._tensors()):
+        if not all(_unchanged(t, mark) for (t, _), mark in zip(self._tensors(), kept.marks, strict=True)):
             raise StaleFactorError(
                 f"a tensor of this {type(self).__name__} was changed in place after factor(); call factor() again"
             )
@@ -440,17 +464,19 @@ class PrecisionOperator(Tree, ABC):
         self._check_right_hand_side(name, X)
         was_vector = X.ndim == 1
         X = X.unsqueeze(-1) if was_vector else X
-        if X.shape[-2] != self.size:
+        if X.ndim == 0 or X.shape[-2] != self.size:
             raise ValueError(
                 f"{name} must have {self.size} rows, as ({self.size},) or (..., {self.size}, K); found shape "
                 f"{tuple(X.shape[:-1] if was_vector else X.shape)}"
             )
+        broadcastable(name, X.shape[:-2], self.batch_shape)
         return X, was_vector
 
     def _rows(self, name: str, X: Tensor) -> Tensor:
         self._check_right_hand_side(name, X)
         if X.ndim < 2 or X.shape[-1] != self.size:
             raise ValueError(f"{name} must have shape (..., R, {self.size}), found {tuple(X.shape)}")
+        broadcastable(name, X.shape[:-2], self.batch_shape)
         return X
 
     def _vectors(self, name: str, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -459,7 +485,7 @@ class PrecisionOperator(Tree, ABC):
         if x.ndim == 0 or x.shape[-1] != self.size:
             raise ValueError(f"{name} must have shape (..., {self.size}), found {tuple(x.shape)}")
         batch = self.batch_shape
-        full = torch.broadcast_shapes(x.shape[:-1], batch)
+        full = broadcastable(name, x.shape[:-1], batch)
         x = x.double().expand(*full, x.shape[-1])
         n_sample = len(full) - len(batch)
         sample = full[:n_sample]
@@ -480,6 +506,7 @@ class PrecisionOperator(Tree, ABC):
         if Q.size != self.size:
             raise ValueError(f"{name} must have {self.size} rows like P, found {Q.size}")
         same_kind(name, next(Q._tensors())[0], next(self._tensors())[0])
+        broadcastable(name, Q.batch_shape, self.batch_shape)
 
     # -- hooks: what an operator has to say -------------------------------------------------------------------
     # `factors` is what `_factorize` returned: a Tree, a tuple of them, or None, always constant to derivatives.
@@ -561,8 +588,13 @@ class _Kept:
     working: Any
     live: bool
     factors: Any
-    versions: tuple[int, ...]
+    marks: tuple[int | Tensor, ...]
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _mark(tensor: Tensor) -> int | Tensor:
+    """What `_unchanged` compares with: the count of edits in place, or a copy where torch does not count them."""
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _unchanged(tensor: Tensor, mark: int | Tensor) -> bool:
+    return torch.equal(tensor, mark) if isinstance(mark, Tensor) else tensor._version == mark

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from curvlin._check import same_kind
+from curvlin._check import broadcastable, same_kind
 from curvlin._tree import static_field, tensor_field
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.index import Index, IndexSet
@@ -41,10 +42,12 @@ class BlockDiag(PrecisionOperator):
     ) -> None:
         if len(blocks) == 0:
             raise ValueError("blocks must hold at least one operator, found none")
+        batch = torch.Size()
         for i, block in enumerate(blocks):
             if not isinstance(block, PrecisionOperator):
                 raise TypeError(f"blocks[{i}] must be a PrecisionOperator, found {type(block).__name__}")
             same_kind(f"blocks[{i}]", next(block._tensors())[0], next(blocks[0]._tensors())[0])
+            batch = broadcastable(f"blocks[{i}]", block.batch_shape, batch)
         sizes = tuple(block.size for block in blocks)
         if indices is None:
             partition = IndexSet.of_sizes(sizes)
@@ -149,14 +152,12 @@ class BlockDiag(PrecisionOperator):
         return BlockDiag(parts, groups)
 
     def _to_dense(self) -> Tensor:
-        batch = self.batch_shape
-        matrix = torch.zeros(*batch, self.size, self.size, dtype=self.dtype, device=self.device)
-        for block, index in zip(self.blocks, self.indices.blocks, strict=True):
-            index = index.to(self.device)
-            placed = torch.zeros_like(matrix)
-            placed[..., index[:, None], index] = block.to_dense()
-            matrix = matrix + placed
-        return matrix
+        rows, start = [], 0
+        for block in self.blocks:
+            rows.append(pad(block.to_dense(), (start, self.size - start - block.size)))
+            start += block.size
+        # In the order of the blocks so far; the rows go where they belong, then the columns.
+        return self.indices.join([self.indices.join(_broadcast_batch(rows, 2), dim=-2)], dim=-1)
 
 
 def _total(terms: Sequence[Tensor]) -> Tensor:

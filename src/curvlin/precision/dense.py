@@ -101,7 +101,7 @@ class Dense(ImplicitOperator):
         return torch.linalg.solve_triangular(self._root(factors), G, upper=False)
 
     def _scale(self, c: Tensor) -> Dense:
-        return Dense(self.matrix * c[..., None, None])
+        return self._with(matrix=self.matrix * c[..., None, None])
 
     def _marginal(self, index: Tensor, max_size: int) -> None:
         return None

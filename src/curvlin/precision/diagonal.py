@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin._check import floating
+from curvlin._check import floating, positive_integer
 from curvlin._tree import static_field, tensor_field
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.precision.base import PrecisionOperator
@@ -17,14 +18,14 @@ from curvlin.precision.base import PrecisionOperator
 class _DiagonalHooks(PrecisionOperator):
     """What `Isotropic` and `Diagonal` share: with ``d`` the diagonal, everything is elementwise in d."""
 
+    @abstractmethod
     def _column(self) -> Tensor:
         """d as a column ``(..., D or 1, 1)``."""
-        raise NotImplementedError
 
     def _factorize(self) -> None:
-        smallest = self._diagonal().min()
-        if not bool(smallest > 0):
-            raise NotPositiveDefiniteError(type(self).__name__, float(smallest))
+        d = self._column()
+        if not bool((d > 0).all()):
+            raise NotPositiveDefiniteError(type(self).__name__, float(d.min()))
 
     def _matmul(self, X: Tensor) -> Tensor:
         return self._column() * X
@@ -73,10 +74,8 @@ class Isotropic(_DiagonalHooks):
     def __init__(self, value: float | Float[Tensor, "*batch"], size: int) -> None:
         if isinstance(value, (int, float)):
             value = torch.tensor(float(value))
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"size must be a positive integer, found {size!r}")
         self.value = floating("value", value)
-        self.dimension = size
+        self.dimension = positive_integer("size", size)
 
     @property
     def size(self) -> int:
@@ -92,7 +91,7 @@ class Isotropic(_DiagonalHooks):
         return self.size * self.value.log()
 
     def _scale(self, c: Tensor) -> Isotropic:
-        return Isotropic(self.value * c, self.size)
+        return self._with(value=self.value * c)
 
     def _marginal(self, index: Tensor, max_size: int) -> Isotropic:
         return Isotropic(self.value, len(index))
@@ -135,7 +134,7 @@ class Diagonal(_DiagonalHooks):
         return self.values.log().sum(-1)
 
     def _scale(self, c: Tensor) -> Diagonal:
-        return Diagonal(self.values * c[..., None])
+        return self._with(values=self.values * c[..., None])
 
     def _marginal(self, index: Tensor, max_size: int) -> Diagonal:
         return Diagonal(self.values[..., index])

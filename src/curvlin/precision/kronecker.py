@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin._check import floating, same_kind, square, symmetric
+from curvlin._check import broadcastable, floating, pair_of_sizes, same_kind, symmetric
 from curvlin._tree import Tree, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.numerics import frozen_basis
@@ -92,20 +92,24 @@ class KroneckerSum(ImplicitOperator):
                 "terms must hold at least one matrix; for a multiple of the identity use Isotropic"
             )
         checked: list[Pair] = []
+        batch = torch.Size()
         for i, pair in enumerate(terms):
-            if len(pair) != 2:
-                raise ValueError(f"terms[{i}] must be a pair (left, right), found {len(pair)} entries")
-            left, right = (
-                None if M is None else symmetric(f"terms[{i}].{side}", M, like=reference)
-                for side, M in zip(("left", "right"), pair, strict=True)
-            )
-            checked.append((left, right))
+            factors: list[Tensor | None] = []
+            for name, M in _named_sides(f"terms[{i}]", pair):
+                if M is not None:
+                    M = symmetric(name, M, like=reference)
+                    batch = broadcastable(name, M.shape[:-2], batch)
+                factors.append(M)
+            checked.append((factors[0], factors[1]))
         self.terms = tuple(checked)
+        if sizes is not None:
+            sizes = pair_of_sizes("sizes", sizes)
         self.sizes = (self._size_of(0, sizes), self._size_of(1, sizes))
         if shift is not None:
             if not isinstance(shift, Tensor):
                 shift = torch.tensor(float(shift), dtype=reference.dtype, device=reference.device)
             floating("shift", shift, like=reference)
+            batch = broadcastable("shift", shift.shape, batch)
         self.shift = shift
         for side, name in enumerate(("left", "right")):
             general = sum(pair[side] is not None for pair in checked)
@@ -115,20 +119,20 @@ class KroneckerSum(ImplicitOperator):
                     f"two {name} factors and an identity have no joint diagonalisation (two general terms cannot "
                     "be shifted); project the sum onto fewer terms, or solve it iteratively"
                 )
-        self.roots = None if roots is None else self._check_roots(roots)
+        self.roots = None if roots is None else self._check_roots(roots, batch)
 
     def _size_of(self, side: int, sizes: tuple[int, int] | None) -> int:
         name = ("left", "right")[side]
         found = {pair[side].shape[-1] for pair in self.terms if pair[side] is not None}  # type: ignore[union-attr]
         if sizes is not None:
-            found.add(int(sizes[side]))
+            found.add(sizes[side])
         if len(found) > 1:
             raise ValueError(f"{name} factors must have equal sizes, found {sorted(found)}")
         if not found:
             raise ValueError(f"the {name} factors are all identities; give sizes=(a, b)")
         return found.pop()
 
-    def _check_roots(self, roots: Sequence[Pair]) -> tuple[Pair, ...]:
+    def _check_roots(self, roots: Sequence[Pair], batch: torch.Size) -> tuple[Pair, ...]:
         if len(roots) != len(self.terms):
             raise ValueError(
                 f"roots must hold one pair per term, found {len(roots)} for {len(self.terms)} terms"
@@ -136,16 +140,12 @@ class KroneckerSum(ImplicitOperator):
         checked: list[Pair] = []
         for i, (pair, matrices) in enumerate(zip(roots, self.terms, strict=True)):
             known: list[Tensor | None] = []
-            for side, R, M in zip(("left", "right"), pair, matrices, strict=True):
-                name = f"roots[{i}].{side}"
+            for (name, R), M in zip(_named_sides(f"roots[{i}]", pair), matrices, strict=True):
                 if R is not None:
                     if M is None:
                         raise ValueError(f"{name} must be None where the factor is the identity")
-                    floating(name, R, ndim=2, like=M)
-                    if R.shape[-1] != M.shape[-1]:
-                        raise ValueError(
-                            f"{name} must have {M.shape[-1]} columns, found shape {tuple(R.shape)}"
-                        )
+                    _check_root(name, R, M)
+                    batch = broadcastable(name, R.shape[:-2], batch)
                     if is_concrete(R) and is_concrete(M):
                         _check_proportional(name, R, M)
                     R = R.detach()
@@ -185,18 +185,24 @@ class KroneckerSum(ImplicitOperator):
 
         Martens & Grosse (2015), section 6.3. Known roots of A and B are extended by ``delta^(1/4) I``.
         """
-        A, B = square("A", A), square("B", B)
+        A, B = symmetric("A", A), symmetric("B", B)
         same_kind("B", B, A)
-        root = torch.as_tensor(delta, dtype=A.dtype, device=A.device).sqrt()[..., None, None]
-        damped = [M + root * torch.eye(M.shape[-1], dtype=M.dtype, device=M.device) for M in (A, B)]
+        delta = floating("delta", torch.as_tensor(delta, dtype=A.dtype, device=A.device))
+        if is_concrete(delta) and bool((delta < 0).any()):
+            raise ValueError(f"delta must be non-negative, found {float(delta.min()):.3e}")
+        for M in (A, B):
+            broadcastable("delta", delta.shape, M.shape[:-2])
+        root = delta.sqrt()[..., None, None]
+        damped: list[Tensor] = []
         extended: list[Tensor | None] = []
-        for R, M in zip(roots or (None, None), (A, B), strict=True):
+        for (name, R), M in zip(_named_sides("roots", roots or (None, None)), (A, B), strict=True):
             eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-            extended.append(
-                None
-                if R is None
-                else torch.cat([R, (root.sqrt() * eye).expand(*R.shape[:-2], *eye.shape)], -2)
-            )
+            damped.append(M + root * eye)
+            if R is not None:
+                _check_root(name, R, M)
+                batch = broadcastable(name, R.shape[:-2], delta.shape)
+                R = torch.cat([t.expand(*batch, *t.shape[-2:]) for t in (R, root.sqrt() * eye)], -2)
+            extended.append(R)
         return cls([(damped[0], damped[1])], None, None if roots is None else [(extended[0], extended[1])])
 
     # -- structure --------------------------------------------------------------------------------------------
@@ -406,13 +412,33 @@ class KroneckerSum(ImplicitOperator):
         return total
 
 
+def _named_sides(name: str, pair: Pair) -> list[tuple[str, Tensor | None]]:
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a pair (left, right), found {len(pair)} entries")
+    return [(f"{name}.left", pair[0]), (f"{name}.right", pair[1])]
+
+
+def _check_root(name: str, R: Tensor, M: Tensor) -> None:
+    floating(name, R, ndim=2, like=M)
+    if R.shape[-1] != M.shape[-1]:
+        raise ValueError(f"{name} must have {M.shape[-1]} columns, found shape {tuple(R.shape)}")
+
+
 def _check_proportional(name: str, R: Tensor, M: Tensor) -> None:
     R, M = R.detach(), M.detach()
-    gram = R.mT @ R
-    sizes = [A.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] for A in (gram, M)]
-    gap = float((gram / sizes[0] - M / sizes[1]).abs().max())
-    if gap > 8 * (R.shape[-2] + R.shape[-1]) * torch.finfo(R.dtype).eps:
-        raise ValueError(f"{name} must satisfy R^T R = factor, found a relative difference of {gap:.1e}")
+    gap = (_of_unit_size(R.mT @ R) - _of_unit_size(M)).abs().amax((-2, -1))
+    if not bool((gap <= 8 * (R.shape[-2] + R.shape[-1]) * torch.finfo(R.dtype).eps).all()):
+        raise ValueError(
+            f"{name} must satisfy R^T R = factor up to a positive scale, found a relative difference of "
+            f"{float(gap.max()):.1e}"
+        )
+
+
+def _of_unit_size(A: Tensor) -> Tensor:
+    """A over its trace if it is positive semidefinite; always over a number that is zero only if A is."""
+    trace = A.diagonal(dim1=-2, dim2=-1).abs().sum(-1)
+    size = torch.maximum(trace, A.abs().amax((-2, -1)))[..., None, None]
+    return A / torch.where(size > 0, size, 1.0)
 
 
 def product_index(index: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin._check import floating, same_kind, symmetric
+from curvlin._check import broadcastable, floating, same_kind, symmetric
 from curvlin._tables import CONGRUENCE, lookup
 from curvlin._tree import Tree, build, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
@@ -87,7 +87,7 @@ class Woodbury(ImplicitOperator):
     ) -> None:
         if not isinstance(base, PrecisionOperator):
             raise TypeError(f"base must be a PrecisionOperator, found {type(base).__name__}")
-        check_columns(U, base)
+        batch = check_columns(U, base)
         if core is not None:
             if isinstance(U, FeatureOperator):
                 raise NotClosedError(
@@ -96,11 +96,12 @@ class Woodbury(ImplicitOperator):
             core = symmetric("core", core, like=U)
             if core.shape[-1] != U.shape[-1]:
                 raise ValueError(f"core must have {U.shape[-1]} rows, found shape {tuple(core.shape)}")
+            broadcastable("core", core.shape[:-2], batch)
         self.base, self.U, self.core, self.weight, self.sign = base, U, core, None, 1
 
     def _with(self, cls: type | None = None, **changes: Any) -> Any:
         """As everywhere; a base that is not diagonal makes it a plain `Woodbury`."""
-        keeps_type = isinstance(changes.get("base", self.base), Diagonal)
+        keeps_type = isinstance(changes.get("base", self.base), (Diagonal, Isotropic))
         return super()._with(cls or (type(self) if keeps_type else Woodbury), **changes)
 
     def _working(self) -> Woodbury:
@@ -409,16 +410,17 @@ class Woodbury(ImplicitOperator):
         return list(vjp(torch.ones_like(output)))
 
     def _logdet_pull_back(self, g: Tensor, factors: Any) -> list[Tensor]:
-        """For ``diag(d) + s U U^T`` in one pass over U: ``g diag(P^-1)`` and ``2 s g P^-1 U``."""
+        """For ``diag(d) + s U U^T`` in one pass over U: ``g diag(P^-1)`` (its sum beside one number), ``2 s g P^-1 U``."""
         plain = isinstance(self.U, Tensor) and isinstance(factors, LowRankFactors) and self.weight is None
         eager = self._is_concrete() and not torch.is_grad_enabled()
-        if not (plain and eager) or self.batch_shape or not isinstance(self.base, Diagonal):
+        if not (plain and eager) or self.batch_shape or not isinstance(self.base, (Diagonal, Isotropic)):
             return super()._logdet_pull_back(g, factors)
         assert isinstance(self.U, Tensor)
         gradient = torch.empty_like(self.U)
         scale = self.base._column().rsqrt()
         leverage = leverages(self.U, scale, factors, out=gradient, weight=2 * self.sign * g)
-        return [g * self._diagonal_from_leverage(leverage, factors), gradient]
+        diagonal = g * self._diagonal_from_leverage(leverage, factors)
+        return [diagonal.sum() if isinstance(self.base, Isotropic) else diagonal, gradient]
 
     def _live_logdet(self, factors: LowRankFactors) -> Tensor:
         """``log det H`` around the accurate spectrum: its derivative ``H^-1 dH`` comes from there."""
@@ -692,17 +694,18 @@ def _decouples(base: PrecisionOperator, index: Tensor) -> bool:
     return len(index) == base.size
 
 
-def check_columns(U: object, base: PrecisionOperator) -> None:
-    """U is ``(..., D, k)``, or features over D coordinates, of the base's dtype and device."""
+def check_columns(U: object, base: PrecisionOperator) -> torch.Size:
+    """U is ``(..., D, k)``, or features over D coordinates, of the base's dtype and device; their common batch."""
     like = next(base._tensors())[0]
     if isinstance(U, FeatureOperator):
         if U.size != base.size:
             raise ValueError(f"U must have {base.size} features per row, found shape {tuple(U.shape)}")
         same_kind("U", next(U._tensors())[0], like)
-        return
+        return broadcastable("U", U.batch_shape, base.batch_shape)
     columns = floating("U", U, ndim=2, like=like)
     if columns.shape[-2] != base.size or columns.shape[-1] == 0:
         raise ValueError(f"U must have shape (..., {base.size}, k) with k >= 1, found {tuple(columns.shape)}")
+    return broadcastable("U", columns.shape[:-2], base.batch_shape)
 
 
 def low_rank_update(P: PrecisionOperator, U: Tensor | FeatureOperator, sign: int) -> PrecisionOperator:
@@ -713,7 +716,8 @@ def low_rank_update(P: PrecisionOperator, U: Tensor | FeatureOperator, sign: int
         return Dense(P.matrix + sign * change)
     if sign > 0 and isinstance(U, Tensor):
         if isinstance(P, (Isotropic, Diagonal)):
-            return LowRankPlusDiag(P.diagonal(), U)
+            # On P itself: a multiple of the identity adds to more than a diagonal matrix does.
+            return Woodbury(P, U)._with(LowRankPlusDiag)
         if isinstance(P, Woodbury) and P.sign > 0 and P.core is None and isinstance(P.U, Tensor):
             return P._with(U=joined_columns(unit_weight(P), U), weight=None)
     changed = Woodbury(P, U)

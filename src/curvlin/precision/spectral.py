@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin._check import floating, square
-from curvlin._tree import build, is_concrete, tensor_field
+from curvlin._check import broadcastable, floating, square
+from curvlin._tree import is_concrete, tensor_field
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.numerics.kronecker import congruence, product, rotate
 from curvlin.precision.base import PrecisionOperator
@@ -44,14 +44,22 @@ class SpectralKronecker(PrecisionOperator):
             square(name, Q, like=QL)
             eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
             if is_concrete(Q):
-                gap = float((Q.mT @ Q - eye).abs().max())
-                if gap > 32 * Q.shape[-1] * torch.finfo(Q.dtype).eps:
-                    raise ValueError(f"{name} must be orthogonal, found Q^T Q - I of size {gap:.1e}")
-        floating("eigenvalues", eigenvalues, ndim=2, like=QL)
-        expected = (QL.shape[-1], QR.shape[-1])
-        if tuple(eigenvalues.shape[-2:]) != expected:
-            raise ValueError(f"eigenvalues must end in {expected}, found shape {tuple(eigenvalues.shape)}")
-        self.QL, self.QR, self.eigenvalues = QL.detach(), QR.detach(), eigenvalues
+                gap = (Q.mT @ Q - eye).abs().amax((-2, -1))
+                if bool((gap > 32 * Q.shape[-1] * torch.finfo(Q.dtype).eps).any()):
+                    raise ValueError(
+                        f"{name} must be orthogonal, found Q^T Q - I of size {float(gap.max()):.1e}"
+                    )
+        broadcastable("QR", QR.shape[:-2], QL.shape[:-2])
+        self.QL, self.QR = QL.detach(), QR.detach()
+        self.eigenvalues = self._check_eigenvalues(eigenvalues)
+
+    def _check_eigenvalues(self, eigenvalues: Tensor) -> Tensor:
+        floating("eigenvalues", eigenvalues, ndim=2, like=self.QL)
+        if tuple(eigenvalues.shape[-2:]) != self.sizes:
+            raise ValueError(f"eigenvalues must end in {self.sizes}, found shape {tuple(eigenvalues.shape)}")
+        for Q in (self.QL, self.QR):
+            broadcastable("eigenvalues", eigenvalues.shape[:-2], Q.shape[:-2])
+        return eigenvalues
 
     @property
     def size(self) -> int:
@@ -71,9 +79,8 @@ class SpectralKronecker(PrecisionOperator):
         return False
 
     def _factorize(self) -> None:
-        smallest = self.eigenvalues.min()
-        if not bool(smallest > 0):
-            raise NotPositiveDefiniteError("SpectralKronecker", float(smallest))
+        if not bool((self.eigenvalues > 0).all()):
+            raise NotPositiveDefiniteError("SpectralKronecker", float(self.eigenvalues.min()))
 
     def _function(self, values: Tensor, X: Tensor) -> Tensor:
         """``(QL (x) QR) diag(values) (QL (x) QR)^T X``."""
@@ -117,12 +124,11 @@ class SpectralKronecker(PrecisionOperator):
         return self._function(1 / self.eigenvalues.sqrt(), G)
 
     def _scale(self, c: Tensor) -> SpectralKronecker:
-        return self.with_eigenvalues(self.eigenvalues * c[..., None, None])
+        return self._with(eigenvalues=self.eigenvalues * c[..., None, None])
 
     def with_eigenvalues(self, eigenvalues: Float[Tensor, "*batch a b"]) -> SpectralKronecker:
         """Other eigenvalues in the same basis."""
-        result: SpectralKronecker = build(self._structure(), (self.QL, self.QR, eigenvalues))
-        return result
+        return self._with(eigenvalues=self._check_eigenvalues(eigenvalues))
 
     def _marginal(self, index: Tensor, max_size: int) -> None:
         return None
