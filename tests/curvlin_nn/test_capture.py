@@ -326,6 +326,26 @@ def test_a_probe_that_decides_nothing_is_followed_by_one_that_does():
     assert_jacobian(Gated().double(), x)
 
 
+@pytest.mark.parametrize("steps", [(1, 3), (3, 1, 3), (2, 3, 4, 1)])
+def test_layouts_are_found_again_when_the_number_of_positions_changes(steps):
+    """With one step per sample, time-major and sample-major rows are the same; with three they are not."""
+
+    class TimeMajor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.tanh(self.layer(x.transpose(0, 1).reshape(-1, 3)))
+            return self.head(rows.reshape(x.shape[1], len(x), 4).mean(0))
+
+    model = TimeMajor().double()
+    features = feature_maps.JacobianMap(model)
+    for n_steps in steps:
+        x = torch.randn(4, n_steps, 3, dtype=torch.float64)
+        torch.testing.assert_close(features(x)[1].to_dense(), jacobian(model, x), rtol=1e-12, atol=1e-13)
+
+
 def test_unbatched_images_are_refused():
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten())
     with pytest.raises(UnsupportedError, match=r"conv2d needs a batch of images"):

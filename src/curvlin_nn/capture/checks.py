@@ -9,6 +9,9 @@ from curvlin_nn.capture.graph import Graph, named_pieces
 from curvlin_nn.capture.layout import Layout, candidates
 from curvlin_nn.errors import CouplingError, UnsupportedUseError
 
+Possibilities = tuple[tuple[Layout, ...], ...]
+"""Layouts by use: what a probe has to choose between."""
+
 
 def check_complete(graph: Graph) -> None:
     """Captures summed over the batch must equal what autograd says about each parameter.
@@ -38,6 +41,12 @@ def check_complete(graph: Graph) -> None:
             )
 
 
+def possible_layouts(graph: Graph) -> Possibilities:
+    """For every use, the layouts that its positions and the number of samples allow."""
+    n_samples = len(graph.outputs)
+    return tuple(tuple(candidates(use.positions, n_samples)) for use in graph.uses)
+
+
 def find_layouts(graph: Graph) -> tuple[tuple[Layout, ...], bool]:
     """The layout of every use, by probing with cotangents of one sample.
 
@@ -54,7 +63,7 @@ def find_layouts(graph: Graph) -> tuple[tuple[Layout, ...], bool]:
     n_samples, n_outputs = graph.outputs.shape
     weights = 1 + torch.arange(n_outputs).to(graph.outputs).cos() / 2  # no output goes unnoticed
     everywhere = _reached(graph, weights.expand(n_samples, n_outputs))
-    options = [candidates(tuple(reached.shape), n_samples) for reached in everywhere]
+    options = [list(layouts) for layouts in possible_layouts(graph)]
     sample: int | None = n_samples // 2
     while sample is not None:
         cotangent = torch.zeros_like(graph.outputs)

@@ -35,6 +35,12 @@ class Use:
     edge: GradientEdge
     version: int
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The shape of the output's positions: all but the feature axis."""
+        shape_only = torch.empty(1, *self.shape, device="meta")
+        return tuple(self.rule.by_position(shape_only).shape[1:-1])
+
 
 class Interceptor(TorchFunctionMode):
     """Records, while active, each differentiable use of the tracked tensors; refuses those without a rule.

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlin_nn.capture.checks import check_complete, find_layouts
+from curvlin_nn.capture.checks import Possibilities, check_complete, find_layouts, possible_layouts
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
@@ -118,7 +118,7 @@ class Recorder:
     def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
         self.model, self.space = model, space
         self._complete: set[Signature] = set()
-        self._layouts: dict[Signature, tuple[Layout, ...]] = {}
+        self._layouts: dict[tuple[Signature, Possibilities], tuple[Layout, ...]] = {}
 
     def __call__(self, x: Any, where: str = "the input") -> Recording:
         """One forward pass.
@@ -156,11 +156,13 @@ class Recorder:
             self._complete.add(signature)
         if len(graph.outputs) == 1:
             return (SINGLE,) * len(graph.uses)
-        if signature in self._layouts:
-            return self._layouts[signature]
+        # One position per sample allows fewer layouts than several: an answer holds where the question is the same.
+        question = signature, possible_layouts(graph)
+        if question in self._layouts:
+            return self._layouts[question]
         layouts, certain = find_layouts(graph)
         if certain:
-            self._layouts[signature] = layouts
+            self._layouts[question] = layouts
         return layouts
 
 
