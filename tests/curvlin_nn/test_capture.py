@@ -1,8 +1,10 @@
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from network_oracle import jacobian
-from networks import Sequences, cnn, mlp
+from networks import Sequences, assert_same, cnn, mlp, state
 from torch import Tensor, nn
 
 from curvlin_nn import ParameterSpace, feature_maps
@@ -189,6 +191,47 @@ def test_a_use_that_nobody_can_intercept_is_found_by_the_completeness_check():
     model.forward = lambda x: lstm(model[0](x))[0][:, -1]
     with pytest.raises(UnsupportedUseError, match=r"parameter '1.weight_ih_l0'"):
         record(model, torch.randn(4, 5, 3))
+
+
+class Kept(nn.Module):
+    """Uses one weight through its module, or past it."""
+
+    def __init__(self, past: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+        self.listed = [self.a.weight]
+        weight = self.a.weight
+        view = self.a.weight[:, :]
+        self.product = {
+            "list": lambda x: F.linear(x, self.listed[0]),
+            "closure": lambda x: x @ weight.mT,
+            "partial": functools.partial(F.linear, weight=self.a.weight),
+            "view": lambda x: F.linear(x, view),
+            "both": lambda x: self.a(x) + F.linear(x, weight),
+            "shape only": lambda x: self.a(x).reshape(-1, self.listed[0].shape[0]).to(weight.dtype),
+        }[past]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.product(x)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("past", ["list", "closure", "partial", "view", "both"])
+def test_a_parameter_used_past_its_module_is_refused_by_name(past, frozen):
+    """A reference taken at construction is the model's own tensor, not the leaf that stands in for it."""
+    model, x = Kept(past), torch.randn(4, 3)
+    model.a.weight.requires_grad_(not frozen)
+    before = state(model)
+    with pytest.raises(
+        UnsupportedUseError, match=r"parameter 'a.weight' reaches the outputs past its module"
+    ):
+        record(model, x, ["a.weight", "b"])
+    assert_same(before, state(model))
+    record(model, x, ["b"])
+
+
+def test_a_reference_of_which_only_the_shape_is_used_is_harmless():
+    assert_jacobian(Kept("shape only").double(), torch.randn(4, 3, dtype=torch.float64))
 
 
 def test_coupling_between_samples_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,17 +15,32 @@ Possibilities = tuple[tuple[Layout, ...], ...]
 """Layouts by use: what a probe has to choose between."""
 
 
-def check_complete(graph: Graph) -> None:
+def check_complete(graph: Graph, originals: Mapping[str, Tensor]) -> None:
     """Captures summed over the batch must equal what autograd says about each parameter.
+
+    Args:
+        graph: the forward pass.
+        originals: the model's own tensors, which the graph's leaves stood in for. None may have been reached, as
+            happens where a module keeps a parameter in a list, a closure or a partial.
 
     Raises:
         UnsupportedUseError: naming the parameter whose uses were not all captured.
     """
     generator = torch.Generator().manual_seed(0)
     cotangent = torch.randn(graph.outputs.shape, generator=generator).to(graph.outputs)
-    expected = torch.autograd.grad(
-        graph.outputs, list(graph.leaves.values()), cotangent, retain_graph=True, allow_unused=True
+    found = torch.autograd.grad(
+        graph.outputs,
+        [*graph.leaves.values(), *originals.values()],
+        cotangent,
+        retain_graph=True,
+        allow_unused=True,
     )
+    expected, bypassed = found[: len(graph.leaves)], found[len(graph.leaves) :]
+    for name, gradient in zip(originals, bypassed, strict=True):
+        if gradient is not None:
+            raise UnsupportedUseError(
+                name, "reaches the outputs past its module (is it kept in a list, a closure or a partial?)"
+            )
     captured = {name: torch.zeros_like(leaf).flatten() for name, leaf in graph.leaves.items()}
     magnitude = {name: 0.0 for name in graph.leaves}  # of the terms, which may cancel in the sum
     for use, gradient in zip(graph.uses, graph.gradients(cotangent[None]), strict=True):

@@ -15,7 +15,14 @@ from curvlin_nn.capture.checks import Possibilities, check_complete, find_layout
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
-from curvlin_nn.capture.state import device_of, evaluation_mode, forward, random_state, random_state_kept
+from curvlin_nn.capture.state import (
+    device_of,
+    evaluation_mode,
+    forward,
+    gradients_required,
+    random_state,
+    random_state_kept,
+)
 from curvlin_nn.errors import OutputError, StochasticModelError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
 
@@ -134,9 +141,15 @@ class Recorder:
             StochasticModelError: if the model draws random numbers.
             ModifiedInputError: if a layer's input is changed in place after its use.
         """
-        leaves = {name: p.requires_grad_() for name, p in self.space.tensors(self.model).items()}
+        originals = {name: self.model.get_parameter(name) for name in self.space.names}
+        leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
         device = device_of(self.model)
-        with evaluation_mode(self.model), random_state_kept(device), torch.enable_grad():
+        with (
+            evaluation_mode(self.model),
+            gradients_required(originals.values()),
+            random_state_kept(device),
+            torch.enable_grad(),
+        ):
             before = random_state(device)
             with Interceptor(leaves) as interceptor:
                 outputs = forward(self.model, leaves, x)
@@ -147,17 +160,16 @@ class Recorder:
                 )
             graph = Graph(leaves, tuple(interceptor.uses), _checked(outputs, where))
             graph.check_untouched()
-            return Recording(self.space, graph, self._verified_layouts(graph))
+            if graph.signature not in self._complete:
+                check_complete(graph, originals)
+                self._complete.add(graph.signature)
+            return Recording(self.space, graph, self._layouts_of(graph))
 
-    def _verified_layouts(self, graph: Graph) -> tuple[Layout, ...]:
-        signature = graph.signature
-        if signature not in self._complete:
-            check_complete(graph)
-            self._complete.add(signature)
+    def _layouts_of(self, graph: Graph) -> tuple[Layout, ...]:
         if len(graph.outputs) == 1:
             return (SINGLE,) * len(graph.uses)
         # One position per sample allows fewer layouts than several: an answer holds where the question is the same.
-        question = signature, possible_layouts(graph)
+        question = graph.signature, possible_layouts(graph)
         if question in self._layouts:
             return self._layouts[question]
         layouts, certain = find_layouts(graph)
