@@ -395,6 +395,59 @@ def test_unbatched_images_are_refused():
         record(model, torch.randn(2, 3, 4))
 
 
+class Headed(nn.Module):
+    """A body, and one of several ways to end."""
+
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+        self.conv, self.norm = nn.Conv1d(4, 2, 1), nn.BatchNorm1d(2)
+        self.w = nn.Parameter(torch.randn(4, 2))
+        self.kept = [self.b.weight]
+        self.head = {
+            "matmul": lambda h: h @ self.w,
+            "conv1d": lambda h: self.conv(h[..., None]).squeeze(-1),
+            "past its module": lambda h: F.linear(h, self.kept[0]),
+            "two heads": lambda h: torch.cat([self.b(h), self.c(h)], dim=1),
+            "norm": lambda h: self.norm(self.b(h)),
+            "twice": lambda h: self.b(h) - self.b(h.flip(1)),
+            "unused later": lambda h: (self.b(h), self.c(h))[0],
+            "frozen": lambda h: self.b(h),
+        }[head]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    ("head", "last", "other"),
+    [
+        ("matmul", "a.weight", "w"),
+        ("conv1d", "a.weight", r"conv\.(weight|bias)"),
+        ("past its module", "a.weight", "b.weight"),
+        ("two heads", "c.weight", r"b\.(weight|bias)"),
+        ("norm", "b.weight", r"norm\.(weight|bias)"),
+    ],
+)
+def test_last_layer_refuses_a_model_that_does_not_end_in_one(head, last, other):
+    model, x = Headed(head), torch.randn(5, 3)
+    before = state(model)
+    with pytest.raises(
+        UnsupportedError, match=f"found '{last}' used last, but .* parameter '{other}' not only"
+    ):
+        feature_maps.LastLayerMap(model)(x)
+    assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("head", ["twice", "unused later", "frozen"])
+def test_last_layer_is_what_the_outputs_come_from(head):
+    model, x = Headed(head).double(), torch.randn(5, 3, dtype=torch.float64)
+    model.a.requires_grad_(head != "frozen")
+    _, features = feature_maps.LastLayerMap(model)(x)
+    expected = jacobian(model, x, ["b.weight", "b.bias"])
+    torch.testing.assert_close(features.to_dense(), expected, rtol=1e-12, atol=1e-13)
+
+
 def test_a_model_without_layers_has_no_last_layer():
     with pytest.raises(UnsupportedError, match="found no linear or convolutional layer"):
         feature_maps.LastLayerMap(nn.BatchNorm1d(3))(torch.randn(4, 3))
