@@ -18,6 +18,7 @@ from curvlin_nn.curvature import Accumulated, accumulate
 from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
 from curvlin_nn.evidence import Evidence, curvature_scale
 from curvlin_nn.feature_maps import JacobianMap
+from curvlin_nn.fingerprint import Fingerprint
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
 from curvlin_nn.predictive import Predictive, check_link, draw
@@ -42,6 +43,7 @@ class _Fitted:
     accumulated: Accumulated
     mean: Float[Tensor, " P"]
     curvature: PrecisionOperator
+    fingerprint: Fingerprint
 
     @cached_property
     def spectrum(self) -> Spectrum | None:
@@ -172,7 +174,7 @@ class Laplace:
 
         Args:
             train_loader: batches ``(inputs, targets)``; the number of samples is counted as they come.
-            override: whether to forget earlier data; otherwise the sums continue.
+            override: whether to forget earlier data; otherwise the sums continue, around the same parameters.
             progress_bar: whether to show one.
 
         Returns:
@@ -182,7 +184,10 @@ class Laplace:
             DataError: if the loader yields nothing, or targets have the wrong dtype, shape or range.
             OutputError: if outputs have the wrong shape or are not finite.
             UnsupportedError: if the model uses a chosen parameter in a way that is not served.
+            StaleModelError: if the sums were to continue, and the model has changed since they began.
         """
+        if not override and self._fitted is not None:
+            self._check_unchanged()
         found = accumulate(
             self.model,
             self.likelihood,
@@ -194,7 +199,7 @@ class Laplace:
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
         mean = found.space.flatten(found.space.tensors(self.model))
-        fitted = _Fitted(found, mean, found.states[0].finish())
+        fitted = _Fitted(found, mean, found.states[0].finish(), Fingerprint.of(self.model))
         _check_mean_length(self._prior_mean, fitted)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
@@ -364,7 +369,7 @@ class Laplace:
         Raises:
             UnsupportedError: for a combination that is not served.
             NotFittedError: before `fit`.
-            StaleModelError: if the model's parameters changed since `fit`.
+            StaleModelError: if a parameter or buffer of the model changed since `fit`.
         """
         if pred_type != "glm":
             raise UnsupportedError(f"pred_type={pred_type!r} is not supported; expected 'glm'")
@@ -442,10 +447,14 @@ class Laplace:
         return self._fitted
 
     def _predictive(self) -> Predictive:
-        space, recorder = self._fit.accumulated.space, self._fit.accumulated.recorder
-        if not torch.equal(space.flatten(space.tensors(self.model)), self._fit.mean):
-            raise StaleModelError("the model's parameters changed since fit; call fit again, or restore them")
-        return Predictive(JacobianMap.of(recorder), self.posterior_precision)
+        self._check_unchanged()
+        return Predictive(JacobianMap.of(self._fit.accumulated.recorder), self.posterior_precision)
+
+    def _check_unchanged(self) -> None:
+        """Every parameter and buffer counts, those outside of the posterior included: outputs depend on all."""
+        name = self._fit.fingerprint.difference(self.model)
+        if name is not None:
+            raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")
 
     def _evidence(self) -> Evidence:
         fit = self._fit

@@ -412,13 +412,71 @@ def test_an_ambiguous_prior_length_must_be_named():
     )  # four tensors of one entry: per tensor and per parameter mean the same
 
 
-def test_a_model_that_changed_since_fit_is_refused():
-    p = problem("mlp", "classification")
-    la = fitted(p, "kron")
+def normalised() -> nn.Module:
+    """In training mode, with a buffer that outputs depend on and a layer outside of the last one."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double().train()
+    model[1].running_mean.normal_()
+    return model
+
+
+def swap(tensor: torch.Tensor) -> None:
+    tensor[0, 0], tensor[2, 1] = tensor[2, 1].clone(), tensor[0, 0].clone()
+
+
+CHANGES = {
+    "0.weight": {
+        "in place": lambda model: model[0].weight.mul_(3),
+        "through .data": lambda model: model[0].weight.data.mul_(3),
+        "exchange": lambda model: swap(model[0].weight.data),
+        "replaced": lambda model: setattr(model[0].weight, "data", torch.zeros(4, 3).double()),
+    },
+    "1.running_mean": {
+        "buffer": lambda model: model[1].running_mean.add_(1e-9),
+        "training": lambda model: model(torch.randn(8, 3).double()),
+    },
+    "3.bias": {"chosen": lambda model: model[3].bias[1].add_(1e-9)},
+}
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize(("name", "how"), [(name, how) for name in CHANGES for how in CHANGES[name]])
+def test_a_model_that_changed_since_fit_is_refused(name, how, subset):
+    model = normalised()
+    x, y = torch.randn(8, 3).double(), torch.randint(2, (8,))
+    chosen = ["0", "3"] if subset == "all" else subset
+    la = Laplace(model, "classification", chosen).fit([(x, y)])
+    held = {key: value.clone() for key, value in model.state_dict().items()}
+    before = la(x)
     with torch.no_grad():
-        p.model[0].bias[0] += 1e-3
-    with pytest.raises(StaleModelError, match="parameters changed since fit"):
-        la(p.x_test)
-    with torch.no_grad():
-        p.model[0].bias.copy_(la.mean[24:30])
-    la(p.x_test)
+        CHANGES[name][how](model)
+    for use in (la, la.functional_samples, la.predictive_samples, lambda x: la.fit([(x, y)], override=False)):
+        with pytest.raises(StaleModelError, match=f"'{name}' of the model changed since fit; call fit again"):
+            use(x)
+    model.load_state_dict(held)
+    assert torch.equal(la(x), before)
+    la.fit([(x, y)], override=False)
+    assert la.n_data == 16
+
+
+def test_a_model_that_changed_its_dtype_or_its_tensors_since_fit_is_refused():
+    model = normalised()
+    x, y = torch.randn(8, 3).double(), torch.randint(2, (8,))
+    la = Laplace(model, "classification").fit([(x, y)])
+    model.float()
+    with pytest.raises(StaleModelError, match=r"'0\.bias' of the model changed since fit"):
+        la(x)
+    model = normalised()
+    la = Laplace(model, "classification").fit([(x, y)])
+    model.register_buffer("added", torch.zeros(0))
+    with pytest.raises(StaleModelError, match="'added' of the model changed since fit"):
+        la(x)
+
+
+def test_a_model_that_trained_on_is_fitted_anew_on_request():
+    model = normalised()
+    x, y = torch.randn(8, 3).double(), torch.randint(2, (8,))
+    la = Laplace(model, "classification").fit([(x, y)])
+    model(x)
+    la.fit([(x, y)])
+    expected = Laplace(model, "classification").fit([(x, y)])(x)
+    torch.testing.assert_close(la(x), expected, rtol=0, atol=0)
