@@ -1,4 +1,6 @@
 import functools
+import itertools
+import math
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from curvlin_nn import ParameterSpace, feature_maps
 from curvlin_nn.capture import Recorder
+from curvlin_nn.capture.checks import separating_sets
 from curvlin_nn.errors import (
     CouplingError,
     ModifiedInputError,
@@ -242,6 +245,60 @@ def test_coupling_between_samples_is_refused():
         record(model, torch.randn(6, 3))
 
 
+class GraphNetwork(nn.Module):
+    """Nodes as samples, each seeing itself; with one edge, one node sees another one too."""
+
+    def __init__(self, n: int, edge: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.register_buffer("adjacency", torch.eye(n))
+        if edge is not None:
+            self.adjacency[edge] = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.adjacency[: len(x), : len(x)] @ self.a(x)))
+
+
+@pytest.mark.parametrize("n", [2, 5, 6])
+def test_coupling_of_any_two_samples_is_found_behind_the_parameters_and_before_them(n):
+    x = torch.randn(n, 3)
+    for edge in itertools.permutations(range(n), 2):
+        model = GraphNetwork(n, edge)
+        with pytest.raises(CouplingError, match=r"depends on other samples at parameter 'a\.weight'"):
+            record(model, x)
+        with pytest.raises(CouplingError, match="changes when other samples of the batch do"):
+            record(model, x, ["b"])
+        with pytest.raises(CouplingError, match="changes when other samples of the batch do"):
+            feature_maps.LastLayerMap(model)(x)
+    record(GraphNetwork(n, None), x)
+
+
+def test_coupling_is_looked_for_when_the_first_batch_holds_one_sample():
+    recorder = Recorder(model := GraphNetwork(4, (2, 3)), ParameterSpace.of(model, ["b"]))
+    recorder(torch.randn(1, 3))
+    recorder(torch.randn(3, 3))  # does not reach the edge
+    model = GraphNetwork(4, (0, 1))
+    recorder = Recorder(model, ParameterSpace.of(model, ["b"]))
+    recorder(torch.randn(1, 3))
+    with pytest.raises(CouplingError):
+        recorder(torch.randn(4, 3))
+
+
+def test_statistics_of_the_batch_before_the_chosen_parameters_are_refused():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+    with pytest.raises(CouplingError, match="is a normalisation using statistics of the batch"):
+        feature_maps.LastLayerMap(model)(torch.randn(6, 3))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 7, 20, 21, 300])
+def test_separating_sets_separate_any_two_samples_both_ways(n):
+    sets = separating_sets(n).long()
+    assert sets.shape == (len(sets), n)
+    alone = sets.mT @ (1 - sets)  # [i, j]: how many sets hold i without j
+    assert bool((alone + torch.eye(n, dtype=torch.long) > 0).all())
+    assert len(sets) <= math.log2(n) + math.log2(math.log2(n) + 1) / 2 + 2
+
+
 def test_batch_norm_in_training_mode_is_evaluated_with_its_running_statistics():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
     model.train()
@@ -287,6 +344,36 @@ def test_active_dropout_is_refused():
     with pytest.raises(StochasticModelError, match="drew random numbers"):
         record(model, x)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_random_numbers_from_a_generator_of_the_models_own_are_found():
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.own = nn.Linear(3, 2), torch.Generator().manual_seed(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * torch.bernoulli(torch.full((len(x), 2), 0.5), generator=self.own)
+
+    with pytest.raises(StochasticModelError, match="outputs differ between two passes over one input"):
+        record(Dropping(), torch.randn(8, 3))
+
+
+def test_an_input_that_the_model_changes_in_place_is_left_alone():
+    class Centring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x -= 1
+            return self.a(x)
+
+    model, x = Centring().double(), torch.randn(4, 3, dtype=torch.float64)
+    before = x.clone()
+    _, features = feature_maps.JacobianMap(model)(x)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(features.to_dense(), jacobian(model.a, before - 1))
 
 
 def test_a_weight_used_whole_and_in_parts_is_refused():

@@ -11,7 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlin_nn.capture.checks import Possibilities, check_complete, find_layouts, possible_layouts
+from curvlin_nn.capture.checks import (
+    Possibilities,
+    check_complete,
+    check_independent,
+    check_repeatable,
+    find_layouts,
+    possible_layouts,
+)
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
@@ -114,8 +121,8 @@ class Recorder:
     """Runs a model in evaluation mode and records how the chosen parameters are used.
 
     The model comes back as it was, whatever happens. The first batch is checked: no random numbers drawn,
-    every use captured, samples independent; a later batch is checked again if the forward pass takes another
-    course.
+    every use captured, samples independent, outputs the same again; a later batch is checked again if the forward
+    pass takes another course.
 
     Args:
         model: maps one argument to outputs of shape ``(N, C)``.
@@ -124,7 +131,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
         self.model, self.space = model, space
-        self._complete: set[Signature] = set()
+        self._verified: set[tuple[Signature, bool]] = set()
         self._layouts: dict[tuple[Signature, Possibilities], tuple[Layout, ...]] = {}
 
     def __call__(self, x: Any, where: str = "the input") -> Recording:
@@ -138,7 +145,7 @@ class Recorder:
             OutputError: if the outputs are not finite, or not of shape ``(N, C)``.
             UnsupportedUseError: if a chosen parameter is used in a way that no layer rule covers.
             CouplingError: if samples influence each other.
-            StochasticModelError: if the model draws random numbers.
+            StochasticModelError: if the model draws random numbers, or its outputs differ from pass to pass.
             ModifiedInputError: if a layer's input is changed in place after its use.
         """
         originals = {name: self.model.get_parameter(name) for name in self.space.names}
@@ -160,10 +167,25 @@ class Recorder:
                 )
             graph = Graph(leaves, tuple(interceptor.uses), _checked(outputs, where))
             graph.check_untouched()
-            if graph.signature not in self._complete:
+            question = graph.signature, len(graph.outputs) > 1
+            new = question not in self._verified
+            if new:
                 check_complete(graph, originals)
-                self._complete.add(graph.signature)
-            return Recording(self.space, graph, self._layouts_of(graph))
+            layouts = self._layouts_of(graph)
+            if new:
+                self._check_function(graph, x, where)
+                self._verified.add(question)
+            return Recording(self.space, graph, layouts)
+
+    def _check_function(self, graph: Graph, x: Any, where: str) -> None:
+        """Whether the outputs are a function of each sample's input alone."""
+
+        def run(x: Any) -> Tensor:
+            return _checked(forward(self.model, graph.leaves, x), where).detach()
+
+        check_repeatable(graph.outputs, run(x))
+        if isinstance(x, Tensor) and x.shape[:1] == graph.outputs.shape[:1] and len(x) > 1:
+            check_independent(run, x, graph.outputs)
 
     def _layouts_of(self, graph: Graph) -> tuple[Layout, ...]:
         if len(graph.outputs) == 1:

@@ -70,11 +70,11 @@ def random_state(device: torch.device) -> list[Tensor]:
 
 
 def forward(model: nn.Module, parameters: Mapping[str, Tensor], x: Any) -> Any:
-    """The model's output at the given parameters, the other ones detached and the buffers copied.
+    """The model's output at the given parameters, the other ones detached, the buffers and the input copied.
 
-    The model's own tensors are never handed to it, so that nothing can accumulate gradients or be changed in
-    place.
+    The model's own tensors, and the caller's input, are never handed to it, so that nothing can accumulate gradients
+    or be changed in place.
     """
     tensors: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     tensors |= {name: b.clone() for name, b in model.named_buffers()}
-    return functional_call(model, tensors | dict(parameters), (x,))
+    return functional_call(model, tensors | dict(parameters), (x.clone() if isinstance(x, Tensor) else x,))
