@@ -128,6 +128,53 @@ def test_a_failure_inside_the_forward_pass_leaves_nothing_behind():
     curvature(model, "classification", loader)
 
 
+def bend(fired: list):
+    """A hook that reads a gradient, as logging does, and changes it, as clipping does; of modules and of tensors."""
+
+    def hook(*args):
+        gradient = args[-1] if isinstance(args[-1], torch.Tensor) else args[-1][0]
+        fired.append(float(gradient.norm()))
+        if len(args) == 3:  # grad_input, grad_output of a module
+            return tuple(None if g is None else 2 * g for g in args[1])
+        return 2 * gradient if isinstance(args[-1], torch.Tensor) else tuple(2 * g for g in args[-1])
+
+    return hook
+
+
+HOOKS = {
+    "module": lambda model, hook: model.head.register_full_backward_hook(hook),
+    "module before": lambda model, hook: model.head.register_full_backward_pre_hook(hook),
+    "everywhere": lambda model, hook: torch.nn.modules.module.register_module_full_backward_hook(hook),
+    "frozen tensor": lambda model, hook: model.body[0].register_forward_hook(
+        lambda module, args, output: output.register_hook(hook) and None
+    ),
+    "tensor": lambda model, hook: model.head.register_forward_hook(
+        lambda module, args, output: output.register_hook(hook) and None
+    ),
+}
+
+
+@pytest.mark.parametrize("where", HOOKS)
+@pytest.mark.parametrize("call", ["fit", "last layer", "jacobian", "predict"])
+def test_backward_hooks_are_left_out_and_left_in_place(call, where):
+    model, loader, x = trained(), DataLoader(data(), batch_size=5), torch.randn(3, 4)
+    features = feature_maps.JacobianMap(model)
+    expected = features(x)[1].to_dense()
+    fired: list[float] = []
+    handle = HOOKS[where](model, bend(fired))
+    try:
+        before = state(model)
+        CALLS[call](model, loader, x)
+        assert torch.equal(features(x)[1].to_dense(), expected)
+        assert fired == []
+        assert_same(before, state(model))
+        model.head(torch.randn(4, 5, requires_grad=True)).sum().backward()
+        model.body[0](torch.randn(4, 4, requires_grad=True)).sum().backward()
+        assert len(fired) > 0
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
 def test_the_callers_gradient_mode_does_not_matter(context):
     model, x = trained(), torch.randn(3, 4)

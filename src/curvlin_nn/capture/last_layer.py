@@ -6,18 +6,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from curvlin_nn.capture.intercept import Interceptor
-from curvlin_nn.capture.state import (
-    device_of,
-    evaluation_mode,
-    forward,
-    gradients_required,
-    random_state_kept,
-)
+from curvlin_nn.capture.state import capturing, forward
 from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.parameters import ParameterSpace
 
@@ -30,15 +23,10 @@ def last_layer(model: nn.Module, x: Any) -> ParameterSpace:
             through it: on a head without a rule, or on a second head.
     """
     originals = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
-    with (
-        evaluation_mode(model),
-        gradients_required(originals.values()),
-        random_state_kept(device_of(model)),
-        torch.enable_grad(),
-        Interceptor(leaves, strict=False) as interceptor,
-    ):
-        outputs = forward(model, leaves, x)
+    with capturing(model, originals.values()):
+        leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
+        with Interceptor(leaves, strict=False) as interceptor:
+            outputs = forward(model, leaves, x)
     root = outputs.grad_fn if isinstance(outputs, Tensor) else None
     behind = _nodes_behind(root)
     uses = [use for use in interceptor.uses if use.edge.node in behind]

@@ -22,14 +22,7 @@ from curvlin_nn.capture.checks import (
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
-from curvlin_nn.capture.state import (
-    device_of,
-    evaluation_mode,
-    forward,
-    gradients_required,
-    random_state,
-    random_state_kept,
-)
+from curvlin_nn.capture.state import capturing, device_of, forward, random_state
 from curvlin_nn.errors import OutputError, StochasticModelError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
 
@@ -149,14 +142,9 @@ class Recorder:
             ModifiedInputError: if a layer's input is changed in place after its use.
         """
         originals = {name: self.model.get_parameter(name) for name in self.space.names}
-        leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
         device = device_of(self.model)
-        with (
-            evaluation_mode(self.model),
-            gradients_required(originals.values()),
-            random_state_kept(device),
-            torch.enable_grad(),
-        ):
+        with capturing(self.model, originals.values()):
+            leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
             before = random_state(device)
             with Interceptor(leaves) as interceptor:
                 outputs = forward(self.model, leaves, x)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from curvlin_nn.errors import UnsupportedError
 
@@ -27,6 +31,26 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
+def capturing(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """How a model is run: in evaluation mode, with autograd, as the function that it computes; as before outside.
+
+    Args:
+        model: the model.
+        parameters: those of its own tensors whose direct use autograd has to notice.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluation_mode(model),
+        module_hooks_suspended(model),
+        TensorHooksSuspended(),
+        gradients_required(parameters),
+        random_state_kept(device_of(model)),
+    ):
+        yield
+
+
+@contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode inside, and in the mode it had outside.
 
@@ -40,6 +64,40 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def module_hooks_suspended(model: nn.Module) -> Iterator[None]:
+    """No module has backward hooks inside, and all have those they had outside.
+
+    They watch (or bend) the gradients of training; the backward passes of a capture are no such thing.
+    """
+    registries = [_global_backward_hooks, _global_backward_pre_hooks]
+    for module in model.modules():
+        registries += [module._backward_hooks, module._backward_pre_hooks]
+    held = [(registry, dict(registry)) for registry in registries if registry]
+    try:
+        for registry, _ in held:
+            registry.clear()
+        yield
+    finally:
+        for registry, hooks in held:
+            registry.update(hooks)
+
+
+class TensorHooksSuspended(TorchFunctionMode):
+    """While active, `Tensor.register_hook` does nothing: what a forward pass attaches would act on a capture."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.register_hook:
+            return RemovableHandle(OrderedDict())
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
