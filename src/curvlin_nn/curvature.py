@@ -16,6 +16,7 @@ from curvlin_nn import likelihoods, structures
 from curvlin_nn.capture import Recorder, last_layer
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
+from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
 from curvlin_nn.structures import Structure
@@ -75,6 +76,7 @@ class Accumulated:
         return replace(self, n_data=n_data, statistics=statistics)
 
 
+@outside_inference_mode()
 def curvature(
     model: nn.Module,
     likelihood: str | Likelihood,

@@ -19,6 +19,7 @@ from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
 from curvlin_nn.evidence import Evidence, curvature_scale
 from curvlin_nn.feature_maps import JacobianMap
 from curvlin_nn.fingerprint import Fingerprint
+from curvlin_nn.inference_mode import ordinary, outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
 from curvlin_nn.predictive import Predictive, check_link, draw
@@ -46,6 +47,7 @@ class _Fitted:
     fingerprint: Fingerprint
 
     @cached_property
+    @outside_inference_mode()
     def spectrum(self) -> Spectrum | None:
         """The eigenvalues of the curvature, computed when the evidence is first asked for."""
         return spectrum(self.curvature)
@@ -125,7 +127,7 @@ class Laplace:
         checked = value if isinstance(value, PrecisionOperator) else check_precision(value)
         if self._fitted is not None:
             self._prior(checked)
-        self._prior_precision = checked
+        self._prior_precision = checked if isinstance(checked, PrecisionOperator) else ordinary(checked)
         self._posterior = None
 
     @property
@@ -143,7 +145,7 @@ class Laplace:
             )
         if self._fitted is not None:
             _check_mean_length(mean, self._fitted)
-        self._prior_mean = mean
+        self._prior_mean = ordinary(mean)
 
     @property
     def sigma_noise(self) -> Float[Tensor, ""]:
@@ -152,7 +154,7 @@ class Laplace:
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        self._sigma_noise = self._checked_noise(value)
+        self._sigma_noise = ordinary(self._checked_noise(value))
         self._posterior = None
 
     @property
@@ -169,6 +171,7 @@ class Laplace:
 
     # -- fitting ---------------------------------------------------------------------------------------------
 
+    @outside_inference_mode()
     def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> Laplace:
         """Accumulate the curvature over the data, around the model's present parameters.
 
@@ -238,6 +241,7 @@ class Laplace:
         return self._fit.mean
 
     @property
+    @outside_inference_mode()
     def posterior_precision(self) -> PrecisionOperator:
         """``P = H / (sigma^2 T) + P0``, factored; made once for each choice of hyperparameters."""
         tensors = [t for t in (self._prior_precision, self._sigma_noise) if isinstance(t, Tensor)]
@@ -339,6 +343,7 @@ class Laplace:
 
     # -- prediction ------------------------------------------------------------------------------------------
 
+    @outside_inference_mode()
     def __call__(
         self,
         x: Any,
@@ -397,6 +402,7 @@ class Laplace:
             mean, covariance = predictive.mean_and_covariance(x)
         return self.likelihood.link(draw(mean, covariance, n_samples, generator)).mean(0)
 
+    @outside_inference_mode()
     def functional_samples(
         self, x: Any, n_samples: int = 100, generator: torch.Generator | None = None
     ) -> Float[Tensor, "S N C"]:
@@ -407,6 +413,7 @@ class Laplace:
         """
         return self._predictive().samples(x, n_samples, generator)
 
+    @outside_inference_mode()
     def predictive_samples(
         self,
         x: Any,

@@ -184,6 +184,41 @@ def test_the_callers_gradient_mode_does_not_matter(context):
         torch.testing.assert_close(Laplace(model, "classification", "all", "kron").fit(loader)(x), expected)
 
 
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_every_call_works_in_inference_mode(call):
+    model, loader = trained(), DataLoader(data(), batch_size=5)
+    before = state(model)
+    with torch.inference_mode():
+        call(model, loader, torch.ones(3, 4))
+    assert_same(before, state(model))
+
+
+def test_nothing_is_kept_from_inference_mode():
+    """What is made there, of inputs made there, serves outside: gradients of the evidence included."""
+    model, x = trained(), torch.randn(3, 4)
+    loader = DataLoader(data(), batch_size=5)
+    la = Laplace(model, "classification", "all", "kron", prior_precision=0.5).fit(loader)
+    expected = la(x), la.functional_samples(x, 2, torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        inside = Laplace(model, "classification", "all", "kron", prior_precision=torch.ones(()) / 2)
+        inside.fit(loader)
+        assert torch.equal(inside(x.clone()), expected[0])
+        inside.prior_mean = torch.zeros(inside.n_params)
+        inside.log_marginal_likelihood()
+    assert torch.equal(inside(x), expected[0])
+    with torch.inference_mode():
+        draws = inside.functional_samples(x.clone(), 2, torch.Generator().manual_seed(0))
+    assert torch.equal(draws, expected[1])
+    delta = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    inside.log_marginal_likelihood(delta).backward()
+    assert delta.grad is not None
+    with torch.inference_mode():
+        inside.optimize_prior_precision()
+    la.optimize_prior_precision()
+    assert torch.equal(inside(x), la(x))
+    assert inside.prior_precision.is_inference() is False
+
+
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
