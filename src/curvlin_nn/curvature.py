@@ -167,7 +167,7 @@ def _first_pass(
     for index, (x, targets) in enumerate(batches):
         where = f"batch {index}"
         if accumulated is None:
-            accumulated = _started(Recorder(model, choose(model, subset_of_weights, x)), factories)
+            accumulated = _started(Recorder(model, choose(model, subset_of_weights, x, where)), factories)
         recording = accumulated.recorder(x, where)
         targets = likelihood.check(recording.outputs, targets, where)
         accumulated = accumulated.with_batch(likelihood, recording.outputs, targets, where)
@@ -187,10 +187,10 @@ def _started(recorder: Recorder, factories: Sequence[StructureFactory]) -> Accum
     return Accumulated(recorder, states, n_data=0, n_outputs=0, statistics=nothing)
 
 
-def choose(model: nn.Module, subset_of_weights: Selection, x: Any) -> ParameterSpace:
+def choose(model: nn.Module, subset_of_weights: Selection, x: Any, where: str) -> ParameterSpace:
     """The parameters that `subset_of_weights` names; the last layer is found by running the model on `x`."""
     if isinstance(subset_of_weights, str) and subset_of_weights == "last_layer":
-        return last_layer(model, x)
+        return last_layer(model, x, where)
     return ParameterSpace.of(model, subset_of_weights)
 
 
@@ -202,4 +202,4 @@ def _batches(loader: Iterable[Any], device: torch.device, progress_bar: bool) ->
                 f"{type(batch).__name__}"
             )
         x, targets = batch
-        yield x.to(device) if isinstance(x, Tensor) else x, targets.to(device)
+        yield x, targets.to(device)

@@ -14,6 +14,7 @@ from curvlin_nn.capture import Recorder
 from curvlin_nn.capture.checks import separating_sets
 from curvlin_nn.errors import (
     CouplingError,
+    DataError,
     ModifiedInputError,
     OutputError,
     StochasticModelError,
@@ -374,6 +375,69 @@ def test_an_input_that_the_model_changes_in_place_is_left_alone():
     _, features = feature_maps.JacobianMap(model)(x)
     assert torch.equal(x, before)
     torch.testing.assert_close(features.to_dense(), jacobian(model.a, before - 1))
+
+
+class Bytes(nn.Module):
+    """Takes integers, and converts them itself."""
+
+    def __init__(self, convert: bool = True) -> None:
+        super().__init__()
+        self.a, self.convert = nn.Linear(3, 2), convert
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x.to(self.a.weight.dtype) / 255 if self.convert else x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32, torch.float16])
+@pytest.mark.parametrize("head", [feature_maps.JacobianMap, feature_maps.LastLayerMap])
+def test_inputs_of_a_dtype_that_the_model_does_not_take_are_refused(dtype, head):
+    x = torch.ones(4, 3, dtype=dtype)
+    message = rf"the input has dtype {dtype} and the model torch.float64, expected one that the model takes; it says: "
+    with pytest.raises(DataError, match=message) as caught:
+        head(Bytes(convert=False).double())(x)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=f"batch 3 has dtype {dtype}"):
+        Recorder(model := Bytes(convert=False).double(), ParameterSpace.of(model))(x, "batch 3")
+    model = Bytes().double()
+    _, features = head(model)(x)
+    torch.testing.assert_close(features.to_dense(), jacobian(model, x))
+
+
+def test_token_indices_are_inputs_like_others():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Tanh(), nn.Linear(12, 2)).double()
+    x = torch.randint(10, (5, 3))
+    _, features = feature_maps.LastLayerMap(model)(x)
+    torch.testing.assert_close(features.to_dense(), jacobian(model, x, ["3.weight", "3.bias"]))
+
+
+def test_an_empty_input_is_refused_as_such():
+    for features in (feature_maps.JacobianMap(mlp()), feature_maps.LastLayerMap(mlp())):
+        with pytest.raises(DataError, match=r"the input must hold at least one sample, found shape \(0, 4\)"):
+            features(torch.zeros(0, 4).double())
+
+
+def test_autocast_is_refused_outside_of_the_model_and_inside():
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu"):
+                return self.a(x).float()
+
+    x = torch.randn(4, 3)
+    refused = pytest.raises(UnsupportedError, match=r"torch.autocast is on for cpu, expected it off")
+    with refused, torch.autocast("cpu"):
+        record(Bytes(), x)
+    with pytest.raises(
+        UnsupportedUseError, match=r"'a.weight' is used in torch.bfloat16 \(is torch.autocast on"
+    ):
+        record(Casting(), x)
+    with pytest.raises(
+        UnsupportedUseError, match=r"'a.weight' is used in torch.bfloat16 \(is torch.autocast on"
+    ):
+        feature_maps.LastLayerMap(Casting())(x)
 
 
 def test_a_weight_used_whole_and_in_parts_is_refused():

@@ -88,6 +88,11 @@ class Interceptor(TorchFunctionMode):
         for name in used:
             if self._strict and used.count(name) > list(names.values()).count(name):
                 raise UnsupportedUseError(name, f"is an input of {_name(func)}")
+        for role, name in names.items():
+            if self._strict and call.roles[role].dtype != output.dtype:
+                raise UnsupportedUseError(
+                    name, f"is used in {output.dtype} (is torch.autocast on in the model?)"
+                )
         self.uses.append(Use(rule, call, names, output.shape, get_gradient_edge(output), call.input._version))
 
 

@@ -10,23 +10,30 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from curvlin_nn.capture.intercept import Interceptor
-from curvlin_nn.capture.state import capturing, forward
+from curvlin_nn.capture.state import capturing, forward, prepared
 from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.parameters import ParameterSpace
 
 
-def last_layer(model: nn.Module, x: Any) -> ParameterSpace:
+def last_layer(model: nn.Module, x: Any, where: str = "the input") -> ParameterSpace:
     """The parameters of the last layer that the forward pass of `model` on `x` uses.
 
+    Args:
+        model: maps one argument to outputs ``(N, C)``.
+        x: what the model takes.
+        where: what to call this input in error messages.
+
     Raises:
+        DataError: if x holds no sample, or has a dtype that the model does not take.
         UnsupportedError: if the pass uses no layer that has a rule, or the outputs depend on other parameters than
             through it: on a head without a rule, or on a second head.
     """
+    x = prepared(model, x, where)
     originals = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     with capturing(model, originals.values()):
         leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
         with Interceptor(leaves, strict=False) as interceptor:
-            outputs = forward(model, leaves, x)
+            outputs = forward(model, leaves, x, where)
     root = outputs.grad_fn if isinstance(outputs, Tensor) else None
     behind = _nodes_behind(root)
     uses = [use for use in interceptor.uses if use.edge.node in behind]

@@ -22,7 +22,7 @@ from curvlin_nn.capture.checks import (
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
-from curvlin_nn.capture.state import capturing, device_of, forward, random_state
+from curvlin_nn.capture.state import capturing, device_of, forward, prepared, random_state
 from curvlin_nn.errors import OutputError, StochasticModelError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
 
@@ -135,19 +135,21 @@ class Recorder:
             where: what to call this input in error messages.
 
         Raises:
+            DataError: if x holds no sample, or has a dtype that the model does not take.
             OutputError: if the outputs are not finite, or not of shape ``(N, C)``.
             UnsupportedUseError: if a chosen parameter is used in a way that no layer rule covers.
             CouplingError: if samples influence each other.
             StochasticModelError: if the model draws random numbers, or its outputs differ from pass to pass.
             ModifiedInputError: if a layer's input is changed in place after its use.
         """
+        x = prepared(self.model, x, where)
         originals = {name: self.model.get_parameter(name) for name in self.space.names}
         device = device_of(self.model)
         with capturing(self.model, originals.values()):
             leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
             before = random_state(device)
             with Interceptor(leaves) as interceptor:
-                outputs = forward(self.model, leaves, x)
+                outputs = forward(self.model, leaves, x, where)
             if not all(map(torch.equal, before, random_state(device))):
                 raise StochasticModelError(
                     f"the model drew random numbers on {where}, expected the same outputs each time in "
@@ -169,7 +171,7 @@ class Recorder:
         """Whether the outputs are a function of each sample's input alone."""
 
         def run(x: Any) -> Tensor:
-            return _checked(forward(self.model, graph.leaves, x), where).detach()
+            return _checked(forward(self.model, graph.leaves, x, where), where).detach()
 
         check_repeatable(graph.outputs, run(x))
         if isinstance(x, Tensor) and x.shape[:1] == graph.outputs.shape[:1] and len(x) > 1:

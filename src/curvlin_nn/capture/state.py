@@ -14,15 +14,17 @@ from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from curvlin_nn.errors import UnsupportedError
+from curvlin_nn.errors import DataError, UnsupportedError
+from curvlin_nn.parameters import check_model
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's parameters are.
 
     Raises:
-        UnsupportedError: if it has none, or they are on several devices.
+        UnsupportedError: if it is no model that can be run, has no parameters, or has them on several devices.
     """
+    check_model(model)
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1:
         found = ", ".join(sorted(map(str, devices))) or "no parameter"
@@ -127,12 +129,46 @@ def random_state(device: torch.device) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def forward(model: nn.Module, parameters: Mapping[str, Tensor], x: Any) -> Any:
+def prepared(model: nn.Module, x: Any, where: str) -> Any:
+    """The input on the model's device.
+
+    Raises:
+        DataError: if it holds no sample.
+        UnsupportedError: if autocast is on, under which layers compute in another dtype than that of their parameters.
+    """
+    device = device_of(model)
+    if torch.is_autocast_enabled(device.type):
+        raise UnsupportedError(
+            f"torch.autocast is on for {device.type}, expected it off; leave its context, or convert the model "
+            "and its inputs to the lower precision"
+        )
+    if not isinstance(x, Tensor):
+        return x
+    if x.shape[:1] == (0,):
+        raise DataError(f"{where} must hold at least one sample, found shape {tuple(x.shape)}")
+    return x.to(device)
+
+
+def forward(model: nn.Module, parameters: Mapping[str, Tensor], x: Any, where: str) -> Any:
     """The model's output at the given parameters, the other ones detached, the buffers and the input copied.
 
     The model's own tensors, and the caller's input, are never handed to it, so that nothing can accumulate gradients
     or be changed in place.
+
+    Raises:
+        DataError: if the model fails on an input of another dtype than that of its parameters. Whether it takes such
+            an input (token indices, bytes of an image that it converts) only the model can say.
     """
     tensors: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     tensors |= {name: b.clone() for name, b in model.named_buffers()}
-    return functional_call(model, tensors | dict(parameters), (x.clone() if isinstance(x, Tensor) else x,))
+    copied = x.clone() if isinstance(x, Tensor) else x
+    try:
+        return functional_call(model, tensors | dict(parameters), (copied,))
+    except RuntimeError as error:
+        dtypes = {p.dtype for p in model.parameters()}
+        if not isinstance(x, Tensor) or x.dtype in dtypes or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise DataError(
+            f"{where} has dtype {x.dtype} and the model {', '.join(sorted(map(str, dtypes)))}, expected one that the "
+            f"model takes; it says: {str(error).partition(chr(10))[0]}"
+        ) from error
