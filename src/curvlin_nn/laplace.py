@@ -14,20 +14,22 @@ from torch import Tensor, nn
 from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
+from curvlin_nn._check import count, numbers
 from curvlin_nn.curvature import Accumulated, accumulate
 from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
 from curvlin_nn.evidence import Evidence, curvature_scale
 from curvlin_nn.feature_maps import JacobianMap
 from curvlin_nn.fingerprint import Fingerprint
-from curvlin_nn.inference_mode import ordinary, outside_inference_mode
+from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
-from curvlin_nn.parameters import ParameterSpace, Selection
+from curvlin_nn.parameters import ParameterSpace, Selection, check_model
 from curvlin_nn.predictive import Predictive, check_link, draw
 from curvlin_nn.prior import (
     GroupedPrior,
     OperatorPrior,
     Prior,
     check_precision,
+    check_structure,
     group_of_coordinate,
     infer_structure,
     label_of_group,
@@ -101,10 +103,13 @@ class Laplace:
             raise UnsupportedError(
                 "feature_map is not supported; the exact Jacobian is used, leave it at None"
             )
+        check_model(model)
         self.model = model
         self.likelihood = likelihoods.resolve(likelihood)
         self.subset_of_weights: Selection = "last_layer" if subset_of_weights is None else subset_of_weights
         self._structure = structures.resolve("kron" if hessian_structure is None else hessian_structure)
+        if prior_structure is not None:
+            check_structure(prior_structure)
         if self.subset_of_weights != "last_layer":
             ParameterSpace.of(model, self.subset_of_weights)  # say now what is wrong with it
         self._fitted: _Fitted | None = None
@@ -127,7 +132,7 @@ class Laplace:
         checked = value if isinstance(value, PrecisionOperator) else check_precision(value)
         if self._fitted is not None:
             self._prior(checked)
-        self._prior_precision = checked if isinstance(checked, PrecisionOperator) else ordinary(checked)
+        self._prior_precision = checked
         self._posterior = None
 
     @property
@@ -137,7 +142,7 @@ class Laplace:
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
-        mean = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+        mean = numbers("prior_mean", value)
         if not mean.is_floating_point() or mean.ndim > 1 or not bool(torch.isfinite(mean).all()):
             raise ValueError(
                 f"prior_mean must be a number or a flat vector, finite, found shape {tuple(mean.shape)} of "
@@ -145,7 +150,7 @@ class Laplace:
             )
         if self._fitted is not None:
             _check_mean_length(mean, self._fitted)
-        self._prior_mean = ordinary(mean)
+        self._prior_mean = mean
 
     @property
     def sigma_noise(self) -> Float[Tensor, ""]:
@@ -154,7 +159,7 @@ class Laplace:
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        self._sigma_noise = ordinary(self._checked_noise(value))
+        self._sigma_noise = self._checked_noise(value)
         self._posterior = None
 
     @property
@@ -164,9 +169,12 @@ class Laplace:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if not 0 < value < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, found {value}")
-        self._temperature = float(value)
+        temperature = numbers("temperature", value)
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature must be one number, found shape {tuple(temperature.shape)}")
+        if not 0 < float(temperature) < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, found {float(temperature)}")
+        self._temperature = float(temperature)
         self._posterior = None
 
     # -- fitting ---------------------------------------------------------------------------------------------
@@ -262,10 +270,11 @@ class Laplace:
         """Draws of flat parameter vectors.
 
         Args:
-            n_samples: how many.
+            n_samples: how many, at least one.
             generator: source of randomness; None is torch's default generator.
         """
-        return self.mean + self.posterior_precision.sample((n_samples,), generator=generator)
+        shape = (count("n_samples", n_samples),)
+        return self.mean + self.posterior_precision.sample(shape, generator=generator)
 
     # -- evidence --------------------------------------------------------------------------------------------
 
@@ -360,7 +369,8 @@ class Laplace:
         Args:
             x: what the model takes.
             pred_type: ``"glm"``.
-            link_approx: for classification ``"probit"``, or ``"mc"`` for `n_samples` draws of the outputs.
+            link_approx: for classification ``"probit"``, or ``"mc"`` for `n_samples` draws of the outputs;
+                regression has no link, and takes the default only.
             joint: for regression, the covariance between all samples, sample-major.
             diagonal_output: variances of the outputs only (for ``"mc"``: outputs drawn independently).
             n_samples: the number of draws for ``"mc"``.
@@ -384,6 +394,7 @@ class Laplace:
             )
         if joint and diagonal_output:
             raise UnsupportedError("joint and diagonal_output exclude each other; choose one")
+        check_link(self.likelihood, link_approx)
         if not self.likelihood.link_approximations:
             return self._moments(x, joint, diagonal_output, observation_noise)
         if joint:
@@ -391,7 +402,8 @@ class Laplace:
                 f"joint is not supported for {self.likelihood.name}; use functional_samples for joint draws "
                 "of outputs"
             )
-        check_link(self.likelihood, link_approx)
+        if link_approx == "mc":
+            count("n_samples", n_samples)
         predictive = self._predictive()
         if link_approx != "mc":
             return self.likelihood.link_approximations[link_approx](*predictive.mean_and_variance(x))
@@ -411,7 +423,7 @@ class Laplace:
         Each is the linearised network at one draw of its parameters: one generator state gives the same
         functions at any x.
         """
-        return self._predictive().samples(x, n_samples, generator)
+        return self._predictive().samples(x, count("n_samples", n_samples), generator)
 
     @outside_inference_mode()
     def predictive_samples(
@@ -505,7 +517,7 @@ class Laplace:
         )
 
     def _checked_noise(self, value: float | Tensor) -> Tensor:
-        noise = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+        noise = numbers("sigma_noise", value)
         if noise.numel() != 1:
             raise UnsupportedError(f"sigma_noise must be one number, found shape {tuple(noise.shape)}")
         if not bool((noise > 0) & torch.isfinite(noise)):
