@@ -10,7 +10,7 @@ from networks import Sequences, assert_same, cnn, mlp, state
 from torch import Tensor, nn
 
 from curvlin_nn import ParameterSpace, feature_maps
-from curvlin_nn.capture import Recorder
+from curvlin_nn.capture import Recorder, last_layer
 from curvlin_nn.capture.checks import separating_sets
 from curvlin_nn.errors import (
     CouplingError,
@@ -471,6 +471,8 @@ def test_outputs_of_the_wrong_kind_are_refused(forward, found):
     model.forward = lambda x: forward(model[0](x))
     with pytest.raises(OutputError, match=f"model outputs on batch 2.*{found}"):
         Recorder(model, ParameterSpace.of(model))(torch.randn(4, 3), "batch 2")
+    with pytest.raises(OutputError, match=f"model outputs on batch 2.*{found}"):
+        last_layer(model, torch.randn(4, 3), "batch 2")
 
 
 def test_a_weight_without_rows_is_refused():
@@ -588,6 +590,13 @@ def test_last_layer_refuses_a_model_that_does_not_end_in_one(head, last, other):
     ):
         feature_maps.LastLayerMap(model)(x)
     assert_same(before, state(model))
+
+
+def test_last_layer_refuses_a_layer_whose_weight_is_computed():
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), head), torch.randn(5, 3)
+    with pytest.raises(UnsupportedError, match=r"'2.bias' used last, but its weight is computed"):
+        feature_maps.LastLayerMap(model)(x)
 
 
 @pytest.mark.parametrize("head", ["twice", "unused later", "frozen"])

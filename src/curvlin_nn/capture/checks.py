@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from curvlin_nn.capture.graph import Graph, named_pieces
 from curvlin_nn.capture.layout import Layout, candidates
-from curvlin_nn.errors import CouplingError, StochasticModelError, UnsupportedUseError
+from curvlin_nn.errors import CouplingError, OutputError, StochasticModelError, UnsupportedUseError
 
 Possibilities = tuple[tuple[Layout, ...], ...]
 """Layouts by use: what a probe has to choose between."""
@@ -21,6 +22,26 @@ _EXPECTED_INDEPENDENT = (
     "expected independent samples along axis 0 of the outputs "
     "(is a normalisation using statistics of the batch?)"
 )
+
+
+def checked_outputs(outputs: Any, where: str) -> Tensor:
+    """What a model returned on `where`, if it is a finite tensor (N, C) with a graph.
+
+    Raises:
+        OutputError: if it is not.
+    """
+    if not isinstance(outputs, Tensor):
+        raise OutputError(f"model outputs on {where} must be a tensor (N, C), found {type(outputs).__name__}")
+    if outputs.ndim != 2 or 0 in outputs.shape:
+        raise OutputError(
+            f"model outputs on {where} must have shape (N, C) with N, C >= 1, found {tuple(outputs.shape)}; "
+            "wrap the model so that it returns one row of outputs per sample"
+        )
+    if not bool(torch.isfinite(outputs).all()):
+        raise OutputError(f"model outputs on {where} must be finite, found NaN or Inf")
+    if not outputs.requires_grad:
+        raise OutputError(f"model outputs on {where} depend on none of the chosen parameters")
+    return outputs
 
 
 def check_complete(graph: Graph, originals: Mapping[str, Tensor]) -> None:

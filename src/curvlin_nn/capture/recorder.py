@@ -16,6 +16,7 @@ from curvlin_nn.capture.checks import (
     check_complete,
     check_independent,
     check_repeatable,
+    checked_outputs,
     find_layouts,
     possible_layouts,
 )
@@ -23,7 +24,7 @@ from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
 from curvlin_nn.capture.state import capturing, device_of, forward, prepared, random_state
-from curvlin_nn.errors import OutputError, StochasticModelError, UnsupportedUseError
+from curvlin_nn.errors import StochasticModelError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
 
 Parts = dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]]
@@ -155,7 +156,7 @@ class Recorder:
                     f"the model drew random numbers on {where}, expected the same outputs each time in "
                     "evaluation mode; is dropout applied with training=True?"
                 )
-            graph = Graph(leaves, tuple(interceptor.uses), _checked(outputs, where))
+            graph = Graph(leaves, tuple(interceptor.uses), checked_outputs(outputs, where))
             graph.check_untouched()
             question = graph.signature, len(graph.outputs) > 1
             new = question not in self._verified
@@ -171,7 +172,7 @@ class Recorder:
         """Whether the outputs are a function of each sample's input alone."""
 
         def run(x: Any) -> Tensor:
-            return _checked(forward(self.model, graph.leaves, x, where), where).detach()
+            return checked_outputs(forward(self.model, graph.leaves, x, where), where).detach()
 
         check_repeatable(graph.outputs, run(x))
         if isinstance(x, Tensor) and x.shape[:1] == graph.outputs.shape[:1] and len(x) > 1:
@@ -188,21 +189,6 @@ class Recorder:
         if certain:
             self._layouts[question] = layouts
         return layouts
-
-
-def _checked(outputs: Any, where: str) -> Tensor:
-    if not isinstance(outputs, Tensor):
-        raise OutputError(f"model outputs on {where} must be a tensor (N, C), found {type(outputs).__name__}")
-    if outputs.ndim != 2 or 0 in outputs.shape:
-        raise OutputError(
-            f"model outputs on {where} must have shape (N, C) with N, C >= 1, found {tuple(outputs.shape)}; "
-            "wrap the model so that it returns one row of outputs per sample"
-        )
-    if not bool(torch.isfinite(outputs).all()):
-        raise OutputError(f"model outputs on {where} must be finite, found NaN or Inf")
-    if not outputs.requires_grad:
-        raise OutputError(f"model outputs on {where} depend on none of the chosen parameters")
-    return outputs
 
 
 def _merge(name: str, start: int, uses: list[tuple[Tensor, Tensor | None]]) -> Block:
