@@ -16,6 +16,7 @@ from curvlin_nn import likelihoods, structures
 from curvlin_nn.capture import Recorder, last_layer
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
+from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
 from curvlin_nn.structures import Structure
@@ -75,6 +76,7 @@ class Accumulated:
         return replace(self, n_data=n_data, statistics=statistics)
 
 
+@outside_inference_mode()
 def curvature(
     model: nn.Module,
     likelihood: str | Likelihood,
@@ -165,7 +167,7 @@ def _first_pass(
     for index, (x, targets) in enumerate(batches):
         where = f"batch {index}"
         if accumulated is None:
-            accumulated = _started(Recorder(model, choose(model, subset_of_weights, x)), factories)
+            accumulated = _started(Recorder(model, choose(model, subset_of_weights, x, where)), factories)
         recording = accumulated.recorder(x, where)
         targets = likelihood.check(recording.outputs, targets, where)
         accumulated = accumulated.with_batch(likelihood, recording.outputs, targets, where)
@@ -185,10 +187,10 @@ def _started(recorder: Recorder, factories: Sequence[StructureFactory]) -> Accum
     return Accumulated(recorder, states, n_data=0, n_outputs=0, statistics=nothing)
 
 
-def choose(model: nn.Module, subset_of_weights: Selection, x: Any) -> ParameterSpace:
+def choose(model: nn.Module, subset_of_weights: Selection, x: Any, where: str) -> ParameterSpace:
     """The parameters that `subset_of_weights` names; the last layer is found by running the model on `x`."""
     if isinstance(subset_of_weights, str) and subset_of_weights == "last_layer":
-        return last_layer(model, x)
+        return last_layer(model, x, where)
     return ParameterSpace.of(model, subset_of_weights)
 
 
@@ -200,4 +202,4 @@ def _batches(loader: Iterable[Any], device: torch.device, progress_bar: bool) ->
                 f"{type(batch).__name__}"
             )
         x, targets = batch
-        yield x.to(device) if isinstance(x, Tensor) else x, targets.to(device)
+        yield x, targets.to(device)

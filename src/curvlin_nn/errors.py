@@ -58,7 +58,7 @@ class ModifiedInputError(ValueError):
 
 
 class StaleModelError(RuntimeError):
-    """The model's parameters are no longer the ones the posterior was fitted around."""
+    """The model's parameters or buffers are no longer the ones the posterior was fitted around."""
 
 
 class NotFittedError(RuntimeError):

@@ -14,18 +14,22 @@ from torch import Tensor, nn
 from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
+from curvlin_nn._check import count, numbers
 from curvlin_nn.curvature import Accumulated, accumulate
 from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
 from curvlin_nn.evidence import Evidence, curvature_scale
 from curvlin_nn.feature_maps import JacobianMap
+from curvlin_nn.fingerprint import Fingerprint
+from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
-from curvlin_nn.parameters import ParameterSpace, Selection
+from curvlin_nn.parameters import ParameterSpace, Selection, check_model
 from curvlin_nn.predictive import Predictive, check_link, draw
 from curvlin_nn.prior import (
     GroupedPrior,
     OperatorPrior,
     Prior,
     check_precision,
+    check_structure,
     group_of_coordinate,
     infer_structure,
     label_of_group,
@@ -42,8 +46,10 @@ class _Fitted:
     accumulated: Accumulated
     mean: Float[Tensor, " P"]
     curvature: PrecisionOperator
+    fingerprint: Fingerprint
 
     @cached_property
+    @outside_inference_mode()
     def spectrum(self) -> Spectrum | None:
         """The eigenvalues of the curvature, computed when the evidence is first asked for."""
         return spectrum(self.curvature)
@@ -97,10 +103,13 @@ class Laplace:
             raise UnsupportedError(
                 "feature_map is not supported; the exact Jacobian is used, leave it at None"
             )
+        check_model(model)
         self.model = model
         self.likelihood = likelihoods.resolve(likelihood)
         self.subset_of_weights: Selection = "last_layer" if subset_of_weights is None else subset_of_weights
         self._structure = structures.resolve("kron" if hessian_structure is None else hessian_structure)
+        if prior_structure is not None:
+            check_structure(prior_structure)
         if self.subset_of_weights != "last_layer":
             ParameterSpace.of(model, self.subset_of_weights)  # say now what is wrong with it
         self._fitted: _Fitted | None = None
@@ -133,7 +142,7 @@ class Laplace:
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
-        mean = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+        mean = numbers("prior_mean", value)
         if not mean.is_floating_point() or mean.ndim > 1 or not bool(torch.isfinite(mean).all()):
             raise ValueError(
                 f"prior_mean must be a number or a flat vector, finite, found shape {tuple(mean.shape)} of "
@@ -160,19 +169,23 @@ class Laplace:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if not 0 < value < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, found {value}")
-        self._temperature = float(value)
+        temperature = numbers("temperature", value)
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature must be one number, found shape {tuple(temperature.shape)}")
+        if not 0 < float(temperature) < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, found {float(temperature)}")
+        self._temperature = float(temperature)
         self._posterior = None
 
     # -- fitting ---------------------------------------------------------------------------------------------
 
+    @outside_inference_mode()
     def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> Laplace:
         """Accumulate the curvature over the data, around the model's present parameters.
 
         Args:
             train_loader: batches ``(inputs, targets)``; the number of samples is counted as they come.
-            override: whether to forget earlier data; otherwise the sums continue.
+            override: whether to forget earlier data; otherwise the sums continue, around the same parameters.
             progress_bar: whether to show one.
 
         Returns:
@@ -182,7 +195,10 @@ class Laplace:
             DataError: if the loader yields nothing, or targets have the wrong dtype, shape or range.
             OutputError: if outputs have the wrong shape or are not finite.
             UnsupportedError: if the model uses a chosen parameter in a way that is not served.
+            StaleModelError: if the sums were to continue, and the model has changed since they began.
         """
+        if not override and self._fitted is not None:
+            self._check_unchanged()
         found = accumulate(
             self.model,
             self.likelihood,
@@ -194,7 +210,7 @@ class Laplace:
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
         mean = found.space.flatten(found.space.tensors(self.model))
-        fitted = _Fitted(found, mean, found.states[0].finish())
+        fitted = _Fitted(found, mean, found.states[0].finish(), Fingerprint.of(self.model))
         _check_mean_length(self._prior_mean, fitted)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
@@ -233,6 +249,7 @@ class Laplace:
         return self._fit.mean
 
     @property
+    @outside_inference_mode()
     def posterior_precision(self) -> PrecisionOperator:
         """``P = H / (sigma^2 T) + P0``, factored; made once for each choice of hyperparameters."""
         tensors = [t for t in (self._prior_precision, self._sigma_noise) if isinstance(t, Tensor)]
@@ -253,10 +270,11 @@ class Laplace:
         """Draws of flat parameter vectors.
 
         Args:
-            n_samples: how many.
+            n_samples: how many, at least one.
             generator: source of randomness; None is torch's default generator.
         """
-        return self.mean + self.posterior_precision.sample((n_samples,), generator=generator)
+        shape = (count("n_samples", n_samples),)
+        return self.mean + self.posterior_precision.sample(shape, generator=generator)
 
     # -- evidence --------------------------------------------------------------------------------------------
 
@@ -334,6 +352,7 @@ class Laplace:
 
     # -- prediction ------------------------------------------------------------------------------------------
 
+    @outside_inference_mode()
     def __call__(
         self,
         x: Any,
@@ -350,7 +369,8 @@ class Laplace:
         Args:
             x: what the model takes.
             pred_type: ``"glm"``.
-            link_approx: for classification ``"probit"``, or ``"mc"`` for `n_samples` draws of the outputs.
+            link_approx: for classification ``"probit"``, or ``"mc"`` for `n_samples` draws of the outputs;
+                regression has no link, and takes the default only.
             joint: for regression, the covariance between all samples, sample-major.
             diagonal_output: variances of the outputs only (for ``"mc"``: outputs drawn independently).
             n_samples: the number of draws for ``"mc"``.
@@ -364,7 +384,7 @@ class Laplace:
         Raises:
             UnsupportedError: for a combination that is not served.
             NotFittedError: before `fit`.
-            StaleModelError: if the model's parameters changed since `fit`.
+            StaleModelError: if a parameter or buffer of the model changed since `fit`.
         """
         if pred_type != "glm":
             raise UnsupportedError(f"pred_type={pred_type!r} is not supported; expected 'glm'")
@@ -374,6 +394,7 @@ class Laplace:
             )
         if joint and diagonal_output:
             raise UnsupportedError("joint and diagonal_output exclude each other; choose one")
+        check_link(self.likelihood, link_approx)
         if not self.likelihood.link_approximations:
             return self._moments(x, joint, diagonal_output, observation_noise)
         if joint:
@@ -381,7 +402,8 @@ class Laplace:
                 f"joint is not supported for {self.likelihood.name}; use functional_samples for joint draws "
                 "of outputs"
             )
-        check_link(self.likelihood, link_approx)
+        if link_approx == "mc":
+            count("n_samples", n_samples)
         predictive = self._predictive()
         if link_approx != "mc":
             return self.likelihood.link_approximations[link_approx](*predictive.mean_and_variance(x))
@@ -392,6 +414,7 @@ class Laplace:
             mean, covariance = predictive.mean_and_covariance(x)
         return self.likelihood.link(draw(mean, covariance, n_samples, generator)).mean(0)
 
+    @outside_inference_mode()
     def functional_samples(
         self, x: Any, n_samples: int = 100, generator: torch.Generator | None = None
     ) -> Float[Tensor, "S N C"]:
@@ -400,8 +423,9 @@ class Laplace:
         Each is the linearised network at one draw of its parameters: one generator state gives the same
         functions at any x.
         """
-        return self._predictive().samples(x, n_samples, generator)
+        return self._predictive().samples(x, count("n_samples", n_samples), generator)
 
+    @outside_inference_mode()
     def predictive_samples(
         self,
         x: Any,
@@ -442,10 +466,14 @@ class Laplace:
         return self._fitted
 
     def _predictive(self) -> Predictive:
-        space, recorder = self._fit.accumulated.space, self._fit.accumulated.recorder
-        if not torch.equal(space.flatten(space.tensors(self.model)), self._fit.mean):
-            raise StaleModelError("the model's parameters changed since fit; call fit again, or restore them")
-        return Predictive(JacobianMap.of(recorder), self.posterior_precision)
+        self._check_unchanged()
+        return Predictive(JacobianMap.of(self._fit.accumulated.recorder), self.posterior_precision)
+
+    def _check_unchanged(self) -> None:
+        """Every parameter and buffer counts, those outside of the posterior included: outputs depend on all."""
+        name = self._fit.fingerprint.difference(self.model)
+        if name is not None:
+            raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")
 
     def _evidence(self) -> Evidence:
         fit = self._fit
@@ -489,7 +517,7 @@ class Laplace:
         )
 
     def _checked_noise(self, value: float | Tensor) -> Tensor:
-        noise = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+        noise = numbers("sigma_noise", value)
         if noise.numel() != 1:
             raise UnsupportedError(f"sigma_noise must be one number, found shape {tuple(noise.shape)}")
         if not bool((noise > 0) & torch.isfinite(noise)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -21,6 +21,11 @@ from curvlin_nn.errors import UnsupportedError
 
 Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 """``"all"``, names of parameters or modules, or a predicate of a parameter's name and value."""
+
+_EXPECTED = (
+    "expected 'all', 'last_layer', a list of names of parameters or modules, "
+    "or a predicate of name and parameter"
+)
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,10 @@ class ParameterSpace:
                 for everything below them), or a predicate ``(name, parameter) -> bool``.
 
         Raises:
-            UnsupportedError: if a name matches nothing, nothing is chosen, or the chosen parameters are not
-                floating tensors of one dtype on one device.
+            UnsupportedError: if `model` cannot be served, a name matches nothing, nothing is chosen, or the chosen
+                parameters are not floating tensors of one dtype on one device.
         """
+        check_model(model)
         chosen = _chosen(model, select)
         parameters = {name: p for name, p in model.named_parameters() if name in chosen}
         if not parameters:
@@ -105,6 +111,32 @@ class ParameterSpace:
         }
 
 
+def check_model(model: object) -> None:
+    """Whether `model` is a module that can be run with other tensors in the place of its parameters.
+
+    Raises:
+        UnsupportedError: if it is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrappers):
+        raise UnsupportedError(
+            f"model must be a module on one device, found {type(model).__name__}; give it model.module"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedError(
+            f"model must be a torch.nn.Module that runs in Python, found {type(model).__name__}; give the module it "
+            "was made from"
+        )
+    for name, p in model.named_parameters():
+        if p.is_inference():
+            raise UnsupportedError(
+                f"parameter {name!r} was made in torch.inference_mode, expected an ordinary one; make the model "
+                "outside of that mode"
+            )
+
+
 @functools.lru_cache(maxsize=64)
 def consecutive(sizes: tuple[int, ...]) -> IndexSet:
     """The partition into consecutive blocks: one object per sizes, so that telling two equal is free."""
@@ -117,11 +149,10 @@ def _chosen(model: nn.Module, select: Selection) -> set[str]:
         return {name for name, p in named.items() if select(name, p)}
     if isinstance(select, str):
         if select != "all":
-            raise UnsupportedError(
-                f"subset_of_weights={select!r} is not supported; expected 'all', 'last_layer', a list of "
-                "names of parameters or modules, or a predicate of name and parameter"
-            )
+            raise UnsupportedError(f"subset_of_weights={select!r} is not supported; {_EXPECTED}")
         return {name for name, p in named.items() if p.requires_grad}
+    if not isinstance(select, Iterable):
+        raise UnsupportedError(f"subset_of_weights={select!r} is not supported; {_EXPECTED}")
     first_name = {id(p): name for name, p in named.items()}
     aliases = {name: first_name[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     chosen: set[str] = set()

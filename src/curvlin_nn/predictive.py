@@ -22,6 +22,9 @@ from curvlin_nn.likelihoods import Likelihood
 FEATURE_BUDGET = 2**23
 """Entries of the tensors of features held at once: 32 MiB in float32."""
 
+DEFAULT_LINK = "probit"
+"""The default of `link_approx`."""
+
 DRAW_BUDGET = 2**26
 """Entries of the tensor of posterior draws held at once."""
 
@@ -72,7 +75,7 @@ class Predictive:
 
     def _chunks(self, x: Any) -> Iterator[tuple[Tensor, FeatureOperator]]:
         """Outputs and features of x, a bounded number of samples at a time; one sample measures the size."""
-        if not isinstance(x, Tensor) or len(x) <= 1:
+        if not isinstance(x, Tensor) or x.shape[:1].numel() <= 1:
             yield self.feature_map(x)
             return
         probe = self.feature_map(x[:1])
@@ -98,10 +101,12 @@ def draw(
 def check_link(likelihood: Likelihood, link_approx: str) -> None:
     """Whether the likelihood has this approximation of its expected link.
 
+    One without a link takes the default only: there is nothing to approximate.
+
     Raises:
         UnsupportedError: if it does not.
     """
-    offered = [*likelihood.link_approximations, "mc"]
+    offered = [*likelihood.link_approximations, "mc"] if likelihood.link_approximations else [DEFAULT_LINK]
     if link_approx not in offered:
         raise UnsupportedError(
             f"link_approx={link_approx!r} is not supported for {likelihood.name}; expected {one_of(offered)}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvlin import BlockDiag, Diagonal, Isotropic
 from curvlin.precision.base import PrecisionOperator
+from curvlin_nn._check import numbers
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.parameters import ParameterSpace
 
@@ -26,6 +27,18 @@ STRUCTURES = (*GROUPINGS, "diag")
 """The names of prior structures; ``"diag"`` is one precision per coordinate."""
 
 
+def check_structure(prior_structure: str) -> None:
+    """Whether a prior structure has that name.
+
+    Raises:
+        UnsupportedError: if none has.
+    """
+    if prior_structure not in STRUCTURES:
+        raise UnsupportedError(
+            f"prior_structure={prior_structure!r} is not supported; expected {one_of(STRUCTURES)}"
+        )
+
+
 def group_of_coordinate(space: ParameterSpace, prior_structure: str) -> Int[Tensor, " P"]:
     """The index of the group that each coordinate belongs to.
 
@@ -34,10 +47,7 @@ def group_of_coordinate(space: ParameterSpace, prior_structure: str) -> Int[Tens
     """
     if prior_structure == "diag":
         return torch.arange(space.size)
-    if prior_structure not in GROUPINGS:
-        raise UnsupportedError(
-            f"prior_structure={prior_structure!r} is not supported; expected {one_of(STRUCTURES)}"
-        )
+    check_structure(prior_structure)
     groups = torch.empty(space.size, dtype=torch.long)
     for index, names in enumerate(GROUPINGS[prior_structure](space)):
         for name in names:
@@ -93,16 +103,18 @@ def check_precision(value: float | Tensor) -> Tensor:
     """Prior precisions as a tensor of at most one dimension.
 
     Raises:
+        TypeError: if they are no numbers.
         ValueError: if they are not positive and finite.
     """
-    precision = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    precision = numbers("prior_precision", value)
     if not precision.is_floating_point() or precision.ndim > 1 or precision.numel() == 0:
         raise ValueError(
             "prior_precision must be a number or a one-dimensional floating tensor, found shape "
             f"{tuple(precision.shape)} of {precision.dtype}"
         )
-    if not bool(((precision > 0) & torch.isfinite(precision)).all()):
-        raise ValueError(f"prior_precision must be positive and finite, found {float(precision.min()):.3e}")
+    refused = precision[~((precision > 0) & torch.isfinite(precision))]
+    if len(refused):
+        raise ValueError(f"prior_precision must be positive and finite, found {float(refused[0]):.3e}")
     return precision
 
 

@@ -1,14 +1,20 @@
+import functools
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from network_oracle import jacobian
-from networks import Sequences, cnn, mlp
+from networks import Sequences, assert_same, cnn, mlp, state
 from torch import Tensor, nn
 
 from curvlin_nn import ParameterSpace, feature_maps
-from curvlin_nn.capture import Recorder
+from curvlin_nn.capture import Recorder, last_layer
+from curvlin_nn.capture.checks import separating_sets
 from curvlin_nn.errors import (
     CouplingError,
+    DataError,
     ModifiedInputError,
     OutputError,
     StochasticModelError,
@@ -191,12 +197,107 @@ def test_a_use_that_nobody_can_intercept_is_found_by_the_completeness_check():
         record(model, torch.randn(4, 5, 3))
 
 
+class Kept(nn.Module):
+    """Uses one weight through its module, or past it."""
+
+    def __init__(self, past: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+        self.listed = [self.a.weight]
+        weight = self.a.weight
+        view = self.a.weight[:, :]
+        self.product = {
+            "list": lambda x: F.linear(x, self.listed[0]),
+            "closure": lambda x: x @ weight.mT,
+            "partial": functools.partial(F.linear, weight=self.a.weight),
+            "view": lambda x: F.linear(x, view),
+            "both": lambda x: self.a(x) + F.linear(x, weight),
+            "shape only": lambda x: self.a(x).reshape(-1, self.listed[0].shape[0]).to(weight.dtype),
+        }[past]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.product(x)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("past", ["list", "closure", "partial", "view", "both"])
+def test_a_parameter_used_past_its_module_is_refused_by_name(past, frozen):
+    """A reference taken at construction is the model's own tensor, not the leaf that stands in for it."""
+    model, x = Kept(past), torch.randn(4, 3)
+    model.a.weight.requires_grad_(not frozen)
+    before = state(model)
+    with pytest.raises(
+        UnsupportedUseError, match=r"parameter 'a.weight' reaches the outputs past its module"
+    ):
+        record(model, x, ["a.weight", "b"])
+    assert_same(before, state(model))
+    record(model, x, ["b"])
+
+
+def test_a_reference_of_which_only_the_shape_is_used_is_harmless():
+    assert_jacobian(Kept("shape only").double(), torch.randn(4, 3, dtype=torch.float64))
+
+
 def test_coupling_between_samples_is_refused():
     model = nn.Sequential(
         nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False, track_running_stats=False), nn.Linear(4, 2)
     )
     with pytest.raises(CouplingError, match=r"depends on other samples at parameter '0.weight'"):
         record(model, torch.randn(6, 3))
+
+
+class GraphNetwork(nn.Module):
+    """Nodes as samples, each seeing itself; with one edge, one node sees another one too."""
+
+    def __init__(self, n: int, edge: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.register_buffer("adjacency", torch.eye(n))
+        if edge is not None:
+            self.adjacency[edge] = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.adjacency[: len(x), : len(x)] @ self.a(x)))
+
+
+@pytest.mark.parametrize("n", [2, 5, 6])
+def test_coupling_of_any_two_samples_is_found_behind_the_parameters_and_before_them(n):
+    x = torch.randn(n, 3)
+    for edge in itertools.permutations(range(n), 2):
+        model = GraphNetwork(n, edge)
+        with pytest.raises(CouplingError, match=r"depends on other samples at parameter 'a\.weight'"):
+            record(model, x)
+        with pytest.raises(CouplingError, match="changes when other samples of the batch do"):
+            record(model, x, ["b"])
+        with pytest.raises(CouplingError, match="changes when other samples of the batch do"):
+            feature_maps.LastLayerMap(model)(x)
+    record(GraphNetwork(n, None), x)
+
+
+def test_coupling_is_looked_for_when_the_first_batch_holds_one_sample():
+    recorder = Recorder(model := GraphNetwork(4, (2, 3)), ParameterSpace.of(model, ["b"]))
+    recorder(torch.randn(1, 3))
+    recorder(torch.randn(3, 3))  # does not reach the edge
+    model = GraphNetwork(4, (0, 1))
+    recorder = Recorder(model, ParameterSpace.of(model, ["b"]))
+    recorder(torch.randn(1, 3))
+    with pytest.raises(CouplingError):
+        recorder(torch.randn(4, 3))
+
+
+def test_statistics_of_the_batch_before_the_chosen_parameters_are_refused():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+    with pytest.raises(CouplingError, match="is a normalisation using statistics of the batch"):
+        feature_maps.LastLayerMap(model)(torch.randn(6, 3))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 7, 20, 21, 300])
+def test_separating_sets_separate_any_two_samples_both_ways(n):
+    sets = separating_sets(n).long()
+    assert sets.shape == (len(sets), n)
+    alone = sets.mT @ (1 - sets)  # [i, j]: how many sets hold i without j
+    assert bool((alone + torch.eye(n, dtype=torch.long) > 0).all())
+    assert len(sets) <= math.log2(n) + math.log2(math.log2(n) + 1) / 2 + 2
 
 
 def test_batch_norm_in_training_mode_is_evaluated_with_its_running_statistics():
@@ -246,6 +347,99 @@ def test_active_dropout_is_refused():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_random_numbers_from_a_generator_of_the_models_own_are_found():
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.own = nn.Linear(3, 2), torch.Generator().manual_seed(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * torch.bernoulli(torch.full((len(x), 2), 0.5), generator=self.own)
+
+    with pytest.raises(StochasticModelError, match="outputs differ between two passes over one input"):
+        record(Dropping(), torch.randn(8, 3))
+
+
+def test_an_input_that_the_model_changes_in_place_is_left_alone():
+    class Centring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x -= 1
+            return self.a(x)
+
+    model, x = Centring().double(), torch.randn(4, 3, dtype=torch.float64)
+    before = x.clone()
+    _, features = feature_maps.JacobianMap(model)(x)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(features.to_dense(), jacobian(model.a, before - 1))
+
+
+class Bytes(nn.Module):
+    """Takes integers, and converts them itself."""
+
+    def __init__(self, convert: bool = True) -> None:
+        super().__init__()
+        self.a, self.convert = nn.Linear(3, 2), convert
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x.to(self.a.weight.dtype) / 255 if self.convert else x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32, torch.float16])
+@pytest.mark.parametrize("head", [feature_maps.JacobianMap, feature_maps.LastLayerMap])
+def test_inputs_of_a_dtype_that_the_model_does_not_take_are_refused(dtype, head):
+    x = torch.ones(4, 3, dtype=dtype)
+    message = rf"the input has dtype {dtype} and the model torch.float64, expected one that the model takes; it says: "
+    with pytest.raises(DataError, match=message) as caught:
+        head(Bytes(convert=False).double())(x)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=f"batch 3 has dtype {dtype}"):
+        Recorder(model := Bytes(convert=False).double(), ParameterSpace.of(model))(x, "batch 3")
+    model = Bytes().double()
+    _, features = head(model)(x)
+    torch.testing.assert_close(features.to_dense(), jacobian(model, x))
+
+
+def test_token_indices_are_inputs_like_others():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Tanh(), nn.Linear(12, 2)).double()
+    x = torch.randint(10, (5, 3))
+    _, features = feature_maps.LastLayerMap(model)(x)
+    torch.testing.assert_close(features.to_dense(), jacobian(model, x, ["3.weight", "3.bias"]))
+
+
+def test_an_empty_input_is_refused_as_such():
+    for features in (feature_maps.JacobianMap(mlp()), feature_maps.LastLayerMap(mlp())):
+        with pytest.raises(DataError, match=r"the input must hold at least one sample, found shape \(0, 4\)"):
+            features(torch.zeros(0, 4).double())
+
+
+def test_autocast_is_refused_outside_of_the_model_and_inside():
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu"):
+                return self.a(x).float()
+
+    x = torch.randn(4, 3)
+    refused = pytest.raises(UnsupportedError, match=r"torch.autocast is on for cpu, expected it off")
+    with refused, torch.autocast("cpu"):
+        record(Bytes(), x)
+    with pytest.raises(
+        UnsupportedUseError, match=r"'a.weight' is used in torch.bfloat16 \(is torch.autocast on"
+    ):
+        record(Casting(), x)
+    with pytest.raises(
+        UnsupportedUseError, match=r"'a.weight' is used in torch.bfloat16 \(is torch.autocast on"
+    ):
+        feature_maps.LastLayerMap(Casting())(x)
+
+
 def test_a_weight_used_whole_and_in_parts_is_refused():
     class Mixed(nn.Module):
         def __init__(self) -> None:
@@ -277,6 +471,8 @@ def test_outputs_of_the_wrong_kind_are_refused(forward, found):
     model.forward = lambda x: forward(model[0](x))
     with pytest.raises(OutputError, match=f"model outputs on batch 2.*{found}"):
         Recorder(model, ParameterSpace.of(model))(torch.randn(4, 3), "batch 2")
+    with pytest.raises(OutputError, match=f"model outputs on batch 2.*{found}"):
+        last_layer(model, torch.randn(4, 3), "batch 2")
 
 
 def test_a_weight_without_rows_is_refused():
@@ -326,10 +522,90 @@ def test_a_probe_that_decides_nothing_is_followed_by_one_that_does():
     assert_jacobian(Gated().double(), x)
 
 
+@pytest.mark.parametrize("steps", [(1, 3), (3, 1, 3), (2, 3, 4, 1)])
+def test_layouts_are_found_again_when_the_number_of_positions_changes(steps):
+    """With one step per sample, time-major and sample-major rows are the same; with three they are not."""
+
+    class TimeMajor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.tanh(self.layer(x.transpose(0, 1).reshape(-1, 3)))
+            return self.head(rows.reshape(x.shape[1], len(x), 4).mean(0))
+
+    model = TimeMajor().double()
+    features = feature_maps.JacobianMap(model)
+    for n_steps in steps:
+        x = torch.randn(4, n_steps, 3, dtype=torch.float64)
+        torch.testing.assert_close(features(x)[1].to_dense(), jacobian(model, x), rtol=1e-12, atol=1e-13)
+
+
 def test_unbatched_images_are_refused():
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten())
     with pytest.raises(UnsupportedError, match=r"conv2d needs a batch of images"):
         record(model, torch.randn(2, 3, 4))
+
+
+class Headed(nn.Module):
+    """A body, and one of several ways to end."""
+
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+        self.conv, self.norm = nn.Conv1d(4, 2, 1), nn.BatchNorm1d(2)
+        self.w = nn.Parameter(torch.randn(4, 2))
+        self.kept = [self.b.weight]
+        self.head = {
+            "matmul": lambda h: h @ self.w,
+            "conv1d": lambda h: self.conv(h[..., None]).squeeze(-1),
+            "past its module": lambda h: F.linear(h, self.kept[0]),
+            "two heads": lambda h: torch.cat([self.b(h), self.c(h)], dim=1),
+            "norm": lambda h: self.norm(self.b(h)),
+            "twice": lambda h: self.b(h) - self.b(h.flip(1)),
+            "unused later": lambda h: (self.b(h), self.c(h))[0],
+            "frozen": lambda h: self.b(h),
+        }[head]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    ("head", "last", "other"),
+    [
+        ("matmul", "a.weight", "w"),
+        ("conv1d", "a.weight", r"conv\.(weight|bias)"),
+        ("past its module", "a.weight", "b.weight"),
+        ("two heads", "c.weight", r"b\.(weight|bias)"),
+        ("norm", "b.weight", r"norm\.(weight|bias)"),
+    ],
+)
+def test_last_layer_refuses_a_model_that_does_not_end_in_one(head, last, other):
+    model, x = Headed(head), torch.randn(5, 3)
+    before = state(model)
+    with pytest.raises(
+        UnsupportedError, match=f"found '{last}' used last, but .* parameter '{other}' not only"
+    ):
+        feature_maps.LastLayerMap(model)(x)
+    assert_same(before, state(model))
+
+
+def test_last_layer_refuses_a_layer_whose_weight_is_computed():
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), head), torch.randn(5, 3)
+    with pytest.raises(UnsupportedError, match=r"'2.bias' used last, but its weight is computed"):
+        feature_maps.LastLayerMap(model)(x)
+
+
+@pytest.mark.parametrize("head", ["twice", "unused later", "frozen"])
+def test_last_layer_is_what_the_outputs_come_from(head):
+    model, x = Headed(head).double(), torch.randn(5, 3, dtype=torch.float64)
+    model.a.requires_grad_(head != "frozen")
+    _, features = feature_maps.LastLayerMap(model)(x)
+    expected = jacobian(model, x, ["b.weight", "b.bias"])
+    torch.testing.assert_close(features.to_dense(), expected, rtol=1e-12, atol=1e-13)
 
 
 def test_a_model_without_layers_has_no_last_layer():

@@ -10,8 +10,8 @@ from torch import nn
 
 from curvlin import BlockDiag, Dense, Diagonal, NotClosedError
 from curvlin.gaussian import Gaussian
-from curvlin_nn import Laplace, ParameterSpace
-from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
+from curvlin_nn import Laplace, ParameterSpace, curvature, feature_maps
+from curvlin_nn.errors import DataError, NotFittedError, StaleModelError, UnsupportedError
 
 CASES = list(itertools.product(("mlp", "cnn"), ("classification", "regression"), ("full", "diag", "kron")))
 PRIORS = {
@@ -301,6 +301,27 @@ def test_single_precision_models_get_single_precision_predictions(structure):
             "must be 1 for classification, which has no",
         ),
         ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, found 0.0"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number or a tensor, found str '1'"),
+        ({"temperature": None}, TypeError, "temperature must be a number or a tensor, found NoneType None"),
+        ({"temperature": torch.ones(2)}, ValueError, r"temperature must be one number, found shape \(2,\)"),
+        (
+            {"prior_precision": None},
+            TypeError,
+            "prior_precision must be a number or a tensor, found NoneType",
+        ),
+        ({"prior_precision": "a"}, TypeError, "prior_precision must be a number or a tensor, found str 'a'"),
+        ({"prior_precision": [1.0, float("inf")]}, ValueError, "must be positive and finite, found inf"),
+        ({"prior_precision": torch.tensor([3.0, -2.0])}, ValueError, "and finite, found -2.000e"),
+        ({"prior_mean": "a"}, TypeError, "prior_mean must be a number or a tensor, found str 'a'"),
+        ({"sigma_noise": None}, TypeError, "sigma_noise must be a number or a tensor, found NoneType"),
+        ({"hessian_structure": 3}, UnsupportedError, "hessian_structure=3 is not supported; expected one of"),
+        ({"likelihood": ["regression"]}, UnsupportedError, r"likelihood \['regression'\] is not supported"),
+        ({"subset_of_weights": 3}, UnsupportedError, "subset_of_weights=3 is not supported; expected 'all'"),
+        (
+            {"prior_structure": "nonsense"},
+            UnsupportedError,
+            "prior_structure='nonsense' is not supported; expected one of 'scalar'",
+        ),
     ],
 )
 def test_bad_options_are_refused_when_they_are_given(options, error, message):
@@ -308,6 +329,93 @@ def test_bad_options_are_refused_when_they_are_given(options, error, message):
     with pytest.raises(error, match=message) as caught:
         Laplace(model, options.pop("likelihood", "regression"), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda model: model.forward, "model must be a torch.nn.Module, found method"),
+        (lambda model: None, "model must be a torch.nn.Module, found NoneType"),
+        (nn.DataParallel, "a module on one device, found DataParallel; give it model.module"),
+        (
+            torch.jit.script,
+            "that runs in Python, found RecursiveScriptModule; give the module it was made from",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_is_no_model_is_refused(wrap, message, subset):
+    p = problem("mlp", "classification")
+    model = wrap(p.model)
+    for attempt in (
+        lambda: Laplace(model, "classification", subset),
+        lambda: curvature(model, "classification", p.batches(), subset_of_weights=subset),
+        lambda: ParameterSpace.of(model),
+        lambda: feature_maps.LastLayerMap(model)(p.x),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            attempt()
+
+
+def test_a_model_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = nn.Linear(3, 2)
+    with pytest.raises(UnsupportedError, match=r"parameter 'weight' was made in torch.inference_mode"):
+        Laplace(model, "classification")
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_inputs_of_another_dtype_or_without_samples_are_refused_in_fit_and_prediction(subset):
+    p = problem("mlp", "regression")
+    la = Laplace(p.model, "regression", subset).fit(p.batches())
+    uses = {
+        "batch 0": lambda x: Laplace(p.model, "regression", subset).fit([(x, p.y[: len(x)])]),
+        "the input": la,
+    }
+    for where, use in uses.items():
+        with pytest.raises(DataError, match=f"{where} has dtype torch.float32 and the model torch.float64"):
+            use(p.x.float())
+        with pytest.raises(DataError, match=f"{where} must hold at least one sample, found shape"):
+            use(p.x[:0])
+
+
+def test_autocast_is_refused_in_fit_and_prediction():
+    p = problem("mlp", "regression")
+    la = fitted(p, "kron")
+    for use in (lambda: la(p.x_test), lambda: fitted(p, "kron")):
+        with pytest.raises(UnsupportedError, match="autocast is on"), torch.autocast("cpu"):
+            use()
+
+
+@pytest.mark.parametrize("link", ["nonsense", "mc", "bridge"])
+def test_regression_has_no_link_to_approximate(link):
+    p = problem("mlp", "regression")
+    message = f"link_approx='{link}' is not supported for regression; expected one of 'probit'"
+    with pytest.raises(UnsupportedError, match=message):
+        fitted(p, "kron")(p.x_test, link_approx=link)
+
+
+@pytest.mark.parametrize(
+    ("n_samples", "error", "message"),
+    [
+        (0, ValueError, "n_samples must be at least 1, found 0"),
+        (-3, ValueError, "n_samples must be at least 1, found -3"),
+        (2.5, TypeError, "n_samples must be an integer, found float 2.5"),
+        ("5", TypeError, "n_samples must be an integer, found str '5'"),
+    ],
+)
+def test_draws_are_counted_from_one(n_samples, error, message):
+    p = problem("mlp", "classification")
+    la = fitted(p, "kron")
+    for use in (
+        lambda: la(p.x_test, link_approx="mc", n_samples=n_samples),
+        lambda: la.functional_samples(p.x_test, n_samples),
+        lambda: la.predictive_samples(p.x_test, n_samples),
+        lambda: la.sample(n_samples),
+    ):
+        with pytest.raises(error, match=message):
+            use()
 
 
 @pytest.mark.parametrize(
@@ -412,13 +520,71 @@ def test_an_ambiguous_prior_length_must_be_named():
     )  # four tensors of one entry: per tensor and per parameter mean the same
 
 
-def test_a_model_that_changed_since_fit_is_refused():
-    p = problem("mlp", "classification")
-    la = fitted(p, "kron")
+def normalised() -> nn.Module:
+    """In training mode, with a buffer that outputs depend on and a layer outside of the last one."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double().train()
+    model[1].running_mean.normal_()
+    return model
+
+
+def swap(tensor: torch.Tensor) -> None:
+    tensor[0, 0], tensor[2, 1] = tensor[2, 1].clone(), tensor[0, 0].clone()
+
+
+CHANGES = {
+    "0.weight": {
+        "in place": lambda model: model[0].weight.mul_(3),
+        "through .data": lambda model: model[0].weight.data.mul_(3),
+        "exchange": lambda model: swap(model[0].weight.data),
+        "replaced": lambda model: setattr(model[0].weight, "data", torch.zeros(4, 3).double()),
+    },
+    "1.running_mean": {
+        "buffer": lambda model: model[1].running_mean.add_(1e-9),
+        "training": lambda model: model(torch.randn(8, 3).double()),
+    },
+    "3.bias": {"chosen": lambda model: model[3].bias[1].add_(1e-9)},
+}
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize(("name", "how"), [(name, how) for name in CHANGES for how in CHANGES[name]])
+def test_a_model_that_changed_since_fit_is_refused(name, how, subset):
+    model = normalised()
+    x, y = torch.randn(8, 3).double(), torch.randint(2, (8,))
+    chosen = ["0", "3"] if subset == "all" else subset
+    la = Laplace(model, "classification", chosen).fit([(x, y)])
+    held = {key: value.clone() for key, value in model.state_dict().items()}
+    before = la(x)
     with torch.no_grad():
-        p.model[0].bias[0] += 1e-3
-    with pytest.raises(StaleModelError, match="parameters changed since fit"):
-        la(p.x_test)
-    with torch.no_grad():
-        p.model[0].bias.copy_(la.mean[24:30])
-    la(p.x_test)
+        CHANGES[name][how](model)
+    for use in (la, la.functional_samples, la.predictive_samples, lambda x: la.fit([(x, y)], override=False)):
+        with pytest.raises(StaleModelError, match=f"'{name}' of the model changed since fit; call fit again"):
+            use(x)
+    model.load_state_dict(held)
+    assert torch.equal(la(x), before)
+    la.fit([(x, y)], override=False)
+    assert la.n_data == 16
+
+
+def test_a_model_that_changed_its_dtype_or_its_tensors_since_fit_is_refused():
+    model = normalised()
+    x, y = torch.randn(8, 3).double(), torch.randint(2, (8,))
+    la = Laplace(model, "classification").fit([(x, y)])
+    model.float()
+    with pytest.raises(StaleModelError, match=r"'0\.bias' of the model changed since fit"):
+        la(x)
+    model = normalised()
+    la = Laplace(model, "classification").fit([(x, y)])
+    model.register_buffer("added", torch.zeros(0))
+    with pytest.raises(StaleModelError, match="'added' of the model changed since fit"):
+        la(x)
+
+
+def test_a_model_that_trained_on_is_fitted_anew_on_request():
+    model = normalised()
+    x, y = torch.randn(8, 3).double(), torch.randint(2, (8,))
+    la = Laplace(model, "classification").fit([(x, y)])
+    model(x)
+    la.fit([(x, y)])
+    expected = Laplace(model, "classification").fit([(x, y)])(x)
+    torch.testing.assert_close(la(x), expected, rtol=0, atol=0)

@@ -128,6 +128,53 @@ def test_a_failure_inside_the_forward_pass_leaves_nothing_behind():
     curvature(model, "classification", loader)
 
 
+def bend(fired: list):
+    """A hook that reads a gradient, as logging does, and changes it, as clipping does; of modules and of tensors."""
+
+    def hook(*args):
+        gradient = args[-1] if isinstance(args[-1], torch.Tensor) else args[-1][0]
+        fired.append(float(gradient.norm()))
+        if len(args) == 3:  # grad_input, grad_output of a module
+            return tuple(None if g is None else 2 * g for g in args[1])
+        return 2 * gradient if isinstance(args[-1], torch.Tensor) else tuple(2 * g for g in args[-1])
+
+    return hook
+
+
+HOOKS = {
+    "module": lambda model, hook: model.head.register_full_backward_hook(hook),
+    "module before": lambda model, hook: model.head.register_full_backward_pre_hook(hook),
+    "everywhere": lambda model, hook: torch.nn.modules.module.register_module_full_backward_hook(hook),
+    "frozen tensor": lambda model, hook: model.body[0].register_forward_hook(
+        lambda module, args, output: output.register_hook(hook) and None
+    ),
+    "tensor": lambda model, hook: model.head.register_forward_hook(
+        lambda module, args, output: output.register_hook(hook) and None
+    ),
+}
+
+
+@pytest.mark.parametrize("where", HOOKS)
+@pytest.mark.parametrize("call", ["fit", "last layer", "jacobian", "predict"])
+def test_backward_hooks_are_left_out_and_left_in_place(call, where):
+    model, loader, x = trained(), DataLoader(data(), batch_size=5), torch.randn(3, 4)
+    features = feature_maps.JacobianMap(model)
+    expected = features(x)[1].to_dense()
+    fired: list[float] = []
+    handle = HOOKS[where](model, bend(fired))
+    try:
+        before = state(model)
+        CALLS[call](model, loader, x)
+        assert torch.equal(features(x)[1].to_dense(), expected)
+        assert fired == []
+        assert_same(before, state(model))
+        model.head(torch.randn(4, 5, requires_grad=True)).sum().backward()
+        model.body[0](torch.randn(4, 4, requires_grad=True)).sum().backward()
+        assert len(fired) > 0
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
 def test_the_callers_gradient_mode_does_not_matter(context):
     model, x = trained(), torch.randn(3, 4)
@@ -135,6 +182,41 @@ def test_the_callers_gradient_mode_does_not_matter(context):
     expected = Laplace(model, "classification", "all", "kron").fit(loader)(x)
     with context():
         torch.testing.assert_close(Laplace(model, "classification", "all", "kron").fit(loader)(x), expected)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_every_call_works_in_inference_mode(call):
+    model, loader = trained(), DataLoader(data(), batch_size=5)
+    before = state(model)
+    with torch.inference_mode():
+        call(model, loader, torch.ones(3, 4))
+    assert_same(before, state(model))
+
+
+def test_nothing_is_kept_from_inference_mode():
+    """What is made there, of inputs made there, serves outside: gradients of the evidence included."""
+    model, x = trained(), torch.randn(3, 4)
+    loader = DataLoader(data(), batch_size=5)
+    la = Laplace(model, "classification", "all", "kron", prior_precision=0.5).fit(loader)
+    expected = la(x), la.functional_samples(x, 2, torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        inside = Laplace(model, "classification", "all", "kron", prior_precision=torch.ones(()) / 2)
+        inside.fit(loader)
+        assert torch.equal(inside(x.clone()), expected[0])
+        inside.prior_mean = torch.zeros(inside.n_params)
+        inside.log_marginal_likelihood()
+    assert torch.equal(inside(x), expected[0])
+    with torch.inference_mode():
+        draws = inside.functional_samples(x.clone(), 2, torch.Generator().manual_seed(0))
+    assert torch.equal(draws, expected[1])
+    delta = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    inside.log_marginal_likelihood(delta).backward()
+    assert delta.grad is not None
+    with torch.inference_mode():
+        inside.optimize_prior_precision()
+    la.optimize_prior_precision()
+    assert torch.equal(inside(x), la(x))
+    assert inside.prior_precision.is_inference() is False
 
 
 @pytest.mark.parametrize(

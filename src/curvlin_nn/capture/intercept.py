@@ -35,6 +35,12 @@ class Use:
     edge: GradientEdge
     version: int
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The shape of the output's positions: all but the feature axis."""
+        shape_only = torch.empty(1, *self.shape, device="meta")
+        return tuple(self.rule.by_position(shape_only).shape[1:-1])
+
 
 class Interceptor(TorchFunctionMode):
     """Records, while active, each differentiable use of the tracked tensors; refuses those without a rule.
@@ -82,6 +88,11 @@ class Interceptor(TorchFunctionMode):
         for name in used:
             if self._strict and used.count(name) > list(names.values()).count(name):
                 raise UnsupportedUseError(name, f"is an input of {_name(func)}")
+        for role, name in names.items():
+            if self._strict and call.roles[role].dtype != output.dtype:
+                raise UnsupportedUseError(
+                    name, f"is used in {output.dtype} (is torch.autocast on in the model?)"
+                )
         self.uses.append(Use(rule, call, names, output.shape, get_gradient_edge(output), call.input._version))
 
 

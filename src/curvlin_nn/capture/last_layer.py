@@ -2,32 +2,90 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import Node
 
-from curvlin_nn.capture.intercept import Interceptor
-from curvlin_nn.capture.state import device_of, evaluation_mode, forward, random_state_kept
+from curvlin_nn.capture.checks import checked_outputs
+from curvlin_nn.capture.intercept import Interceptor, Use
+from curvlin_nn.capture.state import capturing, forward, prepared
 from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.parameters import ParameterSpace
 
 
-def last_layer(model: nn.Module, x: Any) -> ParameterSpace:
+def last_layer(model: nn.Module, x: Any, where: str = "the input") -> ParameterSpace:
     """The parameters of the last layer that the forward pass of `model` on `x` uses.
 
+    Args:
+        model: maps one argument to outputs ``(N, C)``.
+        x: what the model takes.
+        where: what to call this input in error messages.
+
     Raises:
-        UnsupportedError: if the pass uses no layer that has a rule.
+        DataError: if x holds no sample, or has a dtype that the model does not take.
+        OutputError: if the outputs are not finite, or not of shape ``(N, C)``.
+        UnsupportedError: if the pass uses no layer that has a rule, or the outputs depend on other parameters than
+            through it: on a head without a rule, a second head, or what its weight is computed from.
     """
-    leaves = {
-        name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()
-    }
-    interceptor = Interceptor(leaves, strict=False)
-    with evaluation_mode(model), random_state_kept(device_of(model)), torch.enable_grad(), interceptor:
-        forward(model, leaves, x)
-    if not interceptor.uses:
+    x = prepared(model, x, where)
+    originals = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    with capturing(model, originals.values()):
+        leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
+        with Interceptor(leaves, strict=False) as interceptor:
+            outputs = checked_outputs(forward(model, leaves, x, where), where)
+    behind = _nodes_behind(outputs.grad_fn)
+    uses = [use for use in interceptor.uses if use.edge.node in behind]
+    if not uses:
         raise UnsupportedError(
-            "subset_of_weights='last_layer' found no linear or convolutional layer in the forward pass; "
+            "subset_of_weights='last_layer' found no linear or convolutional layer that the outputs depend on; "
             "name the layer instead, as in subset_of_weights=['head']"
         )
-    return ParameterSpace.of(model, list(interceptor.uses[-1].names.values()))
+    chosen = list(uses[-1].names.values())
+    names = {id(p): name for tensors in (originals, leaves) for name, p in tensors.items()}
+    found = _other_than(uses, outputs, names)
+    if found is not None:
+        raise UnsupportedError(
+            f"subset_of_weights='last_layer' found {chosen[0]!r} used last, but {found}, expected one linear or "
+            f"convolutional layer at the end; name what to take instead, as in subset_of_weights={chosen}"
+        )
+    return ParameterSpace.of(model, chosen)
+
+
+def _other_than(uses: Sequence[Use], outputs: Tensor, names: Mapping[int, str]) -> str | None:
+    """What the outputs come from other than through the parameters of the last use, in words.
+
+    Args:
+        uses: the uses of layers that the outputs depend on.
+        outputs: the outputs.
+        names: what parameters are called, by the identity of their tensors.
+    """
+    for role, tensor in uses[-1].call.roles.items():
+        if role not in uses[-1].names and tensor.requires_grad:
+            return f"its {role} is computed from other parameters (by weight_norm or the like)"
+    chosen = set(uses[-1].names.values())
+    layer = {use.edge.node for use in uses if chosen & set(use.names.values())}
+    for leaf in _leaves(_nodes_behind(outputs.grad_fn, layer)):
+        if id(leaf) in names:
+            return f"the outputs depend on parameter {names[id(leaf)]!r} not only through it"
+    return None
+
+
+def _nodes_behind(root: Node | None, stop: Iterable[Node] = ()) -> dict[Node, None]:
+    """The part of the autograd graph that `root` reaches without passing through `stop`, the nearest nodes first."""
+    found: dict[Node, None] = {}
+    waiting = deque([root])
+    while waiting:
+        node = waiting.popleft()
+        if node is not None and node not in found and node not in stop:
+            found[node] = None
+            waiting.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def _leaves(nodes: Iterable[Node]) -> Iterator[Tensor]:
+    for node in nodes:
+        if node.name() == "torch::autograd::AccumulateGrad":
+            yield node.variable  # type: ignore[attr-defined]  # only this kind of node has one

@@ -11,12 +11,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlin_nn.capture.checks import check_complete, find_layouts
+from curvlin_nn.capture.checks import (
+    Possibilities,
+    check_complete,
+    check_independent,
+    check_repeatable,
+    checked_outputs,
+    find_layouts,
+    possible_layouts,
+)
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
-from curvlin_nn.capture.state import device_of, evaluation_mode, forward, random_state, random_state_kept
-from curvlin_nn.errors import OutputError, StochasticModelError, UnsupportedUseError
+from curvlin_nn.capture.state import capturing, device_of, forward, prepared, random_state
+from curvlin_nn.errors import StochasticModelError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
 
 Parts = dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]]
@@ -107,8 +115,8 @@ class Recorder:
     """Runs a model in evaluation mode and records how the chosen parameters are used.
 
     The model comes back as it was, whatever happens. The first batch is checked: no random numbers drawn,
-    every use captured, samples independent; a later batch is checked again if the forward pass takes another
-    course.
+    every use captured, samples independent, outputs the same again; a later batch is checked again if the forward
+    pass takes another course.
 
     Args:
         model: maps one argument to outputs of shape ``(N, C)``.
@@ -117,8 +125,8 @@ class Recorder:
 
     def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
         self.model, self.space = model, space
-        self._complete: set[Signature] = set()
-        self._layouts: dict[Signature, tuple[Layout, ...]] = {}
+        self._verified: set[tuple[Signature, bool]] = set()
+        self._layouts: dict[tuple[Signature, Possibilities], tuple[Layout, ...]] = {}
 
     def __call__(self, x: Any, where: str = "the input") -> Recording:
         """One forward pass.
@@ -128,55 +136,59 @@ class Recorder:
             where: what to call this input in error messages.
 
         Raises:
+            DataError: if x holds no sample, or has a dtype that the model does not take.
             OutputError: if the outputs are not finite, or not of shape ``(N, C)``.
             UnsupportedUseError: if a chosen parameter is used in a way that no layer rule covers.
             CouplingError: if samples influence each other.
-            StochasticModelError: if the model draws random numbers.
+            StochasticModelError: if the model draws random numbers, or its outputs differ from pass to pass.
             ModifiedInputError: if a layer's input is changed in place after its use.
         """
-        leaves = {name: p.requires_grad_() for name, p in self.space.tensors(self.model).items()}
+        x = prepared(self.model, x, where)
+        originals = {name: self.model.get_parameter(name) for name in self.space.names}
         device = device_of(self.model)
-        with evaluation_mode(self.model), random_state_kept(device), torch.enable_grad():
+        with capturing(self.model, originals.values()):
+            leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
             before = random_state(device)
             with Interceptor(leaves) as interceptor:
-                outputs = forward(self.model, leaves, x)
+                outputs = forward(self.model, leaves, x, where)
             if not all(map(torch.equal, before, random_state(device))):
                 raise StochasticModelError(
                     f"the model drew random numbers on {where}, expected the same outputs each time in "
                     "evaluation mode; is dropout applied with training=True?"
                 )
-            graph = Graph(leaves, tuple(interceptor.uses), _checked(outputs, where))
+            graph = Graph(leaves, tuple(interceptor.uses), checked_outputs(outputs, where))
             graph.check_untouched()
-            return Recording(self.space, graph, self._verified_layouts(graph))
+            question = graph.signature, len(graph.outputs) > 1
+            new = question not in self._verified
+            if new:
+                check_complete(graph, originals)
+            layouts = self._layouts_of(graph)
+            if new:
+                self._check_function(graph, x, where)
+                self._verified.add(question)
+            return Recording(self.space, graph, layouts)
 
-    def _verified_layouts(self, graph: Graph) -> tuple[Layout, ...]:
-        signature = graph.signature
-        if signature not in self._complete:
-            check_complete(graph)
-            self._complete.add(signature)
+    def _check_function(self, graph: Graph, x: Any, where: str) -> None:
+        """Whether the outputs are a function of each sample's input alone."""
+
+        def run(x: Any) -> Tensor:
+            return checked_outputs(forward(self.model, graph.leaves, x, where), where).detach()
+
+        check_repeatable(graph.outputs, run(x))
+        if isinstance(x, Tensor) and x.shape[:1] == graph.outputs.shape[:1] and len(x) > 1:
+            check_independent(run, x, graph.outputs)
+
+    def _layouts_of(self, graph: Graph) -> tuple[Layout, ...]:
         if len(graph.outputs) == 1:
             return (SINGLE,) * len(graph.uses)
-        if signature in self._layouts:
-            return self._layouts[signature]
+        # One position per sample allows fewer layouts than several: an answer holds where the question is the same.
+        question = graph.signature, possible_layouts(graph)
+        if question in self._layouts:
+            return self._layouts[question]
         layouts, certain = find_layouts(graph)
         if certain:
-            self._layouts[signature] = layouts
+            self._layouts[question] = layouts
         return layouts
-
-
-def _checked(outputs: Any, where: str) -> Tensor:
-    if not isinstance(outputs, Tensor):
-        raise OutputError(f"model outputs on {where} must be a tensor (N, C), found {type(outputs).__name__}")
-    if outputs.ndim != 2 or 0 in outputs.shape:
-        raise OutputError(
-            f"model outputs on {where} must have shape (N, C) with N, C >= 1, found {tuple(outputs.shape)}; "
-            "wrap the model so that it returns one row of outputs per sample"
-        )
-    if not bool(torch.isfinite(outputs).all()):
-        raise OutputError(f"model outputs on {where} must be finite, found NaN or Inf")
-    if not outputs.requires_grad:
-        raise OutputError(f"model outputs on {where} depend on none of the chosen parameters")
-    return outputs
 
 
 def _merge(name: str, start: int, uses: list[tuple[Tensor, Tensor | None]]) -> Block:

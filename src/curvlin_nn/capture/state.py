@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
-from curvlin_nn.errors import UnsupportedError
+from curvlin_nn.errors import DataError, UnsupportedError
+from curvlin_nn.parameters import check_model
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's parameters are.
 
     Raises:
-        UnsupportedError: if it has none, or they are on several devices.
+        UnsupportedError: if it is no model that can be run, has no parameters, or has them on several devices.
     """
+    check_model(model)
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1:
         found = ", ".join(sorted(map(str, devices))) or "no parameter"
         raise UnsupportedError(f"the model must have parameters, all on one device, found {found}")
     return devices.pop()
+
+
+@contextmanager
+def capturing(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """How a model is run: in evaluation mode, with autograd, as the function that it computes; as before outside.
+
+    Args:
+        model: the model.
+        parameters: those of its own tensors whose direct use autograd has to notice.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluation_mode(model),
+        module_hooks_suspended(model),
+        TensorHooksSuspended(),
+        gradients_required(parameters),
+        random_state_kept(device_of(model)),
+    ):
+        yield
 
 
 @contextmanager
@@ -43,6 +69,53 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def module_hooks_suspended(model: nn.Module) -> Iterator[None]:
+    """No module has backward hooks inside, and all have those they had outside.
+
+    They watch (or bend) the gradients of training; the backward passes of a capture are no such thing.
+    """
+    registries = [_global_backward_hooks, _global_backward_pre_hooks]
+    for module in model.modules():
+        registries += [module._backward_hooks, module._backward_pre_hooks]
+    held = [(registry, dict(registry)) for registry in registries if registry]
+    try:
+        for registry, _ in held:
+            registry.clear()
+        yield
+    finally:
+        for registry, hooks in held:
+            registry.update(hooks)
+
+
+class TensorHooksSuspended(TorchFunctionMode):
+    """While active, `Tensor.register_hook` does nothing: what a forward pass attaches would act on a capture."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.register_hook:
+            return RemovableHandle(OrderedDict())
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def gradients_required(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """All of these require a gradient inside, so that autograd knows whether they were used; as before outside."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_()
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+@contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
     """Torch's default generators come back as they were (on the CPU, and on `device` if that is a GPU)."""
     devices = [device] if device.type == "cuda" else []
@@ -56,12 +129,46 @@ def random_state(device: torch.device) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def forward(model: nn.Module, parameters: Mapping[str, Tensor], x: Any) -> Any:
-    """The model's output at the given parameters, the other ones detached and the buffers copied.
+def prepared(model: nn.Module, x: Any, where: str) -> Any:
+    """The input on the model's device.
 
-    The model's own tensors are never handed to it, so that nothing can accumulate gradients or be changed in
-    place.
+    Raises:
+        DataError: if it holds no sample.
+        UnsupportedError: if autocast is on, under which layers compute in another dtype than that of their parameters.
+    """
+    device = device_of(model)
+    if torch.is_autocast_enabled(device.type):
+        raise UnsupportedError(
+            f"torch.autocast is on for {device.type}, expected it off; leave its context, or convert the model "
+            "and its inputs to the lower precision"
+        )
+    if not isinstance(x, Tensor):
+        return x
+    if x.shape[:1] == (0,):
+        raise DataError(f"{where} must hold at least one sample, found shape {tuple(x.shape)}")
+    return x.to(device)
+
+
+def forward(model: nn.Module, parameters: Mapping[str, Tensor], x: Any, where: str) -> Any:
+    """The model's output at the given parameters, the other ones detached, the buffers and the input copied.
+
+    The model's own tensors, and the caller's input, are never handed to it, so that nothing can accumulate gradients
+    or be changed in place.
+
+    Raises:
+        DataError: if the model fails on an input of another dtype than that of its parameters. Whether it takes such
+            an input (token indices, bytes of an image that it converts) only the model can say.
     """
     tensors: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     tensors |= {name: b.clone() for name, b in model.named_buffers()}
-    return functional_call(model, tensors | dict(parameters), (x,))
+    copied = x.clone() if isinstance(x, Tensor) else x
+    try:
+        return functional_call(model, tensors | dict(parameters), (copied,))
+    except RuntimeError as error:
+        dtypes = {p.dtype for p in model.parameters()}
+        if not isinstance(x, Tensor) or x.dtype in dtypes or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise DataError(
+            f"{where} has dtype {x.dtype} and the model {', '.join(sorted(map(str, dtypes)))}, expected one that the "
+            f"model takes; it says: {str(error).partition(chr(10))[0]}"
+        ) from error

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from curvlin import BlockFeatures, DenseFeatures, FeatureOperator, KhatriRaoFeatures
 from curvlin_nn.capture import Block, Recorder, last_layer
 from curvlin_nn.feature_maps.base import FeatureMap
+from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.parameters import ParameterSpace, Selection, consecutive
 
 
@@ -37,6 +38,7 @@ class JacobianMap(FeatureMap):
         """The parameters of the Jacobian's columns."""
         return self._recorder.space
 
+    @outside_inference_mode()
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
         """See `FeatureMap.__call__`."""
         recording = self._recorder(x)
@@ -58,6 +60,7 @@ class LastLayerMap(FeatureMap):
         self._model = model
         self._jacobian: JacobianMap | None = None
 
+    @outside_inference_mode()
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
         """See `FeatureMap.__call__`."""
         if self._jacobian is None:

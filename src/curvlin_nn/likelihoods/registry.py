@@ -29,7 +29,7 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
     """
     if isinstance(likelihood, Likelihood):
         return likelihood
-    if likelihood not in _FAMILIES:
+    if not isinstance(likelihood, str) or likelihood not in _FAMILIES:
         raise UnsupportedError(
             f"likelihood {likelihood!r} is not supported; expected {one_of(available())} or a "
             "curvlin_nn.likelihoods.Likelihood"

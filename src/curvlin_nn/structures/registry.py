@@ -36,13 +36,14 @@ def resolve(structure: str | StructureFactory) -> StructureFactory:
     Raises:
         UnsupportedError: if no structure has that name.
     """
-    if not isinstance(structure, str):
+    if callable(structure):
         return structure
-    if structure in _STRUCTURES:
-        return _STRUCTURES[structure]
-    for point in entry_points(group=ENTRY_POINTS, name=structure):
-        loaded: StructureFactory = point.load()
-        return loaded
+    if isinstance(structure, str):
+        if structure in _STRUCTURES:
+            return _STRUCTURES[structure]
+        for point in entry_points(group=ENTRY_POINTS, name=structure):
+            loaded: StructureFactory = point.load()
+            return loaded
     raise UnsupportedError(
         f"hessian_structure={structure!r} is not supported; expected {one_of(available())} or a "
         "curvlin_nn.structures.Structure class"

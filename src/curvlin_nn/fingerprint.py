@@ -1,0 +1,61 @@
+"""What a model held at some time: enough to tell later whether its parameters or buffers are still the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor, nn
+
+WIDTH = 256
+"""Columns of the matrix that a checksum is taken of: 2 KiB of words."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The kinds and checksums of a model's parameters and buffers.
+
+    Values are summed, not version counters compared: writes through ``.data`` leave no trace in a counter, and a model
+    that was changed and restored is the same model.
+
+    Attributes:
+        kinds: shape, dtype and device of each tensor, by name.
+        checksums: one row for each, in the same order.
+    """
+
+    kinds: dict[str, tuple[torch.Size, torch.dtype, torch.device]]
+    checksums: Int[Tensor, "K 3"]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Fingerprint:
+        """The fingerprint of what `model` holds now."""
+        tensors = dict(_tensors(model))
+        kinds = {name: (t.shape, t.dtype, t.device) for name, t in tensors.items()}
+        return cls(kinds, torch.stack([_checksum(t).cpu() for t in tensors.values()]))
+
+    def difference(self, model: nn.Module) -> str | None:
+        """The name of a parameter or buffer that `model` holds otherwise now, or None."""
+        now = Fingerprint.of(model)
+        if self.kinds != now.kinds:
+            return min(name for name, _ in self.kinds.items() ^ now.kinds.items())
+        differing = (self.checksums != now.checksums).any(dim=1).nonzero()
+        return list(self.kinds)[int(differing[0])] if len(differing) else None
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _checksum(tensor: Tensor) -> Int[Tensor, " 3"]:
+    """Of the memory as a matrix of 64-bit words w: ``(sum w_ij, sum i w_ij, sum j w_ij)`` modulo 2^64.
+
+    The first sum notices a change of one entry, the others an exchange of two.
+    """
+    memory = tensor.detach().reshape(-1).view(torch.uint8)
+    words = F.pad(memory, (0, -len(memory) % (8 * WIDTH))).view(torch.int64).reshape(-1, WIDTH)
+    by_row, by_column = words.sum(1), words.sum(0)
+    return torch.stack([by_row.sum(), *((torch.arange(len(s)).to(s) * s).sum() for s in (by_row, by_column))])
