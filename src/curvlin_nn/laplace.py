@@ -222,8 +222,8 @@ class Laplace:
 
     @property
     def curvature(self) -> PrecisionOperator:
-        """H, summed over the data, at sigma = 1 and T = 1."""
-        return self._fit.curvature
+        """H, summed over the data, at sigma = 1 and T = 1, in the model's dtype."""
+        return self._fit.curvature.to(self._fit.mean.dtype)
 
     # -- the posterior ---------------------------------------------------------------------------------------
 
@@ -238,10 +238,10 @@ class Laplace:
         tensors = [t for t in (self._prior_precision, self._sigma_noise) if isinstance(t, Tensor)]
         versions = tuple(t._version for t in tensors)
         if self._posterior is None or self._posterior[0] != versions:
-            H = self._fit.curvature
+            H = self._fit.curvature.to(torch.float64)
             scale = curvature_scale(self._sigma_noise.detach(), self._temperature)
             prior = self._prior(self._prior_precision).operator(H).detach()
-            self._posterior = versions, (scale.to(H.dtype) * H + prior).factor()
+            self._posterior = versions, (scale * H + prior).factor(self._fit.mean.dtype)
         return self._posterior[1]
 
     @property
