@@ -290,6 +290,7 @@ class Laplace:
         *,
         tolerance: float = 1e-9,
         max_steps: int = 200,
+        progress_bar: bool = False,
     ) -> Optimum:
         """Set the prior precision to the maximum of the log marginal likelihood.
 
@@ -303,6 +304,7 @@ class Laplace:
             optimize_noise: whether to optimise `sigma_noise` jointly; regression only.
             tolerance: largest relative gradient at the end.
             max_steps: Newton steps before giving up.
+            progress_bar: whether to show one; a search ends long before `max_steps`.
 
         Returns:
             The optimum with its log marginal likelihood, gradient norm and number of steps.
@@ -310,6 +312,8 @@ class Laplace:
         Raises:
             NoFiniteOptimumError: if there is none; it says why.
             ConvergenceError: if `max_steps` do not suffice.
+            NotPositiveDefiniteError: if the prior precision at the maximum is lost in the rounding of the
+                curvature.
         """
         if method != "marglik":
             raise UnsupportedError(f"method={method!r} is not supported; expected 'marglik'")
@@ -325,6 +329,7 @@ class Laplace:
             optimize_noise=optimize_noise,
             tolerance=tolerance,
             max_steps=max_steps,
+            progress_bar=progress_bar,
         )
         self._prior_structure = prior_structure
         self.prior_precision = optimum.prior_precision.squeeze()
@@ -344,6 +349,7 @@ class Laplace:
         n_samples: int = 100,
         generator: torch.Generator | None = None,
         observation_noise: bool = False,
+        progress_bar: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The predictive distribution at x, from the network linearised around its parameters.
 
@@ -356,6 +362,7 @@ class Laplace:
             n_samples: the number of draws for ``"mc"``.
             generator: source of randomness for ``"mc"``; None is torch's default generator.
             observation_noise: for regression, whether to add ``sigma_noise^2``.
+            progress_bar: whether to show one over the parts that `x` is taken in.
 
         Returns:
             Classification: probabilities ``(N, C)``. Regression: mean ``(N, C)`` and covariance ``(N, C,
@@ -375,14 +382,14 @@ class Laplace:
         if joint and diagonal_output:
             raise UnsupportedError("joint and diagonal_output exclude each other; choose one")
         if not self.likelihood.link_approximations:
-            return self._moments(x, joint, diagonal_output, observation_noise)
+            return self._moments(x, joint, diagonal_output, observation_noise, progress_bar)
         if joint:
             raise UnsupportedError(
                 f"joint is not supported for {self.likelihood.name}; use functional_samples for joint draws "
                 "of outputs"
             )
         check_link(self.likelihood, link_approx)
-        predictive = self._predictive()
+        predictive = self._predictive(progress_bar)
         if link_approx != "mc":
             return self.likelihood.link_approximations[link_approx](*predictive.mean_and_variance(x))
         if diagonal_output:
@@ -421,9 +428,9 @@ class Laplace:
         return samples + self._sigma_noise.detach().to(samples) * noise
 
     def _moments(
-        self, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool
+        self, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool, progress_bar: bool
     ) -> tuple[Tensor, Tensor]:
-        predictive = self._predictive()
+        predictive = self._predictive(progress_bar)
         if diagonal_output:
             mean, spread = predictive.mean_and_variance(x)
         else:
@@ -441,11 +448,11 @@ class Laplace:
             raise NotFittedError("this Laplace object is not fitted; call fit(train_loader) first")
         return self._fitted
 
-    def _predictive(self) -> Predictive:
+    def _predictive(self, progress_bar: bool = False) -> Predictive:
         space, recorder = self._fit.accumulated.space, self._fit.accumulated.recorder
         if not torch.equal(space.flatten(space.tensors(self.model)), self._fit.mean):
             raise StaleModelError("the model's parameters changed since fit; call fit again, or restore them")
-        return Predictive(JacobianMap.of(recorder), self.posterior_precision)
+        return Predictive(JacobianMap.of(recorder), self.posterior_precision, progress_bar)
 
     def _evidence(self) -> Evidence:
         fit = self._fit

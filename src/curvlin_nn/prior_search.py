@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from curvlin import Dense, NotPositiveDefiniteError
 from curvlin_nn.errors import ConvergenceError, NoFiniteOptimumError, UnsupportedError
@@ -111,6 +112,7 @@ def maximise(
     optimize_noise: bool = False,
     tolerance: float = 1e-9,
     max_steps: int = 200,
+    progress_bar: bool = False,
 ) -> Optimum:
     """Newton's method on the logarithms of the prior precisions (and of the noise variance).
 
@@ -121,6 +123,7 @@ def maximise(
         optimize_noise: whether the noise scale is a variable.
         tolerance: largest gradient allowed, relative to the terms it is the difference of.
         max_steps: Newton steps before giving up.
+        progress_bar: whether to show one; a search ends long before `max_steps`.
 
     Raises:
         UnsupportedError: if the prior cuts through blocks of a curvature that is not dense.
@@ -140,7 +143,7 @@ def maximise(
     t = prior.precision.detach().double().log()
     tau = torch.tensor(sigma_noise, dtype=torch.float64, device=t.device).square().log()
     point = _evaluate(evidence, prior, t, tau, optimize_noise)
-    for steps in range(max_steps):
+    for steps in tqdm(range(max_steps), desc="Newton steps, at most", disable=not progress_bar):
         if point.converged(tolerance):
             noise = float((point.tau / 2).exp()) if optimize_noise else sigma_noise
             precision = point.t.exp()
