@@ -117,7 +117,7 @@ def notes(options: argparse.Namespace, n_parameters: int, decay: float) -> str:
     """What the numbers of the table are, and are not."""
     lines = [
         "fit s        training for MAP; curvature and prior search for the others, which need a trained network",
-        "log marglik  comparable among methods over the same weights only",
+        "log marglik  comparable among methods over the same weights only (so is log Z in regression.png)",
         "AUROC        of the entropy of the prediction, test images against out of distribution",
         f"MAP, tuned   trained again with weight decay {decay:.1e}, the prior precision of all, kron per image",
     ]
