@@ -20,6 +20,8 @@ help:  ## list the targets
 
 # torch goes first and alone, at the pinned version, so that no other package decides which build is taken.
 $(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11, 5) or \
+	  sys.exit("constraints.txt needs Python 3.11.5 or newer, found %d.%d.%d; set PYTHON=" % sys.version_info[:3])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) $(TORCH)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]'

@@ -32,8 +32,8 @@ class Images:
         return int(self.y_train.max()) + 1
 
 
-def digits(held_out: tuple[int, ...] = (8, 9), noise: float = 0.5, seed: int = 0) -> Images:
-    """8x8 digits in pixel noise, heavy enough that a network trained on them becomes overconfident.
+def digits(held_out: tuple[int, ...] = (8, 9), *, noise: float, seed: int) -> Images:
+    """8x8 digits in pixel noise of this standard deviation; noise and split follow from the seed.
 
     The `held_out` classes are never trained on: they, in the same noise, are the out-of-distribution images.
     """

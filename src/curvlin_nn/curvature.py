@@ -101,7 +101,8 @@ def curvature(
         progress_bar: whether to show one.
 
     Returns:
-        An operator in the flat order of `torch.nn.utils.parameters_to_vector` over the chosen parameters.
+        An operator in the flat order of `torch.nn.utils.parameters_to_vector` over the chosen parameters, summed
+        in float64 and returned in their dtype.
 
     Raises:
         UnsupportedError: for a model or option that is not served.
@@ -119,7 +120,8 @@ def curvature(
         [factory],
         progress_bar=progress_bar,
     )
-    return accumulated.states[0].finish()
+    dtype = next(iter(accumulated.space.tensors(model).values())).dtype
+    return accumulated.states[0].finish().to(dtype)
 
 
 def accumulate(

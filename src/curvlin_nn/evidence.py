@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlin import NotPositiveDefiniteError
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.prior import GroupedPrior, Prior
@@ -46,7 +47,20 @@ class Evidence:
     temperature: float
 
     def log_marginal_likelihood(self, prior: Prior, sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """log Z in nats, float64, differentiable in the prior precision and the noise."""
+        """log Z in nats, float64, differentiable in the prior precision and the noise.
+
+        Raises:
+            NotPositiveDefiniteError: if the prior is lost in the rounding of H; predictions then raise as well.
+        """
+        spectrum, scale = self.relevant_spectrum(prior), self.scale(sigma_noise)
+        if spectrum is not None and isinstance(prior, GroupedPrior):
+            eigenvalues = scale * spectrum.eigenvalues + prior.precision[prior.groups]
+            if bool((lost := eigenvalues <= scale * spectrum.floor).any()):
+                raise NotPositiveDefiniteError("the posterior precision", float(eigenvalues[lost].min()))
+        return self.value(prior, sigma_noise)
+
+    def value(self, prior: Prior, sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """`log_marginal_likelihood`, also where the eigenvalues alone resolve the prior: on a search's way."""
         scatter, complexity = prior.scatter(), self._logdet_ratio(prior, self.scale(sigma_noise))
         return self.log_likelihood(sigma_noise) - scatter / 2 - complexity / 2
 

@@ -238,8 +238,8 @@ class Laplace:
 
     @property
     def curvature(self) -> PrecisionOperator:
-        """H, summed over the data, at sigma = 1 and T = 1."""
-        return self._fit.curvature
+        """H, summed over the data, at sigma = 1 and T = 1, in the model's dtype."""
+        return self._fit.curvature.to(self._fit.mean.dtype)
 
     # -- the posterior ---------------------------------------------------------------------------------------
 
@@ -255,10 +255,10 @@ class Laplace:
         tensors = [t for t in (self._prior_precision, self._sigma_noise) if isinstance(t, Tensor)]
         versions = tuple(t._version for t in tensors)
         if self._posterior is None or self._posterior[0] != versions:
-            H = self._fit.curvature
+            H = self._fit.curvature.to(torch.float64)
             scale = curvature_scale(self._sigma_noise.detach(), self._temperature)
             prior = self._prior(self._prior_precision).operator(H).detach()
-            self._posterior = versions, (scale.to(H.dtype) * H + prior).factor()
+            self._posterior = versions, (scale * H + prior).factor(self._fit.mean.dtype)
         return self._posterior[1]
 
     @property
@@ -308,6 +308,7 @@ class Laplace:
         *,
         tolerance: float = 1e-9,
         max_steps: int = 200,
+        progress_bar: bool = False,
     ) -> Optimum:
         """Set the prior precision to the maximum of the log marginal likelihood.
 
@@ -321,6 +322,7 @@ class Laplace:
             optimize_noise: whether to optimise `sigma_noise` jointly; regression only.
             tolerance: largest relative gradient at the end.
             max_steps: Newton steps before giving up.
+            progress_bar: whether to show one; a search ends long before `max_steps`.
 
         Returns:
             The optimum with its log marginal likelihood, gradient norm and number of steps.
@@ -328,6 +330,8 @@ class Laplace:
         Raises:
             NoFiniteOptimumError: if there is none; it says why.
             ConvergenceError: if `max_steps` do not suffice.
+            NotPositiveDefiniteError: if the prior precision at the maximum is lost in the rounding of the
+                curvature.
         """
         if method != "marglik":
             raise UnsupportedError(f"method={method!r} is not supported; expected 'marglik'")
@@ -343,6 +347,7 @@ class Laplace:
             optimize_noise=optimize_noise,
             tolerance=tolerance,
             max_steps=max_steps,
+            progress_bar=progress_bar,
         )
         self._prior_structure = prior_structure
         self.prior_precision = optimum.prior_precision.squeeze()
@@ -363,6 +368,7 @@ class Laplace:
         n_samples: int = 100,
         generator: torch.Generator | None = None,
         observation_noise: bool = False,
+        progress_bar: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The predictive distribution at x, from the network linearised around its parameters.
 
@@ -376,6 +382,7 @@ class Laplace:
             n_samples: the number of draws for ``"mc"``.
             generator: source of randomness for ``"mc"``; None is torch's default generator.
             observation_noise: for regression, whether to add ``sigma_noise^2``.
+            progress_bar: whether to show one over the parts that `x` is taken in.
 
         Returns:
             Classification: probabilities ``(N, C)``. Regression: mean ``(N, C)`` and covariance ``(N, C,
@@ -396,7 +403,7 @@ class Laplace:
             raise UnsupportedError("joint and diagonal_output exclude each other; choose one")
         check_link(self.likelihood, link_approx)
         if not self.likelihood.link_approximations:
-            return self._moments(x, joint, diagonal_output, observation_noise)
+            return self._moments(x, joint, diagonal_output, observation_noise, progress_bar)
         if joint:
             raise UnsupportedError(
                 f"joint is not supported for {self.likelihood.name}; use functional_samples for joint draws "
@@ -404,7 +411,7 @@ class Laplace:
             )
         if link_approx == "mc":
             count("n_samples", n_samples)
-        predictive = self._predictive()
+        predictive = self._predictive(progress_bar)
         if link_approx != "mc":
             return self.likelihood.link_approximations[link_approx](*predictive.mean_and_variance(x))
         if diagonal_output:
@@ -445,9 +452,9 @@ class Laplace:
         return samples + self._sigma_noise.detach().to(samples) * noise
 
     def _moments(
-        self, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool
+        self, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool, progress_bar: bool
     ) -> tuple[Tensor, Tensor]:
-        predictive = self._predictive()
+        predictive = self._predictive(progress_bar)
         if diagonal_output:
             mean, spread = predictive.mean_and_variance(x)
         else:
@@ -465,9 +472,10 @@ class Laplace:
             raise NotFittedError("this Laplace object is not fitted; call fit(train_loader) first")
         return self._fitted
 
-    def _predictive(self) -> Predictive:
+    def _predictive(self, progress_bar: bool = False) -> Predictive:
         self._check_unchanged()
-        return Predictive(JacobianMap.of(self._fit.accumulated.recorder), self.posterior_precision)
+        jacobians = JacobianMap.of(self._fit.accumulated.recorder)
+        return Predictive(jacobians, self.posterior_precision, progress_bar)
 
     def _check_unchanged(self) -> None:
         """Every parameter and buffer counts, those outside of the posterior included: outputs depend on all."""

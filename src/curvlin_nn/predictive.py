@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from curvlin import FeatureOperator
 from curvlin.precision.base import PrecisionOperator
@@ -36,10 +37,12 @@ class Predictive:
     Attributes:
         feature_map: the linearisation.
         precision: the posterior precision of its coordinates, factored.
+        progress_bar: whether to show one over the parts of the data.
     """
 
     feature_map: FeatureMap
     precision: PrecisionOperator
+    progress_bar: bool = False
 
     def mean_and_covariance(self, x: Any) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C C"]]:
         """Mean and covariance of the outputs of each sample."""
@@ -81,7 +84,7 @@ class Predictive:
         probe = self.feature_map(x[:1])
         per_sample = sum(t.numel() for t, _ in probe[1]._tensors())
         chunk = max(1, FEATURE_BUDGET // per_sample)
-        for start in range(0, len(x), chunk):
+        for start in tqdm(range(0, len(x), chunk), desc="prediction", disable=not self.progress_bar):
             yield self.feature_map(x[start : start + chunk])
 
 

@@ -5,7 +5,7 @@ One rule per type of operator; a new operator enters its own with ``spectrum.reg
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 
 import torch
@@ -21,6 +21,7 @@ from curvlin import (
     NotPositiveDefiniteError,
     SpectralKronecker,
 )
+from curvlin.numerics.pencil import without_rounding
 from curvlin.precision.base import PrecisionOperator
 
 
@@ -31,10 +32,12 @@ class Spectrum:
     Attributes:
         eigenvalues: float64, none negative; within a block in no particular order.
         block: for each coordinate the first coordinate of its block.
+        floor: what is lost when it is added to the diagonal of the block; zero where nothing is added up.
     """
 
     eigenvalues: Float[Tensor, " D"]
     block: Int[Tensor, " D"]
+    floor: Float[Tensor, " D"]
 
     def resolves(self, groups: Int[Tensor, " D"]) -> bool:
         """Whether every block lies within one group, so that a shift per group keeps the eigenvectors."""
@@ -63,7 +66,10 @@ def _(H: Diagonal) -> Spectrum:
 
 @spectrum.register
 def _(H: Dense) -> Spectrum:
-    return _together(_eigenvalues("Dense", H.to_dense()))
+    spectrum = _together(_eigenvalues("Dense", H.to_dense(), H.resolution))
+    # Where `Dense` refuses a pivot of its Cholesky factor.
+    floor = H.size * torch.finfo(torch.float64).eps * H.diagonal().double().max()
+    return replace(spectrum, floor=floor.expand(H.size))
 
 
 @spectrum.register
@@ -78,7 +84,7 @@ def _(H: KroneckerSum) -> Spectrum | None:
     sides = [
         torch.ones(size, dtype=torch.float64, device=H.device)
         if factor is None
-        else _eigenvalues(f"KroneckerSum.{name}", factor)
+        else _eigenvalues(f"KroneckerSum.{name}", factor, H.resolution)
         for name, factor, size in zip(("left", "right"), H.terms[0], H.sizes, strict=True)
     ]
     eigenvalues = torch.outer(*sides).flatten()
@@ -87,36 +93,37 @@ def _(H: KroneckerSum) -> Spectrum | None:
 
 @spectrum.register
 def _(H: BlockDiag) -> Spectrum | None:
-    eigenvalues = torch.empty(H.size, dtype=torch.float64, device=H.device)
+    eigenvalues, floor = torch.empty(2, H.size, dtype=torch.float64, device=H.device)
     block = torch.empty(H.size, dtype=torch.long, device=H.device)
     for part, coordinates in zip(H.blocks, H.indices.blocks, strict=True):
         index = coordinates.to(H.device)
         inner = spectrum(part)
         if inner is None:
             return None
-        eigenvalues[index], block[index] = inner.eigenvalues, index[inner.block]
-    return Spectrum(eigenvalues, block)
+        eigenvalues[index], block[index], floor[index] = inner.eigenvalues, index[inner.block], inner.floor
+    return Spectrum(eigenvalues, block, floor)
 
 
 def _separate(diagonal: Tensor) -> Spectrum:
     """Every coordinate is an eigenvector."""
+    eigenvalues = _non_negative("Diagonal", diagonal.double())
     return Spectrum(
-        _non_negative("Diagonal", diagonal.double()), torch.arange(len(diagonal), device=diagonal.device)
+        eigenvalues, torch.arange(len(diagonal), device=diagonal.device), eigenvalues.new_zeros(len(diagonal))
     )
 
 
 def _together(eigenvalues: Tensor) -> Spectrum:
     """The coordinates are one block."""
-    return Spectrum(eigenvalues, torch.zeros(len(eigenvalues), dtype=torch.long, device=eigenvalues.device))
+    block = torch.zeros(len(eigenvalues), dtype=torch.long, device=eigenvalues.device)
+    return Spectrum(eigenvalues, block, torch.zeros_like(eigenvalues))
 
 
-def _eigenvalues(where: str, matrix: Tensor) -> Tensor:
-    return _non_negative(where, torch.linalg.eigvalsh(matrix.double()), torch.finfo(matrix.dtype).eps)
+def _eigenvalues(where: str, matrix: Tensor, resolution: float) -> Tensor:
+    """Those of a matrix, with zeros where the posterior's factorisation has them."""
+    return _non_negative(where, without_rounding(torch.linalg.eigvalsh(matrix.double()), resolution))
 
 
-def _non_negative(where: str, eigenvalues: Tensor, eps: float = 0.0) -> Tensor:
-    """Eigenvalues that rounding (of the matrix, at precision eps) may have made negative are zero."""
-    limit = len(eigenvalues) * eps * eigenvalues.abs().max()
-    if bool((eigenvalues < -limit).any()):
+def _non_negative(where: str, eigenvalues: Tensor) -> Tensor:
+    if bool((eigenvalues < 0).any()):
         raise NotPositiveDefiniteError(where, float(eigenvalues.min()))
-    return eigenvalues.clamp(min=0.0)
+    return eigenvalues

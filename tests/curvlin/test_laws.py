@@ -222,6 +222,21 @@ def test_covariance_of_samples_is_the_inverse(kind: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_factors_for_another_dtype_are_those_before_rounding(kind: str) -> None:
+    case = make_case(kind, Spec(size=12, log10cond=9.0, seed=11))
+    P, kept = case.operator, case.operator.factor(torch.float32)
+    x = torch.randn(12)
+    assert type(kept) is type(P) and kept.dtype == kept.solve(x).dtype == kept.sample().dtype == torch.float32
+    for ask in (
+        lambda P, x: P.solve(x),
+        lambda P, x: P.logdet(),
+        lambda P, x: P.inv_quad(x),
+        lambda P, x: P.inverse_diagonal(),
+    ):
+        assert torch.equal(ask(kept, x), ask(P, x.double()).float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_factored_equals_unfactored(kind: str) -> None:
     case = make_case(kind, Spec(size=12, log10cond=5.0, seed=11))
     P, kept = case.operator, case.operator.factor()

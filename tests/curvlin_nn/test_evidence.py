@@ -1,5 +1,6 @@
 """The log marginal likelihood as a function of its hyperparameters, and the search for its maximum."""
 
+import copy
 import functools
 
 import pytest
@@ -8,7 +9,8 @@ from networks import Problem, problem
 from scipy.optimize import minimize
 from torch import nn
 
-from curvlin_nn import Laplace
+from curvlin import NotPositiveDefiniteError
+from curvlin_nn import Laplace, prior_search
 from curvlin_nn.errors import ConvergenceError, NoFiniteOptimumError, UnsupportedError
 
 STRUCTURES = ("full", "diag", "kron")
@@ -102,6 +104,107 @@ def test_steps_are_newtons(structure, prior_structure):
     la.optimize_prior_precision(prior_structure=prior_structure, optimize_noise=True)
     la.prior_precision, la.sigma_noise = la.prior_precision * 1.1, la.sigma_noise * 1.1
     assert la.optimize_prior_precision(prior_structure=prior_structure, optimize_noise=True).steps <= 4
+
+
+@pytest.mark.parametrize("prior_structure", ["scalar", "layerwise"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_sure_step_increases_the_evidence_from_anywhere(structure, prior_structure):
+    la = fitted(problem("mlp", "regression", n=12), structure)
+    evidence, prior = la._evidence(), la._start(prior_structure)
+    for _ in range(50):
+        t, tau = 6 * torch.randn(len(prior.precision)).double(), 6 * torch.randn(()).double()
+        point = prior_search._evaluate(evidence, prior, t, tau, with_noise=True)
+        step, step_noise = point.step()
+        length = float(torch.maximum(step.abs().max(), step_noise.abs()))
+        fraction = min(1.0, prior_search.SURE_STEP / length)
+        after = prior_search._at(evidence, prior, point, fraction * step, fraction * step_noise)
+        gain = fraction * (point.gradient @ step + point.noise.gradient * step_noise)
+        assert float(after.value - point.value) > 0.25 * float(gain)
+
+
+@functools.cache
+def trained_regression(seed: int) -> Problem:
+    """Noise at which the terms of log Z, thousands of nats each, nearly cancel."""
+    torch.manual_seed(seed)
+    x = torch.randn(5000, 2).double()
+    y = torch.stack([x[:, 0].sin(), x.prod(1), x.sum(1)], 1) + 0.2 * torch.randn(5000, 3).double()
+    return Problem(trained(x, y, nn.functional.mse_loss, 200), "regression", x, y, x[:5])
+
+
+def trained(x: torch.Tensor, y: torch.Tensor, loss, steps: int) -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 3)).to(x)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss(model(x), y).backward()
+        optimiser.step()
+    return model
+
+
+@pytest.mark.parametrize("seed", [4, 5])
+@pytest.mark.parametrize("prior_structure", ["layerwise", "modulewise"])
+def test_rounding_of_the_value_does_not_stop_the_search(prior_structure, seed):
+    p = trained_regression(seed)
+    la = Laplace(p.model, "regression", "all", "full").fit([(p.x, p.y)])
+    found = []
+    for start in (1e-8, 1.0, 1e8):
+        la.prior_precision, la.sigma_noise = start, 1.0
+        la.optimize_prior_precision(prior_structure=prior_structure, optimize_noise=True)
+        found.append(la.prior_precision)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-7, atol=0)
+    torch.testing.assert_close(found[2], found[1], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("prior_structure", ["scalar", "layerwise", "modulewise"])
+def test_search_succeeds_in_single_precision_with_few_data(prior_structure, structure, n):
+    x, y = torch.randn(n, 2), torch.randn(n, 3)
+    model = trained(x, y, nn.functional.mse_loss, 200)
+    la = Laplace(model, "regression", "all", structure).fit([(x, y)])
+    found = []
+    for start in (1e-8, 1e8):
+        la.prior_precision, la.sigma_noise = start, 1.0
+        found.append(la.optimize_prior_precision(prior_structure=prior_structure, optimize_noise=True))
+    torch.testing.assert_close(found[0].prior_precision, found[1].prior_precision, rtol=1e-6, atol=0)
+
+
+@functools.cache
+def single_and_double(structure: str) -> tuple[Laplace, Laplace]:
+    """The same float32 weights and data, fitted in float32 and in float64; H has little rank."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 2), torch.randint(3, (30,))
+    model = trained(x, y, nn.functional.cross_entropy, 100)
+    single = Laplace(model, "classification", "all", structure).fit([(x, y)])
+    double = Laplace(copy.deepcopy(model).double(), "classification", "all", structure)
+    return single, double.fit([(x.double(), y)])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("n_groups", [1, 6])
+@pytest.mark.parametrize("prior", [1e-8, 1e-6, 1e-3, 1.0, 1e4])
+def test_single_precision_is_as_right_as_double_at_any_prior(structure, n_groups, prior):
+    single, double = single_and_double(structure)
+    single.prior_precision = double.prior_precision = torch.full((n_groups,), prior).double()
+    value, expected = float(single.log_marginal_likelihood()), float(double.log_marginal_likelihood())
+    assert value == pytest.approx(expected, rel=1e-6, abs=1e-4)
+    x = torch.linspace(-2, 2, 8).reshape(4, 2)
+    mean, variance = single._predictive().mean_and_variance(x)
+    expected_mean, expected_variance = double._predictive().mean_and_variance(x.double())
+    torch.testing.assert_close(mean.double(), expected_mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(variance.double(), expected_variance, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("structure", ["full", "kron"])
+@pytest.mark.parametrize("n_groups", [1, 6])
+def test_evidence_and_predictions_refuse_a_prior_that_rounding_hides(structure, n_groups):
+    """Blocks that are dense have no digits left for it: all of "full", the biases of "kron"."""
+    for la in single_and_double(structure):
+        la.prior_precision = torch.full((n_groups,), 1e-18).double()
+        x = torch.zeros(1, 2, dtype=la.mean.dtype)
+        for ask in (la.log_marginal_likelihood, lambda la=la, x=x: la(x)):
+            with pytest.raises(NotPositiveDefiniteError):
+                ask()
 
 
 @pytest.mark.parametrize("temperature", [0.3, 3.0])

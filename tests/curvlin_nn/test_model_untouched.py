@@ -260,7 +260,15 @@ def test_outputs_that_change_their_number_are_refused():
 
 def test_progress_bar_is_shown_on_request_only(capfd):
     loader = DataLoader(data(), batch_size=5)
-    Laplace(trained(), "classification").fit(loader)
-    assert capfd.readouterr().err == ""
-    Laplace(trained(), "classification").fit(loader, progress_bar=True)
-    assert "curvature" in capfd.readouterr().err
+    la = Laplace(trained(), "classification").fit(loader)
+    x = next(iter(loader))[0]
+    asked = {
+        "curvature": (la.fit, loader),
+        "Newton steps": (la.optimize_prior_precision,),
+        "prediction": (la, x),
+    }
+    for shown, (action, *arguments) in asked.items():
+        action(*arguments)
+        assert capfd.readouterr().err == ""
+        action(*arguments, progress_bar=True)
+        assert shown in capfd.readouterr().err

@@ -424,15 +424,19 @@ class PrecisionOperator(Tree, ABC):
 
         return to_scipy(self)
 
-    def factor(self: OperatorT) -> OperatorT:
+    def factor(self: OperatorT, dtype: torch.dtype | None = None) -> OperatorT:
         """The same operator with its factorisation kept, for callers that ask it more than one question.
 
         The result is equal to P and of the same type; what is made from it (`to`, `+`, a copy, ...) is not factored.
         If a tensor of P is changed in place afterwards, using the factored operator raises `StaleFactorError`.
+
+        Args:
+            dtype: of the result, of what it is applied to and of its answers. What needs an inverse is answered
+                from P as it is here, before it is rounded to `dtype`.
         """
-        kept = self._map(lambda t, _: t)
+        kept = self._map(lambda t, _: t) if dtype is None else self.to(dtype)
         working = self._working()
-        marks = tuple(_mark(t) for t, _ in self._tensors())
+        marks = tuple(_mark(t) for t, _ in kept._tensors())
         object.__setattr__(kept, "_kept", _Kept(working, self._needs_grad(), factorize(working), marks))
         return kept
 

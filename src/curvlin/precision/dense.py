@@ -10,9 +10,8 @@ from torch import Tensor
 
 from curvlin._check import symmetric
 from curvlin._tree import Tree, tensor_field
-from curvlin.numerics import implicit
 from curvlin.numerics.cholesky import follow, normalised_cholesky
-from curvlin.precision.implicit import ImplicitOperator
+from curvlin.precision.implicit import ImplicitLogdetOperator
 
 
 @dataclass(eq=False, repr=False)
@@ -29,7 +28,7 @@ class CholeskyFactors(Tree):
 
 
 @dataclass(eq=False, repr=False, init=False)
-class Dense(ImplicitOperator):
+class Dense(ImplicitLogdetOperator):
     """A symmetric matrix, factorised by Cholesky.
 
     Args:
@@ -64,9 +63,6 @@ class Dense(ImplicitOperator):
         return (
             torch.linalg.solve_triangular(lower, X, upper=False).square().sum(-2) / factors.scale[..., None]
         )
-
-    def _logdet(self, factors: CholeskyFactors) -> Tensor:
-        return implicit.log_det(self, factors)
 
     def _logdet_value(self, factors: CholeskyFactors) -> Tensor:
         pivots = factors.lower.diagonal(dim1=-2, dim2=-1)

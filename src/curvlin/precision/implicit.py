@@ -20,6 +20,25 @@ class ImplicitOperator(PrecisionOperator):
     def _inv_quad(self, X: Tensor, factors: Any) -> Tensor:
         return implicit.inv_quad(self, X, factors)
 
+    @abstractmethod
+    def _solve_value(self, X: Tensor, factors: Any) -> Tensor:
+        """``P^-1 X``; autograd does not look inside."""
+
+    @abstractmethod
+    def _inv_quad_value(self, X: Tensor, factors: Any) -> Tensor:
+        """``x^T P^-1 x`` of each column, as a sum of squares; autograd does not look inside."""
+
+
+class ImplicitLogdetOperator(ImplicitOperator):
+    """One whose ``log det`` is differentiated through ``tr(P^-1 dP)``, which it gives in closed form."""
+
+    def _logdet(self, factors: Any) -> Tensor:
+        return implicit.log_det(self, factors)
+
+    @abstractmethod
+    def _logdet_value(self, factors: Any) -> Tensor:
+        """``log det P``; autograd does not look inside."""
+
     def _logdet_pull_back(self, g: Tensor, factors: Any) -> list[Tensor]:
         """The gradients of ``<g, log det P>`` for the tensors of P."""
         gradients = self._logdet_gradient(factors)
@@ -31,11 +50,3 @@ class ImplicitOperator(PrecisionOperator):
     @abstractmethod
     def _logdet_gradient(self, factors: Any) -> list[Tensor]:
         """``tr(P^-1 dP)`` as one gradient for each tensor of P, expanded to the batch."""
-
-    @abstractmethod
-    def _solve_value(self, X: Tensor, factors: Any) -> Tensor:
-        """``P^-1 X``; autograd does not look inside."""
-
-    @abstractmethod
-    def _inv_quad_value(self, X: Tensor, factors: Any) -> Tensor:
-        """``x^T P^-1 x`` of each column, as a sum of squares; autograd does not look inside."""

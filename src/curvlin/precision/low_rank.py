@@ -22,7 +22,7 @@ from curvlin._tables import CONGRUENCE, lookup
 from curvlin._tree import Tree, build, is_concrete, needs_grad, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.features.base import FeatureOperator
-from curvlin.numerics import implicit, tall
+from curvlin.numerics import tall
 from curvlin.numerics.implicit import graft, without_derivative
 from curvlin.numerics.low_rank import (
     ALWAYS_ORTHONORMAL,
@@ -46,7 +46,7 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
-from curvlin.precision.implicit import ImplicitOperator
+from curvlin.precision.implicit import ImplicitLogdetOperator
 
 
 @dataclass(eq=False, repr=False)
@@ -59,7 +59,7 @@ class CanonicalFactors(Tree):
 
 
 @dataclass(eq=False, repr=False, init=False)
-class Woodbury(ImplicitOperator):
+class Woodbury(ImplicitLogdetOperator):
     """``base + U core U^T``: any positive definite base, changed in k directions.
 
     Args:
@@ -376,9 +376,6 @@ class Woodbury(ImplicitOperator):
                 rest = X - normal._spread(t)
         return self._over_weight(normal.base._inv_quad(rest, factors.base) + t.square().sum(-2), 1)
 
-    def _logdet(self, factors: Any) -> Tensor:
-        return implicit.log_det(self, factors)
-
     def _logdet_value(self, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
             value: Tensor = factors.operator._logdet_value(factors.factors)
@@ -410,7 +407,7 @@ class Woodbury(ImplicitOperator):
         return list(vjp(torch.ones_like(output)))
 
     def _logdet_pull_back(self, g: Tensor, factors: Any) -> list[Tensor]:
-        """For ``diag(d) + s U U^T`` in one pass over U: ``g diag(P^-1)`` (its sum beside one number), ``2 s g P^-1 U``."""
+        """For ``diag(d) + s U U^T``, in one pass over U: ``g diag(P^-1)`` (summed for one d) and ``2 s g P^-1 U``."""
         plain = isinstance(self.U, Tensor) and isinstance(factors, LowRankFactors) and self.weight is None
         eager = self._is_concrete() and not torch.is_grad_enabled()
         if not (plain and eager) or self.batch_shape or not isinstance(self.base, (Diagonal, Isotropic)):

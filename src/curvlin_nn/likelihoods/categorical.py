@@ -16,7 +16,10 @@ from curvlin_nn.likelihoods.registry import register
 
 
 def probit(mean: Float[Tensor, "N C"], variance: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
-    """MacKay's approximation of the expected softmax: each logit shrunk by ``(1 + pi/8 variance)^(-1/2)``."""
+    """MacKay's approximation of the expected softmax: each logit shrunk by ``(1 + pi/8 variance)^(-1/2)``.
+
+    Only a logit's own variance counts, as is usual; its covariances with the others do not.
+    """
     return torch.softmax(mean / torch.sqrt(1 + math.pi / 8 * variance), dim=-1)
 
 

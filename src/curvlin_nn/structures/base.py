@@ -1,6 +1,7 @@
 """What a curvature structure is: it reduces a stream of captures to a precision operator.
 
-States are sums over data, never means, so that states of disjoint data merge.
+States are sums over data, never means, so that states of disjoint data merge; in float64 whatever the model's
+dtype, so that zero eigenvalues stay below any prior precision in use.
 """
 
 from __future__ import annotations
@@ -42,4 +43,4 @@ class Structure(ABC):
 
     @abstractmethod
     def finish(self) -> PrecisionOperator:
-        """The curvature of everything seen, over the flat parameters; the state stays as it is."""
+        """The curvature of everything seen, over the flat parameters, float64; the state stays as it is."""

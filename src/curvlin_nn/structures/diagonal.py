@@ -25,7 +25,7 @@ class Diagonal(Structure):
 
     def update(self, captures: Captures) -> None:
         """See `Structure.update`."""
-        total = torch.cat([_squares(block) for block in captures.blocks])
+        total = torch.cat([_squares(block) for block in captures.blocks]).double()
         self._diagonal = total if self._diagonal is None else self._diagonal + total
 
     def merge(self, other: Diagonal) -> None:

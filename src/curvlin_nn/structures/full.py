@@ -15,7 +15,7 @@ from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
 from curvlin_nn.structures.registry import register
 
-ROW_BUDGET = 2**24
+ROW_BUDGET = 2**23
 """Entries of the rows that are multiplied out at once, where weights are shared."""
 
 
@@ -25,6 +25,7 @@ class Full(Structure):
 
     A row of a block without weight sharing is one outer product, so between two such blocks the columns fold
     first, ``sum_n (sum_v l_nv l'_nv^T)[o, p] r_n r'_n^T``: a factor V less work than with rows multiplied out.
+    Products are float64: in float32 the rounding of the sum outweighs a small prior where H has no rank.
     """
 
     name = "full"
@@ -36,7 +37,8 @@ class Full(Structure):
     def update(self, captures: Captures) -> None:
         """See `Structure.update`."""
         if self._upper is None:
-            self._upper = captures.blocks[0].left.new_zeros(self.space.size, self.space.size)
+            device = captures.blocks[0].left.device
+            self._upper = torch.zeros(self.space.size, self.space.size, dtype=torch.float64, device=device)
         for blocks in _chunks(captures):
             shared = [block.left.shape[2] > 1 for block in blocks]
             rows = [_rows(block) for block in blocks] if any(shared) else []
@@ -75,19 +77,20 @@ def _slice(block: Block) -> slice:
 
 
 def _rows(block: Block) -> Float[Tensor, "NV size"]:
-    """The rows of a block multiplied out: ``sum_s left_s (x) right_s``."""
+    """The rows of a block multiplied out, ``sum_s left_s (x) right_s``, float64."""
     if block.right is None:
-        return block.left.flatten(0, 2)
-    return torch.einsum("nvso,nsi->nvoi", block.left, block.right).flatten(2).flatten(0, 1)
+        return block.left.flatten(0, 2).double()
+    return torch.einsum("nvso,nsi->nvoi", block.left, block.right).flatten(2).flatten(0, 1).double()
 
 
 def _folded(first: Block, second: Block) -> Float[Tensor, "P1 P2"]:
     """``sum_nv row_nv(first)^T row_nv(second)`` with ``S = 1`` in both."""
-    fold = torch.einsum("nvo,nvp->onp", first.left.squeeze(2), second.left.squeeze(2))
+    fold = torch.einsum("nvo,nvp->onp", first.left.squeeze(2).double(), second.left.squeeze(2).double())
     right, right_of_second = _right(first), _right(second)
     by_output = [right.mT @ (weight[:, :, None] * right_of_second[:, None, :]).flatten(1) for weight in fold]
     return torch.cat(by_output)
 
 
 def _right(block: Block) -> Float[Tensor, "N in"]:
-    return block.left.new_ones(len(block.left), 1) if block.right is None else block.right.squeeze(1)
+    right = block.left.new_ones(len(block.left), 1) if block.right is None else block.right.squeeze(1)
+    return right.double()

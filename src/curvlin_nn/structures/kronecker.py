@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,10 +23,16 @@ from curvlin_nn.parameters import ParameterSpace, consecutive
 from curvlin_nn.structures.base import Structure
 from curvlin_nn.structures.registry import register
 
+PIECE = 4096
+"""Rows that are cast to float64 at once."""
+
 
 @dataclass(frozen=True)
 class _Factors:
-    """Sums over data for one block: of ``g g^T``, of ``a a^T`` (None for a bias), and of positions."""
+    """Sums over data for one block: of ``g g^T``, of ``a a^T`` (None for a bias), and of positions.
+
+    In float64, so that rounding leaves nothing to speak of where they have no rank.
+    """
 
     block: range
     left: Float[Tensor, "out out"]
@@ -34,12 +41,11 @@ class _Factors:
 
     @classmethod
     def of(cls, block: Block) -> _Factors:
-        g = block.left.flatten(0, 2)
-        left = g.mT @ g
+        left = _gram(block.left.flatten(0, 2))
         if block.right is None:
             return cls(block.span, left, None, 0)
         a = block.right.flatten(0, 1)
-        return cls(block.span, left, a.mT @ a, len(a))
+        return cls(block.span, left, _gram(a), len(a))
 
     @property
     def shape(self) -> tuple[range, int]:
@@ -53,6 +59,15 @@ class _Factors:
         if self.right is None:
             return Dense(self.left)
         return KroneckerSum([(self.left, self.right / self.positions)])
+
+
+def _gram(rows: Float[Tensor, "N n"]) -> Float[Tensor, "n n"]:
+    """``rows^T rows`` in float64, cast a piece at a time: what is in cache costs nothing to cast."""
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for piece in rows.split(PIECE):
+        piece = piece.double()
+        total.addmm_(piece.mT, piece)
+    return total
 
 
 @register
