@@ -4,7 +4,7 @@
     Q: Woodbury kinds            the base's trace plus tr(C U^T P^-1 U), for every P
     P: Isotropic, Diagonal       sum of Q's diagonal over p, for every Q
     P or Q: Dense                a dense solve
-    P: Woodbury kinds            the base's trace less tr(H^-1 W^T Q W), W = Z^-1 U, for every Q that the base knows
+    P: Woodbury kinds            the base's trace less tr(M W^T Q W), W = Z^-1 U, for every Q that the base knows
     Kronecker with Kronecker     in the eigenbasis of P, equal sizes (Isotropic is I (x) I)
     BlockDiag with BlockDiag     block by block, equal partitions
 
@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curvlin._tables import TRACE_SOLVE, lookup, register
 from curvlin.errors import NotClosedError
 from curvlin.numerics import frozen_basis
+from curvlin.numerics.implicit import graft
+from curvlin.numerics.low_rank import LowRankFactors
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
@@ -51,8 +52,9 @@ def trace_solve(P: PrecisionOperator, Q: PrecisionOperator, factors: Any) -> Ten
 
 def _of_low_rank(P: PrecisionOperator, Q: Woodbury, factors: Any) -> Tensor:
     if isinstance(Q.U, Tensor):
-        columns = Q.U if Q.core is None else Q.U @ Q.core
-        change = (columns * P._solve(Q.U, factors)).sum((-2, -1))
+        U = Q.U.double()
+        columns = U if Q.core is None else U @ Q.core
+        change = (columns * P._solve(U, factors)).sum((-2, -1))
     else:
         change = P.inv_congruence_diagonal(Q.U).sum((-2, -1))
     return trace_solve(P, Q.base, factors) + Q._weighted(change[..., None, None])[..., 0, 0]
@@ -86,12 +88,22 @@ def dense_anything(P: PrecisionOperator, Q: PrecisionOperator, factors: Any) -> 
 
 @register(TRACE_SOLVE, Woodbury, PrecisionOperator)
 def low_rank_anything(P: Woodbury, Q: PrecisionOperator, factors: Any) -> Tensor:
-    P, factors, scale = P._rooted_normal(factors)
-    Q = Q / scale
-    eye = torch.eye(P.rank, dtype=P.dtype, device=P.device)
-    W = P.base._solve(P._spread(eye), factors.base)
-    removed = (W * torch.linalg.solve(P._capacitance(factors), Q._matmul(W).mT).mT).sum((-2, -1))
-    return trace_solve(P.base, Q, factors.base) - P.sign * removed
+    if isinstance(factors, LowRankFactors):
+        normal = P._unweighted()
+        removed = normal._trace_removed(Q, factors)
+        trace = trace_solve(normal.base, Q, factors.base) - P.sign * removed
+        return P._over_weight(trace, 0)
+    value = trace_solve(factors.operator, Q, factors.factors)
+    return graft(value, _with_core(P, Q, P._base_factors(factors))) if P._needs_grad() else value
+
+
+def _with_core(P: Woodbury, Q: PrecisionOperator, base: Any) -> Tensor:
+    """``tr(Z^-1 Q) - s tr(M W^T Q W)`` with ``W = Z^-1 U`` and ``M = C (I + s G C)^-1``: no root of the core."""
+    assert isinstance(P.U, Tensor)
+    normal = P._unweighted()
+    W = normal.base._solve(P.U.double(), base)
+    removed = ((W @ normal._middle(base)) * Q._matmul(W)).sum((-2, -1))
+    return P._over_weight(trace_solve(normal.base, Q, base) - P.sign * removed, 0)
 
 
 @register(TRACE_SOLVE, SpectralKronecker, KroneckerSum)

@@ -350,7 +350,7 @@ def _pair_route(g: Tensor, a: Tensor, h: Tensor, b: Tensor, w: Tensor | None) ->
         # A block of pairs, as square as the numbers of samples allow: large enough to be worth a call, and never
         # much larger than what comes in and goes out.
         given = N * S * (R * out + inputs) + M * T * (Q * out + inputs) + N * R * M * Q
-        block = max(1, min(4 * BUDGET, item * given) // pair)
+        block = max(1, min(4 * BUDGET, item * given) // max(1, pair))
         left = min(N, max(1, math.isqrt(block)))
         right = min(M, max(1, block // left))
         contract = _pairs_single if single else _pairs_tokens

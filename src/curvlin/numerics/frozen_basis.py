@@ -79,7 +79,7 @@ class FrozenBasis:
     def pieces(self, count: int, each: int) -> list[slice]:
         """`count` items of `each` elements, as many at a time as are about the size of the operator."""
         own = self.d.numel() + sum(off.matrices.numel() for off in self.off if off is not None)
-        step = max(1, 2 * own // (self.d.shape[:-2].numel() * each))
+        step = max(1, 2 * own // max(1, self.d.shape[:-2].numel() * each))
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 

@@ -146,8 +146,12 @@ class Woodbury(ImplicitLogdetOperator):
             yield self.U
             return
         eye = torch.eye(self.rank, dtype=self.dtype, device=self.device)
-        for part in eye.split(max(1, _CHUNK // self.size), dim=-1):
+        for part in eye.split(self._width(), dim=-1):
             yield self._spread(part)
+
+    def _width(self) -> int:
+        """How many columns of size D may be formed at a time: as many as take the memory of the operator."""
+        return max(1, sum(t.numel() for t, _ in self._tensors()) // self.size)
 
     def _weighted(self, X: Tensor) -> Tensor:
         """``s w X``."""
@@ -456,24 +460,25 @@ class Woodbury(ImplicitLogdetOperator):
         normal = self._unweighted()
         value = normal._inverse_diagonal_value(factors)
         if self._needs_grad():
-            removed = normal._removed(_inverse_root_of(normal._capacitance(factors)), factors)
+            removed = normal._removed(normal._live_root_of_middle(factors), factors)
             value = graft(value, normal.base._inverse_diagonal(factors.base) - self.sign * removed)
         return self._over_weight(value, 1)
 
     def _core_inverse_diagonal(self, factors: CanonicalFactors) -> Tensor:
         """``diag(Z^-1)`` less the diagonal of ``W C (I + G C)^-1 W^T``, ``W = Z^-1 U``: no root of the core."""
+        assert isinstance(self.U, Tensor)
         normal, base = self._unweighted(), self._base_factors(factors)
-        columns, middle = normal._core_change(base)
-        value = normal.base._inverse_diagonal(base) - self.sign * ((columns @ middle) * columns).sum(-1)
-        return self._over_weight(value, 1)
+        columns = normal.base._solve(self.U.double(), base)
+        removed = ((columns @ normal._middle(base)) * columns).sum(-1)
+        return self._over_weight(normal.base._inverse_diagonal(base) - self.sign * removed, 1)
 
-    def _core_change(self, base: Any) -> tuple[Tensor, Tensor]:
-        """``W = Z^-1 U`` and ``C (I + s G C)^-1``, so that ``P^-1 = Z^-1 - s W C (I + s G C)^-1 W^T``."""
-        assert self.core is not None and isinstance(self.U, Tensor)
-        columns = self.base._solve(self.U.double(), base)
-        M = self.sign * self._gram(base) @ self.core
-        M = M + torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-        return columns, torch.linalg.solve(M, self.core, left=False)
+    def _middle(self, base: Any) -> Tensor:
+        """``C (I + s G C)^-1``, with which ``P^-1 = Z^-1 - s W C (I + s G C)^-1 W^T``, ``W = Z^-1 U``, for weight 1."""
+        gram = self._gram(base)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        if self.core is None:
+            return torch.linalg.inv(eye + self.sign * gram)
+        return torch.linalg.solve(eye + self.sign * gram @ self.core, self.core, left=False)
 
     def _base_factors(self, factors: CanonicalFactors) -> Any:
         """The factors of Z, which one or two changes of the canonical form lie on."""
@@ -490,7 +495,7 @@ class Woodbury(ImplicitLogdetOperator):
             return self._diagonal_from_leverage(leverages(self.U, scale, factors), factors)
         prior = self.base._inverse_diagonal(factors.base)
         if factors.Q is None:
-            removed = self._removed(factors.W / factors.h.sqrt().unsqueeze(-2), factors)
+            removed = self._removed(_root_of_middle(factors), factors)
         else:
             columns = self.base._unwhiten(factors.Q, factors.base)
             removed = (columns.square() * (factors.gain / factors.h).unsqueeze(-2)).sum(-1)
@@ -498,7 +503,7 @@ class Woodbury(ImplicitLogdetOperator):
         if self.sign < 0 or not is_concrete(result):
             return result
         cancelled = (result < prior / 2).flatten(0, -2).any(0) if result.ndim > 1 else result < prior / 2
-        for rows in cancelled.nonzero().squeeze(-1).split(max(1, _CHUNK // self.size)):
+        for rows in cancelled.nonzero().squeeze(-1).split(self._width()):
             selection = torch.zeros(self.size, len(rows), dtype=self.dtype, device=self.device)
             selection[rows, torch.arange(len(rows), device=self.device)] = 1.0
             result[..., rows] = self._inv_quad_value(selection, factors)
@@ -519,10 +524,30 @@ class Woodbury(ImplicitLogdetOperator):
             )
         return prior * share
 
+    def _trace_removed(self, Q: PrecisionOperator, factors: LowRankFactors) -> Tensor:
+        """``tr(H^-1 W^T Q W)`` with ``W = Z^-1 U``, for weight 1."""
+
+        def trace(root: Tensor) -> Tensor:
+            total: Tensor | float = 0.0
+            for part in root.split(self._width(), dim=-1):
+                w = self.base._solve(self._spread(part), factors.base)
+                total = total + (w * Q._matmul(w)).sum((-2, -1))
+            assert isinstance(total, Tensor)
+            return total
+
+        value = trace(_root_of_middle(factors))
+        return graft(value, trace(self._live_root_of_middle(factors))) if self._needs_grad() else value
+
+    def _live_root_of_middle(self, factors: LowRankFactors) -> Tensor:
+        """``L^-T`` of ``H = L L^T``, differentiable: another root of ``H^-1`` than `_root_of_middle`."""
+        H = self._capacitance(factors)
+        eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+        return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(H).L.mT, eye.expand_as(H), upper=True)
+
     def _removed(self, root: Tensor, factors: LowRankFactors) -> Tensor:
         """The diagonal of ``Z^-1 U H^-1 U^T Z^-1``, given R with ``R R^T = H^-1``, some right-hand sides at a time."""
         total: Tensor | float = 0.0
-        for part in root.split(max(1, _CHUNK // self.size), dim=-1):
+        for part in root.split(self._width(), dim=-1):
             total = total + self.base._solve(self._spread(part), factors.base).square().sum(-1)
         assert isinstance(total, Tensor)
         return total
@@ -667,11 +692,9 @@ def _over_capacitance(c: Tensor, factors: LowRankFactors) -> Tensor:
     return inside if W.shape[-1] == W.shape[-2] else inside + (c - W @ along)
 
 
-def _inverse_root_of(H: Tensor) -> Tensor:
-    """``L^-T`` of ``H = L L^T``."""
-    lower = torch.linalg.cholesky_ex(H).L
-    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-    return torch.linalg.solve_triangular(lower.mT, eye.expand_as(H), upper=True)
+def _root_of_middle(factors: LowRankFactors) -> Tensor:
+    """``W h^(-1/2)``, a root of ``H^-1`` on the directions that count."""
+    return factors.W / factors.h.sqrt().unsqueeze(-2)
 
 
 def _after_identity(S: Tensor, c: Tensor) -> Tensor:
@@ -715,10 +738,22 @@ def low_rank_update(P: PrecisionOperator, U: Tensor | FeatureOperator, sign: int
         if isinstance(P, (Isotropic, Diagonal)):
             # On P itself: a multiple of the identity adds to more than a diagonal matrix does.
             return Woodbury(P, U)._with(LowRankPlusDiag)
-        if isinstance(P, Woodbury) and P.sign > 0 and P.core is None and isinstance(P.U, Tensor):
-            return P._with(U=joined_columns(unit_weight(P), U), weight=None)
+        if isinstance(P, Woodbury) and P.sign > 0 and isinstance(P.U, Tensor):
+            return _updated_again(P, U)
     changed = Woodbury(P, U)
     return changed if sign > 0 else changed._with(sign=-1)
+
+
+def _updated_again(P: Woodbury, U: Tensor) -> Woodbury:
+    """One change with the columns of both instead of a change of a change."""
+    if P.core is None:
+        return P._with(U=joined_columns(unit_weight(P), U), weight=None)
+    assert isinstance(P.U, Tensor)
+    core = P.core if P.weight is None else P.core * P.weight[..., None, None]
+    k, m = core.shape[-1], U.shape[-1]
+    pad = torch.nn.functional.pad
+    both = pad(core, (0, m, 0, m)) + pad(torch.eye(m, dtype=U.dtype, device=U.device), (k, 0, k, 0))
+    return P._with(U=joined_columns(P.U, U), core=both, weight=None)
 
 
 def unit_weight(P: Woodbury) -> Tensor:

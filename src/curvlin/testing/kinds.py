@@ -536,23 +536,35 @@ def _woodbury_blocks(draw: Draw) -> Recipe:
     )
 
 
-@kind("woodbury_nested")
-def _woodbury_nested(draw: Draw) -> Recipe:
-    """An update of an updated Kronecker sum."""
+@kind("woodbury_updated")
+def _woodbury_updated(draw: Draw) -> Recipe:
+    """An update of an updated Kronecker sum with a core."""
     inner = _woodbury(draw)
     U = draw.columns(draw.spec.size, 1, draw.spec.log10scale)
-
-    def assemble(xp: Arrays, *t: Any) -> Any:
-        return inner.assemble(xp, *t[:-1]) + t[-1] @ t[-1].T
-
     assert inner.base is not None
     base = inner.base
     return Recipe(
         (*inner.parameters, U),
         lambda *t: inner.build(*t[:-1]).update(t[-1]),
-        assemble,
+        lambda xp, *t: inner.assemble(xp, *t[:-1]) + t[-1] @ t[-1].T,
         draw.spec.size,
         base=lambda xp, *t: base(xp, *t[:-1]),
+    )
+
+
+@kind("woodbury_downdated")
+def _woodbury_downdated(draw: Draw) -> Recipe:
+    """A change of a change: an updated Kronecker sum, downdated by less than half of its shift."""
+    inner, spec = _woodbury(draw), draw.spec
+    U = draw.columns(spec.size, 1, spec.log10scale - spec.log10cond + math.log10(0.25))
+    assert inner.base is not None
+    base = inner.base
+    return Recipe(
+        (*inner.parameters, U),
+        lambda *t: inner.build(*t[:-1]).downdate(t[-1]),
+        lambda xp, *t: inner.assemble(xp, *t[:-1]) - t[-1] @ t[-1].T,
+        spec.size,
+        base=lambda xp, *t: base(xp, *t[:-1]) - t[-1] @ t[-1].T,
     )
 
 
@@ -654,6 +666,7 @@ def _dual_layer(draw: Draw) -> Recipe:
         assemble,
         out * inputs,
         base=lambda xp, delta, left, right: delta * xp.eye(out * inputs),
+        storage_roundings=float(N * R),
     )
 
 
