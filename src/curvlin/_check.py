@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from curvlin._tree import common_shape, is_concrete
+from curvlin._tree import common_shape, hide_from_compiler, is_concrete
 
 
 def floating(name: str, value: object, *, ndim: int = 0, like: Tensor | None = None) -> Tensor:
@@ -72,7 +72,7 @@ def square(name: str, value: object, *, like: Tensor | None = None) -> Tensor:
 def symmetric(name: str, value: object, *, like: Tensor | None = None) -> Tensor:
     """`value` symmetrised; asymmetry beyond rounding is refused, not averaged away."""
     matrix = square(name, value, like=like)
-    if is_concrete(matrix):
+    if is_concrete(matrix) and not torch.equal(matrix, matrix.mT):
         # What a product such as X^T X of this size and dtype may show, relative to the largest entry.
         gap = (matrix - matrix.mT).detach().abs().amax(dim=(-2, -1))
         scale = matrix.detach().abs().amax(dim=(-2, -1))
@@ -83,6 +83,30 @@ def symmetric(name: str, value: object, *, like: Tensor | None = None) -> Tensor
                 f"{name} must be symmetric, found asymmetry {worst:.1e} of its largest entry; "
                 "pass (matrix + matrix.mT) / 2 if that is meant"
             )
-    total = matrix + matrix.mT
-    # Half of it, by an operation that saves nothing: an operator over leaf tensors may be differentiated twice.
-    return torch.sub(total, total, alpha=0.5)
+    half: Tensor = _SymmetricPart.apply(matrix)  # type: ignore[no-untyped-call]
+    return half
+
+
+@hide_from_compiler
+class _SymmetricPart(torch.autograd.Function):
+    """``(M + M^T) / 2``. Saves nothing: an operator over leaf tensors may be differentiated twice."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> Tensor:
+        return (matrix + matrix.mT).mul_(0.5)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        half: Tensor = _SymmetricPart.apply(gradient)  # type: ignore[no-untyped-call]
+        return half
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        half: Tensor = _SymmetricPart.apply(tangent)  # type: ignore[no-untyped-call]
+        return half

@@ -252,6 +252,8 @@ def _rotated(
 
 def stacked(tensors: Sequence[Tensor], own: int) -> Tensor:
     """The tensors, whose batches may differ, side by side left of their own dimensions."""
+    if len(tensors) == 1:
+        return tensors[0].unsqueeze(-1 - own)
     batch = torch.broadcast_shapes(*(t.shape[: t.ndim - own] for t in tensors))
     return torch.stack([t.expand(*batch, *t.shape[t.ndim - own :]) for t in tensors], -1 - own)
 

@@ -42,7 +42,8 @@ def inv_quad(P: Any, X: Tensor, factors: Any) -> Tensor:
     if not (P._needs_grad() or needs_grad(X)):
         value: Tensor = P._inv_quad_value(X, factors)
         return value
-    return apply_kernel(_InvQuad, P, factors, X)
+    quad: Tensor = apply_kernel(_InvQuad, P, factors, X)[0]
+    return quad
 
 
 def log_det(P: Any, factors: Any) -> Tensor:
@@ -82,11 +83,10 @@ class Factored(Tree):
     factors: Any = tensor_field(0)
 
 
-def apply_kernel(function: Any, P: Any, factors: Any, X: Tensor | None) -> Tensor:
+def apply_kernel(function: Any, P: Any, factors: Any, X: Tensor | None) -> Any:
     """Run a kernel on the tensors of P, of its factors, and of a right-hand side."""
     pair = Factored(P, factors)
-    result: Tensor = function.apply(pair._structure(), X, *(t for t, _ in pair._tensors()))
-    return result
+    return function.apply(pair._structure(), X, *(t for t, _ in pair._tensors()))
 
 
 def pull_back(
@@ -183,25 +183,29 @@ class _Solve(torch.autograd.Function):
 
 @hide_from_compiler
 class _InvQuad(torch.autograd.Function):
+    """The quadratic form, and the solution that it is made from: what a first derivative needs."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(structure: Structure, X: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(structure: Structure, X: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         pair = build(structure, tensors)
-        value: Tensor = pair.operator._inv_quad_value(X, pair.factors)
-        return value
+        both: tuple[Tensor, Tensor] = pair.operator._inv_quad_and_solution(X, pair.factors)
+        return both
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.structure, X, *tensors = inputs
-        ctx.save_for_backward(X, *tensors)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], X, *tensors)
         ctx.save_for_forward(X, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        X, *tensors = saved(ctx)
+    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
+        solution, X, *tensors = saved(ctx)
         pair = build(ctx.structure, tensors)
-        solution = solve(pair.operator, X, pair.factors)
+        if torch.is_grad_enabled():  # to be differentiated again
+            solution = solve(pair.operator, X, pair.factors)
         # -x^T P x with x held fixed has the derivative of the quadratic form with respect to P.
         grads = pull_back(
             pair, ctx.needs_input_grad[2:], lambda P: -P._energy_of(solution, X, pair.factors), g
@@ -210,14 +214,14 @@ class _InvQuad(torch.autograd.Function):
         return None, grad_x, *grads
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, dX: Tensor | None, *tangents: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, _: Any, dX: Tensor | None, *tangents: Tensor | None) -> tuple[Tensor, None]:
         X, *tensors = saved(ctx)
         pair = build(ctx.structure, tensors)
         solution = solve(pair.operator, X, pair.factors)
         change = push_forward(pair, tangents, lambda P: -P._energy_of(solution, X, pair.factors))
         total = sum_of(None if dX is None else 2 * (solution * dX).sum(-2), change)
         assert total is not None
-        return total
+        return total, None
 
 
 @hide_from_compiler

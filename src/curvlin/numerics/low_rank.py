@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlin._tree import Tree, hide_from_compiler, tensor_field
+from curvlin._tree import Tree, hide_from_compiler, is_concrete, tensor_field
 from curvlin.numerics.implicit import saved
 from curvlin.numerics.tall import row_slices
 
 _SAFE_PIVOT = 1e-6
 """The smallest squared pivot, relative to its diagonal entry, at which forming a Gram matrix leaves 10 digits."""
+
+_MILD = 16.0
+"""The condition of H up to which a product with H^-1 in the dtype of U is as good as one rounded to it."""
 
 ALWAYS_ORTHONORMAL = 2**21
 """Entries of V up to which a QR costs milliseconds."""
@@ -148,21 +151,23 @@ def leverages(
         ``(..., D)``.
     """
     W, gain, h = factors.W, factors.gain, factors.h
-    root = (gain.sqrt() / h).unsqueeze(-1) * W.mT
-    middle = (W / h.unsqueeze(-2)) @ W.mT if factors.Q is None else root
+    if factors.Q is None and is_concrete(h) and float(h.amax()) < _MILD * float(h.amin()):
+        W, h, scale = (t.to(U.dtype) for t in (W, h, scale))
+    left = W if factors.Q is None else gain.sqrt().diag_embed()
+    middle = (left / h.unsqueeze(-2)) @ W.mT
     parts = []
     for rows in row_slices(U):
         r = scale if scale.shape[-2] == 1 else scale[..., rows, :]
         if factors.Q is None:
             V = U[..., rows, :].to(r.dtype) * r
             solved = V @ middle
-            parts.append(torch.linalg.vecdot(solved, V))
+            parts.append(torch.linalg.vecdot(solved, V).to(gain.dtype))
         else:
             Q = factors.Q[..., rows, :]
             parts.append((Q.square() * (gain / h).unsqueeze(-2)).sum(-1))
             solved = Q if out is None else Q @ middle
         if out is not None:
-            out[..., rows, :] = solved.mul_(weight * r)
+            out[..., rows, :] = solved.mul_((weight * r).to(solved.dtype))
     return torch.cat(parts, dim=-1)
 
 

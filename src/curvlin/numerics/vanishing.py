@@ -93,6 +93,8 @@ class _Vanishing(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         term: _Term = ctx.term
         tensors, n = saved(ctx), len(cotangents)
+        if term.order > 1 and not torch.is_grad_enabled():
+            return (None,) * (1 + len(tensors))  # zero, and nobody will differentiate it
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
 
         def pulled(*arguments: Tensor) -> tuple[Tensor, ...]:

@@ -20,6 +20,10 @@ class ImplicitOperator(PrecisionOperator):
     def _inv_quad(self, X: Tensor, factors: Any) -> Tensor:
         return implicit.inv_quad(self, X, factors)
 
+    def _inv_quad_and_solution(self, X: Tensor, factors: Any) -> tuple[Tensor, Tensor]:
+        """`_inv_quad_value` and `_solve_value`, for operators that get one on the way to the other."""
+        return self._inv_quad_value(X, factors), self._solve_value(X, factors)
+
     @abstractmethod
     def _solve_value(self, X: Tensor, factors: Any) -> Tensor:
         """``P^-1 X``; autograd does not look inside."""

@@ -23,6 +23,7 @@ from curvlin.numerics.frozen_basis import FrozenBasis, OffDiagonal, stacked
 from curvlin.numerics.implicit import graft
 from curvlin.numerics.kronecker import congruence, product, rotate
 from curvlin.numerics.pencil import Side, diagonalise
+from curvlin.numerics.rotation import rotated_diagonal, rotated_rest
 from curvlin.precision.implicit import ImplicitOperator
 from curvlin.precision.spectral import SpectralKronecker
 
@@ -284,6 +285,14 @@ class KroneckerSum(ImplicitOperator):
         V = congruence(left, X.mT.unflatten(-1, self.sizes), right)
         return (V.square() / factors.eigenvalues.unsqueeze(-3)).sum((-2, -1))
 
+    def _inv_quad_and_solution(self, X: Tensor, factors: KroneckerFactors) -> tuple[Tensor, Tensor]:
+        if not self.orthogonal:
+            return super()._inv_quad_and_solution(X, factors)
+        left, right = (side.solve_basis for side in factors.sides)
+        V = congruence(left, X.mT.unflatten(-1, self.sizes), right)
+        solved = V / factors.eigenvalues.unsqueeze(-3)
+        return (V * solved).sum((-2, -1)), rotate(left, solved, right).flatten(-2).mT
+
     def _logdet(self, factors: KroneckerFactors) -> Tensor:
         value = self._logdet_value(factors)
         return graft(value, frozen_basis.log_det(self._frozen(factors))) if self._needs_grad() else value
@@ -302,10 +311,8 @@ class KroneckerSum(ImplicitOperator):
                 if M is not None and needs_grad(M):
                     X = side.solve_basis
                     assert X is not None
-                    rotated = X.mT @ M @ X
-                    diagonal = rotated.diagonal(dim1=-2, dim2=-1)
-                    spectra[s][t] = graft(spectra[s][t], diagonal)
-                    off[s].append((t, rotated - torch.diag_embed(diagonal)))
+                    spectra[s][t] = rotated_diagonal(M, X, spectra[s][t])
+                    off[s].append((t, rotated_rest(M, X)))
         parts = [
             OffDiagonal(
                 stacked([M for _, M in found], 2),

@@ -371,14 +371,27 @@ class Woodbury(ImplicitLogdetOperator):
         if self.sign < 0:
             white = normal._shrink(normal.base._root_solve(X, factors.base), INVERSE_ROOT, factors)
             return self._over_weight(white.square().sum(-2), 1)
-        t = normal._coefficients(X, factors)
-        rest = X - normal._spread(t)
+        t, rest = normal._minimum(X, factors)
+        return self._over_weight(normal.base._inv_quad(rest, factors.base) + t.square().sum(-2), 1)
+
+    def _inv_quad_and_solution(self, X: Tensor, factors: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(factors, CanonicalFactors) or self.sign < 0:
+            return super()._inv_quad_and_solution(X, factors)
+        normal = self._unweighted()
+        t, rest = normal._minimum(X, factors)
+        quad = normal.base._inv_quad(rest, factors.base) + t.square().sum(-2)
+        return self._over_weight(quad, 1), self._over_weight(normal.base._solve(rest, factors.base), 2)
+
+    def _minimum(self, X: Tensor, factors: LowRankFactors) -> tuple[Tensor, Tensor]:
+        """``t = U^T P^-1 X`` and ``X - U t = Z P^-1 X``, without a weight."""
+        t = self._coefficients(X, factors)
+        rest = X - self._spread(t)
         if not self._has_safe_gram(factors):
             for _ in range(2):
-                missing = normal._collect(normal.base._solve(rest, factors.base)) - t
+                missing = self._collect(self.base._solve(rest, factors.base)) - t
                 t = t + _over_capacitance(missing, factors)
-                rest = X - normal._spread(t)
-        return self._over_weight(normal.base._inv_quad(rest, factors.base) + t.square().sum(-2), 1)
+                rest = X - self._spread(t)
+        return t, rest
 
     def _logdet_value(self, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):

@@ -643,7 +643,8 @@ def _dual_layer(draw: Draw) -> Recipe:
     from curvlin.precision.diagonal import Isotropic
 
     spec, (out, inputs) = draw.spec, draw.spec.sides
-    N, R, S = 2, 2, 2
+    R, S = min(2, _rank(spec.size)), 2
+    N = max(1, _rank(spec.size) // R)
     delta = draw.scalar(spec.scale * 10.0**-spec.log10cond)
 
     def normal(*shape: int) -> Callable[[], Tensor]:
@@ -666,7 +667,7 @@ def _dual_layer(draw: Draw) -> Recipe:
         assemble,
         out * inputs,
         base=lambda xp, delta, left, right: delta * xp.eye(out * inputs),
-        storage_roundings=float(N * R),
+        storage_roundings=float(S),  # the rows are sums over S positions
     )
 
 
