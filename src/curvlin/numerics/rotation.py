@@ -36,7 +36,8 @@ class _Diagonal(torch.autograd.Function):
 
     @staticmethod
     def forward(M: Tensor, X: Tensor, spectrum: Tensor) -> Tensor:
-        return spectrum.clone()
+        batch = torch.broadcast_shapes(M.shape[:-2], X.shape[:-2], spectrum.shape[:-1])
+        return spectrum.expand(*batch, -1).clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

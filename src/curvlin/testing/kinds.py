@@ -565,6 +565,7 @@ def _woodbury_downdated(draw: Draw) -> Recipe:
         lambda xp, *t: inner.assemble(xp, *t[:-1]) - t[-1] @ t[-1].T,
         spec.size,
         base=lambda xp, *t: base(xp, *t[:-1]) - t[-1] @ t[-1].T,
+        downdates_an_update=True,
     )
 
 

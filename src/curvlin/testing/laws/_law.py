@@ -11,9 +11,6 @@ E)`` and an entry of the inverse by ``y_i^T E y_j`` with ``y_i = P^-1 e_i``: the
 where it must. A *residual* may be at most ``|E| |x|`` at any condition number. Products run in the storage
 dtype and are allowed ``C D eps(storage) |P| |x|``.
 
-What is base + low rank is solved in coordinates whitened by a root of the base, which has the square root of its
-condition; there, quadratic forms and roots are allowed ``u sqrt(cond)`` (`whitened`).
-
 A forward law whose allowed relative error is above `UNCOUNTED` says nothing and is left out. C is `CONSTANT`, for
 every law.
 """
@@ -137,9 +134,9 @@ def backward(case: Case) -> float:
     return CONSTANT * (roundings + case.size * EPS64)
 
 
-def whitened(case: Case) -> float:
-    """`backward`, times the condition of a root of the base where there is one."""
-    return backward(case) * (1.0 if case.recipe.base is None else case.condition**0.5)
+def quadratic(case: Case) -> float:
+    """`backward`, for quadratic forms, which lose the condition of a root in a downdate of an update."""
+    return backward(case) * (case.condition**0.5 if case.recipe.downdates_an_update else 1.0)
 
 
 def forward(case: Case) -> float:

@@ -20,7 +20,7 @@ from curvlin.testing.laws._law import (
     forward,
     law,
     norms,
-    whitened,
+    quadratic,
     worst,
     worst_counted,
 )
@@ -53,7 +53,7 @@ def quadratic_form(case: Case) -> Iterator[Measurement]:
         yield claim(f"inv_quad >= 0, {kind}", bool((q >= 0).all()))
         exact, x = case.energy(B[..., :1])[..., 0], case.solution(B[..., :1])[..., 0]
         # A perturbation E of P moves q by x^T E x, which is tiny where x is, as for b in the range of P.
-        limit = whitened(case) * (case.norm * x.square().sum(-1) + exact)
+        limit = quadratic(case) * (case.norm * x.square().sum(-1) + exact)
         yield from worst_counted(f"inv_quad, {kind}", (q.double() - exact).abs(), limit, exact)
         against = (b.double() * P.solve(b.unsqueeze(-1)).squeeze(-1).double()).sum(-1)
         length = torch.linalg.vector_norm
