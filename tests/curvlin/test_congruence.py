@@ -500,3 +500,22 @@ def test_block_order_matters_only_together() -> None:
     swapped = BlockDiag(P.operator.blocks[::-1], BLOCKS[::-1])
     parts = BlockFeatures(Phi.operator.parts[::-1], BLOCKS[::-1])
     close(swapped.inv_congruence(parts), P.operator.inv_congruence(Phi.operator), RTOL)
+
+
+@pytest.mark.parametrize("delta", [1e-4, 1e-8, 1e-12])
+def test_variances_where_the_update_is_known_keep_their_digits(delta: float) -> None:
+    """``J (J^T J + delta I)^-1 J^T = G (G + delta I)^-1`` with ``G = J J^T``: near 1, from terms of size |G| / delta."""
+    N, R, S, out, inputs = 5, 2, 3, 4, 6
+    g = generator(71)
+    Phi = KhatriRaoFeatures(randn(g, N, R, S, out), randn(g, N, S, inputs))
+    P = Isotropic(torch.tensor(delta, dtype=torch.float64), out * inputs).update(Phi)
+    rows = Phi.to_dense().flatten(0, 1)
+    spectrum, E = torch.linalg.eigh(rows @ rows.mT)
+    exact = (E * (spectrum / (spectrum + delta))) @ E.mT
+    joint = P.inv_congruence(Phi, joint=True).reshape(N * R, N * R)
+    torch.testing.assert_close(joint, exact, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        P.inv_congruence_diagonal(Phi).flatten(), exact.diagonal(), rtol=1e-11, atol=0.0
+    )
+    blocks = torch.stack([exact[R * n : R * (n + 1), R * n : R * (n + 1)] for n in range(N)])
+    torch.testing.assert_close(P.inv_congruence(Phi), blocks, rtol=1e-10, atol=1e-11)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from curvlin._tables import CONGRUENCE, Rule, lookup, register
-from curvlin._tree import needs_grad
+from curvlin._tree import is_concrete, needs_grad
 from curvlin.errors import NotClosedError
 from curvlin.features.base import FeatureOperator
 from curvlin.features.block import BlockFeatures
@@ -334,8 +334,8 @@ def _less_low_rank(
 ) -> Tensor:
     """``Phi Z^-1 Psi^T - s w (Phi Z^-1 U) H^-1 (U^T Z^-1 Psi^T)`` with ``H = I + s w U^T Z^-1 U``.
 
-    Everything runs in float64: the difference of two positive terms loses digits where the features lie in
-    the range of U.
+    The difference of two positive terms loses digits where the features lie in the range of U and the update is
+    large; samples for which it has lost too many are solved for by their rows.
     """
     if not _same_kind(Psi, type(Phi)):
         return _mixed(Phi, Psi, P, factors, chunk)
@@ -350,7 +350,12 @@ def _less_low_rank(
         loss = left.mT @ (left if Psi is None else whitened(second))
         loss = loss.reshape(*loss.shape[:-2], *first.shape[-3:-1], *second.shape[-3:-1])
         kept = _base_rule(Phi, P)(first, None if Psi is None else second, P.base, factors.base, layout, chunk)
-        return (kept.double() - P.sign * loss) / _as_batch(scale, layout)
+        result = kept.double() - P.sign * loss
+        if _has_cancelled(_joint_sizes(result), _joint_sizes(kept)):
+            result = _corrected(
+                result, by_rows(first, None if Psi is None else second, P, factors, layout, chunk)
+            )
+        return result / _as_batch(scale, layout)
 
     def variances(n: slice) -> Tensor:
         part = Phi[n].to(torch.float64)
@@ -358,7 +363,11 @@ def _less_low_rank(
         t = t.mT.reshape(*t.shape[:-2], *part.shape[-3:-1], t.shape[-2])
         loss = t.square().sum(-1) if layout == "diagonal" else t @ t.mT
         kept = _base_rule(Phi, P)(part, None, P.base, factors.base, layout, chunk)
-        return (kept.double() - P.sign * loss) / _as_batch(scale, layout)
+        result = kept.double() - P.sign * loss
+        diagonals = (result, kept) if layout == "diagonal" else map(_diagonal, (result, kept))
+        if _has_cancelled(*diagonals):
+            result = _corrected(result, by_rows(part, None, P, factors, layout, chunk))
+        return result / _as_batch(scale, layout)
 
     batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
     samples = contraction.pieces(
@@ -366,6 +375,30 @@ def _less_low_rank(
     )
     kernel = contraction.recomputing(variances, len(samples), *_tensors(Phi, P))
     return contraction.joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
+
+
+_KEPT = 1e-4
+"""The part that a difference may leave of its terms before its twelve good digits are too few."""
+
+
+def _has_cancelled(result: Tensor, kept: Tensor) -> bool:
+    """Whether values may be looked at, and some are far smaller than what they are left of."""
+    return is_concrete(result) and bool((result < _KEPT * kept).any())
+
+
+def _corrected(result: Tensor, value: Tensor) -> Tensor:
+    """The value, with the derivatives of the result where there are any."""
+    return graft(value.detach(), result) if needs_grad(result) else value
+
+
+def _joint_sizes(K: Tensor) -> Tensor:
+    """The variances in a joint covariance of samples with themselves; its largest entry if they are with others."""
+    matrix = K.flatten(-2).flatten(-3, -2)
+    return _diagonal(matrix) if matrix.shape[-1] == matrix.shape[-2] else matrix.abs().amax((-2, -1))
+
+
+def _diagonal(K: Tensor) -> Tensor:
+    return K.diagonal(dim1=-2, dim2=-1)
 
 
 def _whitening(P: Woodbury, factors: Any, chunk: Chunk) -> Callable[[FeatureOperator], Tensor]:

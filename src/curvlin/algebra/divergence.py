@@ -271,6 +271,7 @@ def _rooted(known: Known) -> PrecisionOperator:
 
 def _proportion(Z: PrecisionOperator, other: PrecisionOperator) -> Tensor | None:
     """``c - 1`` if `other` is ``c Z``, known from its tensors."""
+    rounding = 4 * max(Z.resolution, other.resolution)
     if isinstance(Z, (Isotropic, Diagonal)) and isinstance(other, (Isotropic, Diagonal)):
         Z, other = Diagonal(Z.diagonal()), Diagonal(other.diagonal())
     if identical(Z, other):
@@ -281,7 +282,6 @@ def _proportion(Z: PrecisionOperator, other: PrecisionOperator) -> Tensor | None
         return None
     before, after = Z.diagonal(), other.diagonal()
     excess = (after - before).sum(-1) / before.sum(-1)
-    rounding = 4 * other.resolution
     for (s, _), (t, _) in zip(Z._scale(1 + excess)._tensors(), other._tensors(), strict=True):
         if not torch.allclose(s, t, rtol=rounding, atol=rounding * float(t.abs().max())):
             return None

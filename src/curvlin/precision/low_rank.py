@@ -464,7 +464,11 @@ class Woodbury(ImplicitLogdetOperator):
         if isinstance(self.U, Tensor):
             columns = self.U if self.core is None else self.U @ self.core
             return (columns * self.U).sum(-1)
-        return _by_chunks(self.U, lambda columns: columns.square().sum((-3, -2)))
+        # Columns of Phi are U's rows: as many at a time as take the memory of the operator.
+        width = max(1, sum(t.numel() for t, _ in self._tensors()) // self.rank)
+        positions = torch.arange(self.size, device=self.device)
+        parts = [self.U._columns(part).square().sum((-3, -2)) for part in positions.split(width)]
+        return torch.cat(parts, dim=-1)
 
     def _inverse_diagonal(self, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
@@ -677,16 +681,6 @@ class LowRankPlusDiag(Woodbury):
 
 _LEAST_PIVOT = 1e-10
 """The smallest squared pivot of a core, relative to its diagonal entry, that counts as definite."""
-
-_CHUNK = 2**22
-"""Numbers formed at a time where a feature operator's columns are needed: 32 MiB in float64."""
-
-
-def _by_chunks(features: FeatureOperator, reduce: Any) -> Tensor:
-    """A function of the columns of a feature operator, a chunk of coordinates at a time: ``(..., D)``."""
-    width = max(1, _CHUNK // (features.n_samples * features.n_rows))
-    positions = torch.arange(features.size, device=features.device)
-    return torch.cat([reduce(features._columns(part)) for part in positions.split(width)], dim=-1)
 
 
 def _full_spectrum(factors: LowRankFactors) -> tuple[Tensor, Tensor]:
