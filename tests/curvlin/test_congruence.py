@@ -504,7 +504,7 @@ def test_block_order_matters_only_together() -> None:
 
 @pytest.mark.parametrize("delta", [1e-4, 1e-8, 1e-12])
 def test_variances_where_the_update_is_known_keep_their_digits(delta: float) -> None:
-    """``J (J^T J + delta I)^-1 J^T = G (G + delta I)^-1`` with ``G = J J^T``: near 1, from terms of size |G| / delta."""
+    """``J (J^T J + delta I)^-1 J^T = G (G + delta I)^-1`` with ``G = J J^T``: near 1, of terms of size |G| / delta."""
     N, R, S, out, inputs = 5, 2, 3, 4, 6
     g = generator(71)
     Phi = KhatriRaoFeatures(randn(g, N, R, S, out), randn(g, N, S, inputs))
