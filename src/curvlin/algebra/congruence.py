@@ -192,12 +192,24 @@ def _rotated(Phi: Sides, X: Tensor | None, Y: Tensor | None, dtype: torch.dtype)
     """The two sides of ``Phi (X (x) Y)``."""
     left, right = Phi[0].to(dtype), Phi[1].to(dtype)
     if X is not None:
-        rotated = left.flatten(-4, -2) @ X.to(dtype)
+        rotated = _times(left.flatten(-4, -2), X)
         left = rotated.reshape(*rotated.shape[:-2], *left.shape[-4:])
     if Y is not None:
-        rotated = right.flatten(-3, -2) @ Y.to(dtype)
+        rotated = _times(right.flatten(-3, -2), Y)
         right = rotated.reshape(*rotated.shape[:-2], *right.shape[-3:])
     return left, right
+
+
+def _times(rows: Tensor, X: Tensor) -> Tensor:
+    """``rows X`` in the dtype of the rows, X narrowed some columns at a time: no second copy of a large basis."""
+    if X.dtype == rows.dtype or X.numel() <= _NARROWED:
+        return rows @ X.to(rows.dtype)
+    step = max(1, _NARROWED // X.shape[-2])
+    return torch.cat([rows @ part.to(rows.dtype) for part in X.split(step, dim=-1)], dim=-1)
+
+
+_NARROWED = 2**20
+"""Entries of a basis narrowed at a time: 4 MiB in float32."""
 
 
 def _contracted(Phi: Sides, Psi: Sides | None, weight: Tensor | None, layout: str, chunk: Chunk) -> Tensor:
