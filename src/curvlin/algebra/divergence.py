@@ -30,8 +30,9 @@ from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.kronecker import KroneckerSum, spectral_form
-from curvlin.precision.low_rank import Woodbury, joined_columns
+from curvlin.precision.low_rank import Woodbury
 from curvlin.precision.spectral import SpectralKronecker
+from curvlin.precision.update import joined_columns
 
 Known = tuple[PrecisionOperator, Any]
 """An operator in float64 and its factors."""

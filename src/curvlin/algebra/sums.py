@@ -27,8 +27,9 @@ from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.kronecker import KroneckerSum, Pair
-from curvlin.precision.low_rank import LowRankPlusDiag, Woodbury, joined_columns, unit_weight
+from curvlin.precision.low_rank import LowRankPlusDiag, Woodbury
 from curvlin.precision.spectral import SpectralKronecker
+from curvlin.precision.update import joined_columns, unit_weight
 
 # -- diagonals and dense matrices ------------------------------------------------------------------------------
 

@@ -123,6 +123,27 @@ def spectral_change(h: Tensor, function: str, sign: int) -> Tensor:
     return sign * magnitude
 
 
+def full_spectrum(factors: LowRankFactors) -> tuple[Tensor, Tensor]:
+    """W and h over all k directions, also where the orthonormal route kept fewer than k."""
+    k, r = factors.W.shape[-2:]
+    if k == r:
+        return factors.W, factors.h
+    rest = torch.linalg.qr(factors.W, mode="complete").Q[..., r:]
+    return torch.cat([factors.W, rest], dim=-1), torch.nn.functional.pad(factors.h, (0, k - r), value=1.0)
+
+
+def over_capacitance(c: Tensor, factors: LowRankFactors) -> Tensor:
+    """``H^-1 c``; directions beyond the columns of W have no gain."""
+    W, along = factors.W, factors.W.mT @ c
+    inside = W @ (along / factors.h.unsqueeze(-1))
+    return inside if W.shape[-1] == W.shape[-2] else inside + (c - W @ along)
+
+
+def root_of_middle(factors: LowRankFactors) -> Tensor:
+    """``W h^(-1/2)``, a root of ``H^-1`` on the directions that count."""
+    return factors.W / factors.h.sqrt().unsqueeze(-2)
+
+
 def split_off(Q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """``c = Q^T v`` and ``v - Q c`` for orthonormal Q, orthogonalised twice so that the rest keeps its digits."""
     c = Q.mT @ v

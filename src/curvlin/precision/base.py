@@ -385,7 +385,7 @@ class PrecisionOperator(Tree, ABC):
 
     def update(self, U: Float[Tensor, "... D k"] | FeatureOperator) -> PrecisionOperator:
         """``P + U U^T``: a tensor of k columns, or a feature operator Phi standing for ``U = Phi^T``."""
-        from curvlin.precision.low_rank import low_rank_update
+        from curvlin.precision.update import low_rank_update
 
         return low_rank_update(self, U, sign=+1)
 
@@ -395,7 +395,7 @@ class PrecisionOperator(Tree, ABC):
         Raises:
             NotPositiveDefiniteError: when the result is factorised, if it is not positive definite.
         """
-        from curvlin.precision.low_rank import low_rank_update
+        from curvlin.precision.update import low_rank_update
 
         return low_rank_update(self, U, sign=-1)
 

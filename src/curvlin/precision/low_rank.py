@@ -32,9 +32,12 @@ from curvlin.numerics.low_rank import (
     LowRankFactors,
     from_columns,
     from_gram,
+    full_spectrum,
     gram_is_safe,
     leverage_split,
     leverages,
+    over_capacitance,
+    root_of_middle,
     spectral_change,
     spectral_value,
     split_off,
@@ -44,7 +47,6 @@ from curvlin.numerics.refinement import refine
 from curvlin.numerics.symmetric_root import symmetric_root
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
-from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.implicit import ImplicitLogdetOperator
 
@@ -302,7 +304,7 @@ class Woodbury(ImplicitLogdetOperator):
     def _capacitance_root(self, factors: LowRankFactors) -> tuple[Tensor, Tensor]:
         """H and ``S = H^{1/2}``, differentiable."""
         H = self._capacitance(factors)
-        W, h = _full_spectrum(factors)
+        W, h = full_spectrum(factors)
         return H, symmetric_root(H, W, h)
 
     # -- products, solves, determinants -----------------------------------------------------------------------
@@ -331,7 +333,7 @@ class Woodbury(ImplicitLogdetOperator):
 
     def _coefficients(self, X: Tensor, factors: LowRankFactors) -> Tensor:
         """``U^T P^-1 X = H^-1 U^T Z^-1 X``, without a weight."""
-        return _over_capacitance(self._collect(self.base._solve(X, factors.base)), factors)
+        return over_capacitance(self._collect(self.base._solve(X, factors.base)), factors)
 
     def _solve_value(self, X: Tensor, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
@@ -389,7 +391,7 @@ class Woodbury(ImplicitLogdetOperator):
         if not self._has_safe_gram(factors):
             for _ in range(2):
                 missing = self._collect(self.base._solve(rest, factors.base)) - t
-                t = t + _over_capacitance(missing, factors)
+                t = t + over_capacitance(missing, factors)
                 rest = X - self._spread(t)
         return t, rest
 
@@ -438,7 +440,7 @@ class Woodbury(ImplicitLogdetOperator):
 
     def _live_logdet(self, factors: LowRankFactors) -> Tensor:
         """``log det H`` around the accurate spectrum: its derivative ``H^-1 dH`` comes from there."""
-        W, h = _full_spectrum(factors)
+        W, h = full_spectrum(factors)
         whitening = W / h.sqrt().unsqueeze(-2)
         inner = whitening.mT @ self._capacitance(factors) @ whitening
         eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
@@ -512,7 +514,7 @@ class Woodbury(ImplicitLogdetOperator):
             return self._diagonal_from_leverage(leverages(self.U, scale, factors), factors)
         prior = self.base._inverse_diagonal(factors.base)
         if factors.Q is None:
-            removed = self._removed(_root_of_middle(factors), factors)
+            removed = self._removed(root_of_middle(factors), factors)
         else:
             columns = self.base._unwhiten(factors.Q, factors.base)
             removed = (columns.square() * (factors.gain / factors.h).unsqueeze(-2)).sum(-1)
@@ -552,11 +554,11 @@ class Woodbury(ImplicitLogdetOperator):
             assert isinstance(total, Tensor)
             return total
 
-        value = trace(_root_of_middle(factors))
+        value = trace(root_of_middle(factors))
         return graft(value, trace(self._live_root_of_middle(factors))) if self._needs_grad() else value
 
     def _live_root_of_middle(self, factors: LowRankFactors) -> Tensor:
-        """``L^-T`` of ``H = L L^T``, differentiable: another root of ``H^-1`` than `_root_of_middle`."""
+        """``L^-T`` of ``H = L L^T``, differentiable: another root of ``H^-1`` than `root_of_middle`."""
         H = self._capacitance(factors)
         eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
         return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(H).L.mT, eye.expand_as(H), upper=True)
@@ -683,27 +685,6 @@ _LEAST_PIVOT = 1e-10
 """The smallest squared pivot of a core, relative to its diagonal entry, that counts as definite."""
 
 
-def _full_spectrum(factors: LowRankFactors) -> tuple[Tensor, Tensor]:
-    """W and h over all k directions, also where the orthonormal route kept fewer than k."""
-    k, r = factors.W.shape[-2:]
-    if k == r:
-        return factors.W, factors.h
-    rest = torch.linalg.qr(factors.W, mode="complete").Q[..., r:]
-    return torch.cat([factors.W, rest], dim=-1), torch.nn.functional.pad(factors.h, (0, k - r), value=1.0)
-
-
-def _over_capacitance(c: Tensor, factors: LowRankFactors) -> Tensor:
-    """``H^-1 c``; directions beyond the columns of W have no gain."""
-    W, along = factors.W, factors.W.mT @ c
-    inside = W @ (along / factors.h.unsqueeze(-1))
-    return inside if W.shape[-1] == W.shape[-2] else inside + (c - W @ along)
-
-
-def _root_of_middle(factors: LowRankFactors) -> Tensor:
-    """``W h^(-1/2)``, a root of ``H^-1`` on the directions that count."""
-    return factors.W / factors.h.sqrt().unsqueeze(-2)
-
-
 def _after_identity(S: Tensor, c: Tensor) -> Tensor:
     """``(I + S)^-1 c``."""
     return torch.linalg.solve(S + torch.eye(S.shape[-1], dtype=S.dtype, device=S.device), c)
@@ -733,43 +714,3 @@ def check_columns(U: object, base: PrecisionOperator) -> torch.Size:
     if columns.shape[-2] != base.size or columns.shape[-1] == 0:
         raise ValueError(f"U must have shape (..., {base.size}, k) with k >= 1, found {tuple(columns.shape)}")
     return broadcastable("U", columns.shape[:-2], base.batch_shape)
-
-
-def low_rank_update(P: PrecisionOperator, U: Tensor | FeatureOperator, sign: int) -> PrecisionOperator:
-    """``P + s U U^T`` in the simplest type that holds it exactly."""
-    check_columns(U, P)
-    if isinstance(P, Dense):
-        change = Woodbury(Dense(torch.zeros_like(P.matrix)), U)._to_dense()
-        return Dense(P.matrix + sign * change)
-    if sign > 0 and isinstance(U, Tensor):
-        if isinstance(P, (Isotropic, Diagonal)):
-            # On P itself: a multiple of the identity adds to more than a diagonal matrix does.
-            return Woodbury(P, U)._with(LowRankPlusDiag)
-        if isinstance(P, Woodbury) and P.sign > 0 and isinstance(P.U, Tensor):
-            return _updated_again(P, U)
-    changed = Woodbury(P, U)
-    return changed if sign > 0 else changed._with(sign=-1)
-
-
-def _updated_again(P: Woodbury, U: Tensor) -> Woodbury:
-    """One change with the columns of both instead of a change of a change."""
-    if P.core is None:
-        return P._with(U=joined_columns(unit_weight(P), U), weight=None)
-    assert isinstance(P.U, Tensor)
-    core = P.core if P.weight is None else P.core * P.weight[..., None, None]
-    k, m = core.shape[-1], U.shape[-1]
-    pad = torch.nn.functional.pad
-    both = pad(core, (0, m, 0, m)) + pad(torch.eye(m, dtype=U.dtype, device=U.device), (k, 0, k, 0))
-    return P._with(U=joined_columns(P.U, U), core=both, weight=None)
-
-
-def unit_weight(P: Woodbury) -> Tensor:
-    """The columns ``sqrt(w) U`` of an update by a tensor."""
-    assert isinstance(P.U, Tensor)
-    return P.U if P.weight is None else P.U * P.weight.sqrt()[..., None, None]
-
-
-def joined_columns(first: Tensor, second: Tensor) -> Tensor:
-    """Columns side by side, batch dimensions broadcast."""
-    batch = torch.broadcast_shapes(first.shape[:-2], second.shape[:-2])
-    return torch.cat([t.expand(*batch, *t.shape[-2:]) for t in (first, second)], dim=-1)
