@@ -283,3 +283,18 @@ def test_a_prior_given_as_an_operator_is_not_optimised():
     la.prior_precision = la.posterior_precision
     with pytest.raises(UnsupportedError, match="a prior given as an operator cannot be optimised"):
         la.optimize_prior_precision()
+
+
+def test_full_curvature_of_layers_with_and_without_weight_sharing_is_of_one_jacobian():
+    """In float32 they fold differently; what is left of one must not make the sum indefinite."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 16, 8), nn.Tanh(), nn.Linear(8, 3)
+    )
+    x, y = torch.randn(20, 2, 6, 6), torch.randint(3, (20,))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        la = Laplace(model.to(dtype), "classification", "all", "full").fit([(x.to(dtype), y)])
+        la.optimize_prior_precision()
+        results.append((float(la.log_marginal_likelihood()), float(la.prior_precision.mean())))
+    assert results[0] == pytest.approx(results[1], rel=1e-5)

@@ -77,10 +77,14 @@ def _slice(block: Block) -> slice:
 
 
 def _rows(block: Block) -> Float[Tensor, "NV size"]:
-    """The rows of a block multiplied out, ``sum_s left_s (x) right_s``, float64."""
+    """The rows of a block multiplied out, ``sum_s left_s (x) right_s``, float64.
+
+    Multiplied in float64 too: rounded here but not in `_folded`, H would be of two Jacobians, and indefinite.
+    """
+    left = block.left.double()
     if block.right is None:
-        return block.left.flatten(0, 2).double()
-    return torch.einsum("nvso,nsi->nvoi", block.left, block.right).flatten(2).flatten(0, 1).double()
+        return left.flatten(0, 2)
+    return torch.einsum("nvso,nsi->nvoi", left, block.right.double()).flatten(2).flatten(0, 1)
 
 
 def _folded(first: Block, second: Block) -> Float[Tensor, "P1 P2"]:
