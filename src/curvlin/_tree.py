@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 SelfT = TypeVar("SelfT", bound="Tree")
 ClassT = TypeVar("ClassT", bound=type)
+Fields = tuple[dataclasses.Field[Any], ...]
 TensorMap = Callable[[Tensor, int], Tensor]
 
 
@@ -45,12 +46,11 @@ def hide_from_compiler(cls: ClassT) -> ClassT:
             setattr(cls, name, torch.compiler.disable(member))
         elif isinstance(member, (classmethod, staticmethod)) and name not in _NOT_HIDDEN:
             setattr(cls, name, type(member)(torch.compiler.disable(member.__func__)))
-        elif isinstance(member, property):
-            setattr(cls, name, property(torch.compiler.disable(member.fget), doc=member.__doc__))
     return cls
 
 
-_NOT_HIDDEN = {"__init_subclass__", "__hash__", "__repr__"}
+# What may be traced, as properties may, and is called too often to pay for the way around.
+_NOT_HIDDEN = {"__init_subclass__", "__hash__", "__repr__", "__setattr__", "__delattr__"}
 
 
 @hide_from_compiler
@@ -72,7 +72,7 @@ class Tree:
     # Not `frozen=True`: torch.compile takes frozen dataclasses for records that it may rebuild from their fields.
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__ or name not in {f.name for f in dataclasses.fields(self)}:  # type: ignore[arg-type]
+        if name in self.__dict__ or name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
             raise dataclasses.FrozenInstanceError(
                 f"cannot assign to {name!r}: a {type(self).__name__} is immutable"
             )
@@ -257,12 +257,26 @@ def needs_grad(tensor: Tensor) -> bool:
     return tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _data_fields(cls: type) -> list[dataclasses.Field[Any]]:
-    return [f for f in dataclasses.fields(cls) if not f.metadata.get("static", False)]
+def _data_fields(cls: type) -> Fields:
+    return _fields(cls)[0]
 
 
-def _static_fields(cls: type) -> list[dataclasses.Field[Any]]:
-    return [f for f in dataclasses.fields(cls) if f.metadata.get("static", False)]
+def _static_fields(cls: type) -> Fields:
+    return _fields(cls)[1]
+
+
+def _fields(cls: type) -> tuple[Fields, Fields]:
+    """The data fields and the static fields, collected once: every operation asks for them."""
+    if cls not in _FIELDS:
+        data, static = (
+            tuple(f for f in dataclasses.fields(cls) if bool(f.metadata.get("static")) == wanted)
+            for wanted in (False, True)
+        )
+        _FIELDS[cls] = data, static
+    return _FIELDS[cls]
+
+
+_FIELDS: dict[type, tuple[Fields, Fields]] = {}
 
 
 def _iterate(value: Any, ndim: int) -> Iterator[tuple[Tensor, int]]:
