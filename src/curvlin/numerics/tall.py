@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from curvlin._tree import hide_from_compiler, is_concrete
-from curvlin.numerics.implicit import saved
+from curvlin.numerics.implicit import saved, sum_of
 
 _SLICE = 2**17
 """Entries widened at a time: 1 MiB in float64."""
@@ -35,19 +35,26 @@ def collect(U: Tensor, X: Tensor) -> Tensor:
     return product
 
 
-def gram(U: Tensor, scale: Tensor) -> Tensor:
-    """``U^T diag(scale^2) U`` in the dtype of `scale`, which is ``(..., D or 1, 1)``; not differentiable."""
-    total: Tensor | float = 0.0
+def gram(U: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``U^T diag(scale^2) U`` in float64, with `scale` ``(..., D or 1, 1)`` or None for one; not differentiable."""
+    total: Tensor | None = None
     for rows in row_slices(U):
-        part = U[..., rows, :].to(scale.dtype) * (scale if scale.shape[-2] == 1 else scale[..., rows, :])
-        total = total + part.mT @ part
-    assert isinstance(total, Tensor)
+        part = U[..., rows, :].double()
+        if scale is not None:
+            part = part * (scale if scale.shape[-2] == 1 else scale[..., rows, :])
+        total = part.mT @ part if total is None else _add_gram(total, part)
+    assert total is not None
     return total
 
 
+def _add_gram(total: Tensor, part: Tensor) -> Tensor:
+    """``total + part^T part`` in the place of `total`."""
+    return total.addmm_(part.mT, part) if part.ndim == 2 else total.add_(part.mT @ part)
+
+
 def row_slices(U: Tensor) -> Iterator[slice]:
-    """The rows of U, as many at a time as fit in cache."""
-    step = max(1, _SLICE // U.shape[-1])
+    """The rows of U, as many at a time as fit in cache, and no fewer than a product of their size pays for."""
+    step = max(_SLICE // U.shape[-1], U.shape[-1])
     for start in range(0, U.shape[-2], step):
         yield slice(start, start + step)
 
@@ -87,7 +94,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dU: Tensor | None, dc: Tensor | None) -> Tensor | None:
         U, c = saved(ctx)
-        return _total(None if dU is None else spread(dU, c), None if dc is None else spread(U, dc))
+        return sum_of(None if dU is None else spread(dU, c), None if dc is None else spread(U, dc))
 
 
 @hide_from_compiler
@@ -119,10 +126,4 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dU: Tensor | None, dX: Tensor | None) -> Tensor | None:
         U, X = saved(ctx)
-        return _total(None if dU is None else collect(dU, X), None if dX is None else collect(U, dX))
-
-
-def _total(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
+        return sum_of(None if dU is None else collect(dU, X), None if dX is None else collect(U, dX))

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from curvlin import BlockDiag, Dense, KroneckerSum
+from curvlin.numerics import tall
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.capture import Block, Captures
 from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.parameters import ParameterSpace, consecutive
 from curvlin_nn.structures.base import Structure
 from curvlin_nn.structures.registry import register
-
-PIECE = 4096
-"""Rows that are cast to float64 at once."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,11 @@ class _Factors:
 
     @classmethod
     def of(cls, block: Block) -> _Factors:
-        left = _gram(block.left.flatten(0, 2))
+        left = tall.gram(block.left.flatten(0, 2))
         if block.right is None:
             return cls(block.span, left, None, 0)
         a = block.right.flatten(0, 1)
-        return cls(block.span, left, _gram(a), len(a))
+        return cls(block.span, left, tall.gram(a), len(a))
 
     @property
     def shape(self) -> tuple[range, int]:
@@ -59,15 +56,6 @@ class _Factors:
         if self.right is None:
             return Dense(self.left)
         return KroneckerSum([(self.left, self.right / self.positions)])
-
-
-def _gram(rows: Float[Tensor, "N n"]) -> Float[Tensor, "n n"]:
-    """``rows^T rows`` in float64, cast a piece at a time: what is in cache costs nothing to cast."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    for piece in rows.split(PIECE):
-        piece = piece.double()
-        total.addmm_(piece.mT, piece)
-    return total
 
 
 @register
