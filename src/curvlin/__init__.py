@@ -5,12 +5,13 @@ Knows nothing of neural networks; `curvlin_nn` builds on it.
 
 from curvlin import algebra as _algebra  # fills the tables
 from curvlin.covariance import Covariance
-from curvlin.errors import NotClosedError, NotPositiveDefiniteError, StaleFactorError
+from curvlin.errors import NotClosedError, NotConvergedError, NotPositiveDefiniteError, StaleFactorError
 from curvlin.features.base import FeatureOperator
 from curvlin.features.block import BlockFeatures
 from curvlin.features.dense import DenseFeatures
 from curvlin.features.khatri_rao import KhatriRaoFeatures
 from curvlin.gaussian import Gaussian
+from curvlin.iterative import Estimate, IterativePrecision, LowRankApproximation, Solution
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
@@ -27,16 +28,21 @@ __all__ = [
     "Dense",
     "DenseFeatures",
     "Diagonal",
+    "Estimate",
     "FeatureOperator",
     "Gaussian",
     "Isotropic",
+    "IterativePrecision",
     "KhatriRaoFeatures",
     "KroneckerSum",
+    "LowRankApproximation",
     "LowRankPlusDiag",
     "NotClosedError",
+    "NotConvergedError",
     "NotPositiveDefiniteError",
     "PrecisionOperator",
     "Projection",
+    "Solution",
     "SpectralKronecker",
     "StaleFactorError",
     "Woodbury",

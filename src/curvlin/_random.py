@@ -27,3 +27,9 @@ def standard_normal(sample_shape: object, shape: torch.Size, generator: object, 
     ):
         raise ValueError(f"sample_shape must be a tuple of sizes, found {sample_shape!r}")
     return torch.randn((*sample_shape, *shape), generator=generator, dtype=like.dtype, device=like.device)
+
+
+def random_signs(shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
+    """Independent random signs of `like`'s dtype and device."""
+    bits = torch.randint(0, 2, shape, generator=generator, device=like.device)
+    return bits.to(like.dtype) * 2 - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["NotClosedError", "NotPositiveDefiniteError", "StaleFactorError"]
+__all__ = ["NotClosedError", "NotConvergedError", "NotPositiveDefiniteError", "StaleFactorError"]
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -32,6 +32,10 @@ class NotPositiveDefiniteError(ValueError):
 
 class NotClosedError(TypeError):
     """No exact structured result exists for the operation; nothing approximate is put in its place."""
+
+
+class NotConvergedError(RuntimeError):
+    """An iterative solve did not reach its tolerance, and its value was asked for all the same."""
 
 
 class StaleFactorError(RuntimeError):

@@ -11,10 +11,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from curvlin.covariance import Covariance
+    from curvlin.iterative import IterativePrecision
     from curvlin.precision.base import PrecisionOperator
 
 
-def to_scipy(operator: PrecisionOperator | Covariance) -> LinearOperator:
+def to_scipy(operator: PrecisionOperator | Covariance | IterativePrecision) -> LinearOperator:
     """A SciPy operator of the same product, without copying what `operator` holds.
 
     As SciPy's preconditioner M of a system in P, pass ``P.factor().inverse()`` so that P is factorised once.

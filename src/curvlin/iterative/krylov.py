@@ -1,0 +1,190 @@
+"""Conjugate gradients and MINRES for many right-hand sides at once, held to the residual that they leave.
+
+The residual of a short recurrence drifts away from ``b - P x``. So each method runs until its own residual says
+that it is done, the true one is computed, and the method starts again on it where it is too large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from curvlin.errors import NotPositiveDefiniteError
+from curvlin.iterative.results import CONVERGED, ITERATION_LIMIT, STAGNATED, Solution
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """A preconditioner ``M = R R^T`` by what the methods ask of it."""
+
+    solve: Product
+    root_solve: Product
+    unwhiten: Product
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a solve is made: see `IterativePrecision.solve`."""
+
+    method: str
+    rtol: float
+    max_iterations: int
+    progress_bar: bool
+
+
+def solve(product: Product, B: Tensor, whitening: Whitening | None, settings: Settings) -> Solution:
+    """``P X = B`` to ``|B - P X| <= rtol |B|`` in every column, ``(D, K)``."""
+    run, rtol = METHODS[settings.method], settings.rtol
+    lengths = norms(B)
+    B = B / torch.where(lengths > 0, lengths, 1.0).to(B.dtype)  # squares of any scale are representable now
+    X, residual, left = torch.zeros_like(B), B, norms(B)
+    iterations, ended = 0, CONVERGED
+    with bar(settings.progress_bar, settings.method) as progress:
+        while ended == CONVERGED and bool((unsolved := left > rtol).any()):
+            scale = torch.where(unsolved, left, 1.0)
+            # Half of the tolerance, so that a residual that drifted a little need not be done again.
+            step, used = run(
+                product,
+                residual * (unsolved / scale).to(B.dtype),
+                whitening,
+                torch.where(unsolved, 0.5 * rtol / scale, 1.0),
+                settings.max_iterations - iterations,
+                progress,
+            )
+            iterations += used
+            X_now = X + step * scale.to(B.dtype)
+            residual_now = B - product(X_now)
+            left_now = norms(residual_now)
+            if not bool(torch.isfinite(left_now).all()):
+                raise ValueError("the product returned NaN or Inf")
+            if iterations >= settings.max_iterations:
+                ended = ITERATION_LIMIT
+            elif bool((left_now > 0.5 * left).logical_and(left_now > rtol).any()):
+                ended = STAGNATED
+            better = left_now < left
+            X, residual = torch.where(better, X_now, X), torch.where(better, residual_now, residual)
+            left = torch.where(better, left_now, left)
+        if bool((left <= rtol).all()):
+            ended = CONVERGED
+    return Solution(X * lengths.to(B.dtype), left, iterations, ended)
+
+
+def conjugate_gradients(
+    product: Product,
+    B: Tensor,
+    whitening: Whitening | None,
+    rtol: Tensor,
+    max_iterations: int,
+    progress: tqdm[None],
+) -> tuple[Tensor, int]:
+    """Preconditioned conjugate gradients from zero, for columns of norm one (or zero).
+
+    Raises:
+        NotPositiveDefiniteError: if a direction of negative curvature is met.
+    """
+    X, R = torch.zeros_like(B), B
+    Z = R if whitening is None else whitening.solve(R)
+    direction, rho = Z, dot(R, Z)
+    for iteration in range(1, max_iterations + 1):
+        image = product(direction)
+        curvature = dot(direction, image)
+        active = norms(R) > rtol
+        if bool((active & ~(curvature > 0)).any()):
+            refuse_negative(curvature / dot(direction, direction), active)
+        alpha = torch.where(active, rho / torch.where(active, curvature, 1.0), 0.0).to(B.dtype)
+        X, R = X + alpha * direction, R - alpha * image
+        progress.update()
+        if bool((norms(R) <= rtol).all()):
+            return X, iteration
+        Z = R if whitening is None else whitening.solve(R)
+        rho, previous = dot(R, Z), rho
+        beta = torch.where(active, rho / torch.where(previous > 0, previous, 1.0), 0.0).to(B.dtype)
+        direction = Z + beta * direction
+    return X, max_iterations
+
+
+def minres(
+    product: Product,
+    B: Tensor,
+    whitening: Whitening | None,
+    rtol: Tensor,
+    max_iterations: int,
+    progress: tqdm[None],
+) -> tuple[Tensor, int]:
+    """MINRES from zero, in coordinates whitened by the preconditioner (Paige & Saunders 1975).
+
+    Smallest residual at every iteration, in the whitened norm; also for singular and indefinite P.
+    """
+    apply = product if whitening is None else whitened(product, whitening)
+    y = B if whitening is None else whitening.root_solve(B)
+    beta1 = norms(y)
+    beta, previous_beta = beta1, torch.ones_like(beta1)
+    r1 = r2 = y
+    dbar, epsilon, phibar = torch.zeros_like(beta), torch.zeros_like(beta), beta1
+    cs, sn = -torch.ones_like(beta), torch.zeros_like(beta)
+    w = w2 = x = torch.zeros_like(y)
+    iteration = 0
+    for iteration in range(1, max_iterations + 1):
+        v = y * safe_inverse(beta).to(y.dtype)
+        y = apply(v)
+        if iteration > 1:
+            y = y - (beta / previous_beta).to(y.dtype) * r1
+        alpha = dot(v, y)
+        y = y - (alpha * safe_inverse(beta)).to(y.dtype) * r2
+        r1, r2 = r2, y
+        previous_beta, beta = torch.where(beta > 0, beta, 1.0), norms(y)
+        # One more rotation turns the tridiagonal matrix triangular.
+        old_epsilon, delta, gbar = epsilon, cs * dbar + sn * alpha, sn * dbar - cs * alpha
+        epsilon, dbar = sn * beta, -cs * beta
+        gamma = torch.hypot(gbar, beta)
+        cs, sn = gbar * safe_inverse(gamma), beta * safe_inverse(gamma)
+        phi, phibar = cs * phibar, sn * phibar
+        w1, w2 = w2, w
+        w = v - old_epsilon.to(y.dtype) * w1 - delta.to(y.dtype) * w2
+        w = w * safe_inverse(gamma).to(y.dtype)
+        x = x + phi.to(y.dtype) * w
+        progress.update()
+        # An exhausted Krylov space (beta = 0) has nothing more to give.
+        if bool(((phibar <= rtol * beta1) | (beta <= torch.finfo(y.dtype).eps * gamma)).all()):
+            break
+    return (x if whitening is None else whitening.unwhiten(x)), iteration
+
+
+METHODS = {"cg": conjugate_gradients, "minres": minres}
+
+
+def whitened(product: Product, whitening: Whitening) -> Product:
+    """``R^-1 P R^-T``, whose spectrum is that of ``M^-1 P``."""
+    return lambda z: whitening.root_solve(product(whitening.unwhiten(z)))
+
+
+def refuse_negative(values: Tensor, where: Tensor) -> None:
+    """Raise for the smallest of the Rayleigh quotients `values` that are not positive."""
+    raise NotPositiveDefiniteError("IterativePrecision", float(values[where].min()))
+
+
+def dot(X: Tensor, Y: Tensor) -> Tensor:
+    """Inner products of columns, summed in float64."""
+    return (X * Y).sum(0, dtype=torch.float64)
+
+
+def norms(X: Tensor) -> Tensor:
+    """Norms of columns in float64."""
+    lengths: Tensor = torch.linalg.vector_norm(X, dim=0, dtype=torch.float64)
+    return lengths
+
+
+def safe_inverse(t: Tensor) -> Tensor:
+    """``1 / t``, and 0 for 0."""
+    return torch.where(t != 0, 1 / torch.where(t != 0, t, 1.0), 0.0)
+
+
+def bar(shown: bool, what: str) -> tqdm[None]:
+    """A progress bar that counts products with a block."""
+    return tqdm(disable=not shown, desc=what, unit=" products")

@@ -1,0 +1,172 @@
+"""Traces and diagonals from products with a few random vectors, each with its standard error.
+
+`A` is a function ``(D, K) -> (D, K)``. With m products: Hutchinson's error falls as ``|A|_F / sqrt(m)``; Hutch++ and
+XTrace first take out what a sketch of the range explains, and their errors fall as ``1 / m`` and faster where the
+spectrum decays. XTrace uses every vector for both purposes, so it is the default.
+
+    Hutchinson 1990; Meyer, Musco, Musco & Woodruff, "Hutch++", SOSA 2021;
+    Epperly, Tropp & Webber, "XTrace: making the most of every sample", SIMAX 45 (2024): XTrace and XDiag.
+
+The k estimates X_j of XTrace and XDiag, vector j against the sketch by the others, share their sketches, and the spread
+over j alone is too small a standard error for their mean. Given all other vectors X_j has mean tr A, hence
+
+    Var(mean X) = E[var X] / k + mean_{i != j} E[d_ij d_ji],    d_ij = X_j - X_j without vector i in its sketch
+
+(in the covariance of X_i and X_j, every part of X_j that does not depend on vector i drops out). Both terms are
+estimated without bias from what has been computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvlin._random import random_signs, standard_normal
+from curvlin.iterative.krylov import Product, dot
+from curvlin.iterative.results import Estimate, estimate
+
+Generator = torch.Generator | None
+
+
+def hutchinson(A: Product, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
+    """``tr A``, the mean of ``z^T A z`` over random signs z."""
+    Z = random_signs((size, products), generator, like)
+    return estimate(dot(Z, A(Z)), products)
+
+
+def hutch_plus_plus(A: Product, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
+    """``tr(Q^T A Q)`` on a sketched range, and Hutchinson's estimate of the rest; a third of the products each."""
+    k = products // 3
+    Q = _range(A(random_signs((size, k), generator, like)))
+    known = dot(Q, A(Q)).sum()
+    Z = random_signs((size, products - 2 * k), generator, like)
+    Z = Z - Q @ (Q.mT @ Z)
+    return estimate(dot(Z, A(Z)), products).plus(known)
+
+
+def xtrace(A: Product, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
+    """``X_j = tr(Q_j^T A Q_j) + u^T A u``, with Q_j the sketch by the others and ``u = (I - Q_j Q_j^T) omega_j``."""
+    k = products // 2
+    Omega = standard_normal((size, k), torch.Size(), generator, like)
+    Y, Q, R, Z = _sketch(A, Omega)
+    H, W = (Q.mT @ Z).double(), (Q.mT @ Omega).double()
+    if (left_out := _LeftOut.of(R)) is None:
+        return _exact(H.trace(), 2 * k)
+    S = left_out.S
+    kept = (W - S * (S * W).sum(0)).to(like.dtype)
+    U, AU = Omega - Q @ kept, Y - Z @ kept
+    # The direction of u is uniform in its space; its length is known on average, so it is not left to chance.
+    forms, lengths = dot(U, AU), dot(U, U)
+    known = H.trace() - (S * (H @ S)).sum(0)
+    X = known + forms * (size - k + 1) / lengths
+    # Without vector i, Q_j loses one more direction t, and u gains (t . w) t.
+    t_w, t_H_t = left_out.along(W), left_out.form(H)
+    forms = forms + t_w * left_out.along((Q.mT @ AU + Z.mT @ U).double()) + t_w.square() * t_H_t
+    X_without = known - t_H_t + forms * (size - k + 2) / (lengths + t_w.square())
+    d = X - X_without
+    return _mean(X, (d * d.mT).sum() - d.diagonal().square().sum(), 2 * k)
+
+
+def xdiag(A: Product, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
+    """``X_j = diag(Q_j Q_j^T A) + omega_j * (I - Q_j Q_j^T) A omega_j`` for a symmetric A, entry by entry."""
+    k = products // 2
+    Omega = random_signs((size, k), generator, like)
+    _, Q, R, Z = _sketch(A, Omega)
+    known = (Q * Z).sum(-1, dtype=torch.float64)
+    if (left_out := _LeftOut.of(R)) is None:
+        return _exact(known, 2 * k)
+    S, rho, g = left_out.S, left_out.rho, left_out.g
+    a, b = (Q @ S.to(like.dtype)).double(), (Z @ S.to(like.dtype)).double()
+    c = Omega * (S * R.double()).sum(0)
+    X = known[:, None] - a * b + a * c
+    shared = torch.zeros_like(known)
+    for i in range(k):  # d_ij and d_ji for all j at once
+        r = rho[i]
+        d_ij = (a[:, i : i + 1] - r * a) * (b[:, i : i + 1] - r * b + r * c)
+        d_ji = (a - r * a[:, i : i + 1]) * (b - r * b[:, i : i + 1] + r * c[:, i : i + 1])
+        shared += (d_ij * d_ji) @ g[i].square()
+    return _mean(X, shared, 2 * k)
+
+
+def exact_diagonal(A: Product, size: int, like: Tensor) -> Estimate:
+    """The diagonal, from as many products as there are rows, some columns at a time."""
+    parts = torch.arange(size, device=like.device).split(max(1, 2**22 // size))
+    diagonal = []
+    for rows in parts:
+        columns = torch.zeros(size, len(rows), dtype=like.dtype, device=like.device)
+        at = rows, torch.arange(len(rows), device=like.device)
+        columns[at] = 1.0
+        diagonal.append(A(columns)[at].double())
+    return _exact(torch.cat(diagonal), size)
+
+
+TRACES: dict[str, Callable[..., Estimate]] = {
+    "xtrace": xtrace,
+    "hutch++": hutch_plus_plus,
+    "hutchinson": hutchinson,
+}
+LEAST = {"xtrace": 4, "hutch++": 5, "hutchinson": 2, "xdiag": 4}
+"""The fewest products that leave two samples for a standard error."""
+
+
+def _range(Y: Tensor) -> Tensor:
+    Q: Tensor = torch.linalg.qr(Y).Q
+    return Q
+
+
+def _sketch(A: Product, Omega: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``Y = A Omega = Q R`` and ``Z = A Q``."""
+    Y = A(Omega)
+    Q, R = torch.linalg.qr(Y)
+    return Y, Q, R, A(Q)
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """What the range Q of a sketch loses without some of its vectors, in coordinates of Q.
+
+    Without vector j it loses the unit vector s_j, which is orthogonal to every column of R but the j-th, hence along
+    ``R^-T e_j``; without i too, ``t_ij = (s_i - rho_ij s_j) sqrt(g_ij)`` with ``rho = S^T S``, ``g = 1 / (1 -
+    rho^2)`` (zero for i = j).
+    """
+
+    S: Tensor
+    rho: Tensor
+    g: Tensor
+
+    @classmethod
+    def of(cls, R: Tensor) -> _LeftOut | None:
+        """None if R is singular: then more vectors would not have added to the range of the sketch."""
+        pivots = R.diagonal().abs()
+        if bool(pivots.min() <= len(R) * torch.finfo(R.dtype).eps * pivots.max()):
+            return None
+        S = torch.linalg.inv(R.double()).mT
+        S = S / torch.linalg.vector_norm(S, dim=0)
+        rho = S.mT @ S
+        g = 1 / (1 - rho.square()).fill_diagonal_(1.0)
+        return cls(S, rho, g.fill_diagonal_(0.0))
+
+    def along(self, X: Tensor) -> Tensor:
+        """``t_ij . x_j``."""
+        SX = self.S.mT @ X
+        return self.g.sqrt() * (SX - self.rho * SX.diagonal())
+
+    def form(self, H: Tensor) -> Tensor:
+        """``t_ij^T H t_ij``."""
+        F = self.S.mT @ H @ self.S
+        own = F.diagonal()
+        return self.g * (own[:, None] - self.rho * (F + F.mT) + self.rho.square() * own)
+
+
+def _mean(X: Tensor, shared: Tensor, products: int) -> Estimate:
+    """The mean over the last dimension, whose variance has a `shared` part: the sum over i != j of d_ij d_ji."""
+    k = X.shape[-1]
+    variance = X.var(-1) / k + (shared / (k * (k - 1))).clamp(min=0.0)
+    return Estimate(X.mean(-1), variance.sqrt(), k - 1, products)
+
+
+def _exact(value: Tensor, products: int) -> Estimate:
+    return Estimate(value, torch.zeros_like(value), 1, products)
