@@ -17,11 +17,7 @@ def standard_normal(sample_shape: object, shape: torch.Size, generator: object, 
         TypeError: if `generator` is neither a generator nor None.
         ValueError: if `sample_shape` does not consist of sizes.
     """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator or None, found {type(generator).__name__}; "
-            "torch.Generator().manual_seed(0) makes one"
-        )
+    generator = _checked(generator)
     if not isinstance(sample_shape, Sequence) or not all(
         isinstance(n, SupportsIndex) and operator.index(n) >= 0 for n in sample_shape
     ):
@@ -29,7 +25,20 @@ def standard_normal(sample_shape: object, shape: torch.Size, generator: object, 
     return torch.randn((*sample_shape, *shape), generator=generator, dtype=like.dtype, device=like.device)
 
 
-def random_signs(shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
-    """Independent random signs of `like`'s dtype and device."""
-    bits = torch.randint(0, 2, shape, generator=generator, device=like.device)
+def random_signs(shape: tuple[int, ...], generator: object, like: Tensor) -> Tensor:
+    """Independent random signs of `like`'s dtype and device.
+
+    Raises:
+        TypeError: if `generator` is neither a generator nor None.
+    """
+    bits = torch.randint(0, 2, shape, generator=_checked(generator), device=like.device)
     return bits.to(like.dtype) * 2 - 1
+
+
+def _checked(generator: object) -> torch.Generator | None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, found {type(generator).__name__}; "
+            "torch.Generator().manual_seed(0) makes one"
+        )
+    return generator

@@ -20,7 +20,7 @@ from curvlin.iterative import adjoint, krylov, traces
 from curvlin.iterative.krylov import Settings, Whitening
 from curvlin.iterative.lanczos import inverse_root
 from curvlin.iterative.nystrom import nystrom
-from curvlin.iterative.product import Function, Term, fit_each_other, terms_of
+from curvlin.iterative.product import Function, Product, product_of
 from curvlin.iterative.quadrature import log_quadrature
 from curvlin.iterative.results import Estimate, LowRankApproximation, Solution
 from curvlin.precision.base import PrecisionOperator
@@ -70,7 +70,7 @@ class IterativePrecision:
 
     def __init__(
         self,
-        source: Function | Tensor | PrecisionOperator | FeatureOperator | Sequence[Any] | Any,
+        source: Any,
         parameters: Sequence[Tensor] = (),
         *,
         size: int | None = None,
@@ -81,27 +81,24 @@ class IterativePrecision:
         preconditioner: PrecisionOperator | None = None,
     ) -> None:
         like = None if dtype is None and device is None else torch.empty(0, dtype=dtype, device=device)
-        self._set(terms_of(source, tuple(parameters), size, like, root, root_size), preconditioner)
+        self._set(product_of(source, tuple(parameters), size, like, root, root_size), preconditioner)
 
-    def _set(self, terms: tuple[Term, ...], preconditioner: PrecisionOperator | None) -> None:
-        fit_each_other(terms)
+    def _set(self, product: Product, preconditioner: PrecisionOperator | None) -> None:
         if preconditioner is not None:
             exact("preconditioner", preconditioner)
-            if preconditioner.shape != (terms[0].size, terms[0].size):
+            shape = torch.Size([product.size, product.size])
+            if preconditioner.shape != shape:
                 raise ValueError(
-                    f"preconditioner must have shape {(terms[0].size, terms[0].size)}, found "
-                    f"{tuple(preconditioner.shape)}"
+                    f"preconditioner must have shape {tuple(shape)}, found {tuple(preconditioner.shape)}"
                 )
-            same_kind("preconditioner", next(preconditioner._tensors())[0], terms[0].like)
+            same_kind("preconditioner", next(preconditioner._tensors())[0], product.like)
             preconditioner = preconditioner.detach().factor()
-        self._terms, self._preconditioner = terms, preconditioner
+        self._product, self._preconditioner = product, preconditioner
 
     @classmethod
-    def _of_terms(
-        cls, terms: tuple[Term, ...], preconditioner: PrecisionOperator | None = None
-    ) -> IterativePrecision:
+    def _of(cls, product: Product, preconditioner: PrecisionOperator | None = None) -> IterativePrecision:
         new = cls.__new__(cls)
-        new._set(terms, preconditioner)
+        new._set(product, preconditioner)
         return new
 
     # -- what it is ------------------------------------------------------------------------------------------
@@ -109,7 +106,7 @@ class IterativePrecision:
     @property
     def size(self) -> int:
         """D, the number of rows."""
-        return self._terms[0].size
+        return self._product.size
 
     @property
     def shape(self) -> torch.Size:
@@ -119,12 +116,12 @@ class IterativePrecision:
     @property
     def dtype(self) -> torch.dtype:
         """Of products and answers (standard errors and traces are float64)."""
-        return self._terms[0].like.dtype
+        return self._product.like.dtype
 
     @property
     def device(self) -> torch.device:
         """Of products and answers."""
-        return self._terms[0].like.device
+        return self._product.like.device
 
     @property
     def preconditioner(self) -> PrecisionOperator | None:
@@ -132,22 +129,21 @@ class IterativePrecision:
         return self._preconditioner
 
     def __repr__(self) -> str:
-        parts = f"{len(self._terms)} term{'s' * (len(self._terms) > 1)}"
+        count = len(self._product.terms)
+        parts = f"{count} term{'s' * (count > 1)}"
         by = "" if self._preconditioner is None else f", preconditioner={type(self._preconditioner).__name__}"
         return f"IterativePrecision({self.size}x{self.size}, {parts}{by}, dtype={self.dtype}, device={self.device})"
 
     def preconditioned_by(self, preconditioner: PrecisionOperator | None) -> IterativePrecision:
         """The same matrix with another preconditioner, or none."""
-        return self._of_terms(self._terms, preconditioner)
+        return self._of(self._product, preconditioner)
 
     def __add__(self, other: Any) -> IterativePrecision:
         """The sum with anything that could be a source; without a preconditioner, which was one for P alone."""
         if isinstance(other, int) and other == 0:  # where the builtin sum() starts
             return self
-        if isinstance(other, IterativePrecision):
-            return self._of_terms(self._terms + other._terms)
-        if isinstance(other, (PrecisionOperator, FeatureOperator)):
-            return self._of_terms(self._terms + terms_of(other, (), None, None, None, None))
+        if isinstance(other, (IterativePrecision, PrecisionOperator, FeatureOperator)):
+            return self._of(self._product + product_of(other))
         return NotImplemented
 
     __radd__ = __add__
@@ -161,9 +157,7 @@ class IterativePrecision:
         if c.ndim > 0 or not bool(c > 0):
             raise ValueError(f"the scale of an operator must be one positive number, found {c.tolist()}")
         M = self._preconditioner
-        return self._of_terms(
-            tuple(term.scaled(c) for term in self._terms), None if M is None else c.detach() * M
-        )
+        return self._of(self._product.scaled(c), None if M is None else c.detach() * M)
 
     __rmul__ = __mul__
 
@@ -172,7 +166,7 @@ class IterativePrecision:
     def __matmul__(self, X: Float[Tensor, D * K]) -> Float[Tensor, D * K]:
         """``P X`` for a vector or for columns; differentiable as the source is."""
         X, was_vector = self._columns("X", X)
-        product = self._multiply(X, *self._tensors)
+        product = self._product.multiply(X, *self._product.tensors)
         return product.squeeze(-1) if was_vector else product
 
     def solve(
@@ -262,6 +256,7 @@ class IterativePrecision:
             raise ValueError(f"shifts must be non-negative numbers, found {s.min().item()}")
         Z = random_signs((self.size, probes), generator, self._like)
         M = self._preconditioner
+        live = shifts is None and self._needs_grad()
         with torch.no_grad():
             S = self._whitened()
             found = log_quadrature(S, Z, s.flatten(), max_steps, progress_bar)
@@ -271,13 +266,15 @@ class IterativePrecision:
                 value=found.estimate.value.reshape(s.shape) + known,
                 standard_error=found.estimate.standard_error.reshape(s.shape),
             )
-            if shifts is not None or not self._needs_grad():
+            if not live:
                 return result
             W, V, RZ = found.space.apply(torch.reciprocal), Z, Z
             if M is not None:
                 W, V, RZ = M.unwhiten(W.mT).mT, M.unwhiten(Z.mT).mT, M.root_matvec(Z.mT).mT
         inverse = self._inverse(self._settings("cg", rtol, MAX_ITERATIONS, progress_bar))
-        value = adjoint.log_determinant(result.value, V, W, RZ, self._multiply, inverse, self._tensors)
+        value = adjoint.log_determinant(
+            result.value, V, W, RZ, self._product.multiply, inverse, self._product.tensors
+        )
         return replace(result, value=value)
 
     def trace(
@@ -290,11 +287,11 @@ class IterativePrecision:
             method: "xtrace", "hutch++" or "hutchinson"; see `curvlin.iterative.traces`.
             generator: source of randomness; None is torch's default generator.
         """
-        return self._trace(self._constant(), products, method, generator)
+        return self._trace(self._product, products, method, generator)
 
     def diagonal(self, products: int = 60, *, generator: torch.Generator | None = None) -> Estimate:
         """The diagonal of P by XDiag, with a standard error for each entry, ``(D,)``; arguments as in `trace`."""
-        return self._diagonal(self._constant(), products, generator)
+        return self._diagonal(self._product, products, generator)
 
     def trace_solve(
         self,
@@ -395,7 +392,7 @@ class IterativePrecision:
             return z.reshape(-1, size).mT
 
         if method == "perturb":
-            draws = self._live_solve(self._coloured(noise), settings)
+            draws = self._live_solve(self._product.coloured(noise), settings)
         else:
             draws = self._square_root(noise(self.size), settings)
         shape = torch.Size(sample_shape)
@@ -429,7 +426,7 @@ class IterativePrecision:
             raise ValueError(f"rank must be at most {self.size}, found {rank}")
         with torch.no_grad():
             return nystrom(
-                self._constant(),
+                self._product,
                 self.size,
                 rank,
                 oversampling,
@@ -449,35 +446,10 @@ class IterativePrecision:
 
     @property
     def _like(self) -> Tensor:
-        return self._terms[0].like
-
-    @property
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return tuple(t for term in self._terms for t in term.tensors)
+        return self._product.like
 
     def _needs_grad(self) -> bool:
-        return any(needs_grad(t) for t in self._tensors)
-
-    def _per_term(self, tensors: Sequence[Tensor]) -> list[tuple[Term, tuple[Tensor, ...]]]:
-        queue = list(tensors)
-        return [(term, tuple(queue.pop(0) for _ in term.tensors)) for term in self._terms]
-
-    def _multiply(self, X: Tensor, *tensors: Tensor) -> Tensor:
-        products = [term.multiply(X, *own) for term, own in self._per_term(tensors)]
-        total = products[0]
-        for product in products[1:]:
-            total = total + product
-        return total
-
-    def _constant(self) -> Callable[[Tensor], Tensor]:
-        """The product as a function of X alone."""
-        tensors = tuple(t.detach() for t in self._tensors)
-
-        def product(X: Tensor) -> Tensor:
-            with torch.no_grad():
-                return self._multiply(X, *tensors)
-
-        return product
+        return any(needs_grad(t) for t in self._product.tensors)
 
     def _whitening(self) -> Whitening:
         M = self._preconditioner
@@ -487,8 +459,8 @@ class IterativePrecision:
     def _whitened(self) -> Callable[[Tensor], Tensor]:
         """``R^-1 P R^-T``, or P without a preconditioner."""
         if self._preconditioner is None:
-            return self._constant()
-        return krylov.whitened(self._constant(), self._whitening())
+            return self._product
+        return krylov.whitened(self._product, self._whitening())
 
     def _settings(self, method: str, rtol: float | None, max_iterations: int, progress_bar: bool) -> Settings:
         if method not in krylov.METHODS:
@@ -501,7 +473,7 @@ class IterativePrecision:
     def _solve(self, X: Tensor, settings: Settings) -> Solution:
         whitening = None if self._preconditioner is None else self._whitening()
         with torch.no_grad():
-            return krylov.solve(self._constant(), X.detach(), whitening, settings)
+            return krylov.solve(self._product, X.detach(), whitening, settings)
 
     def _inverse(self, settings: Settings) -> Callable[[Tensor], Tensor]:
         """``P^-1 X`` without derivatives; raises where it does not converge."""
@@ -513,19 +485,9 @@ class IterativePrecision:
         if not (needs_grad(X) or self._needs_grad()):
             return x
         inverse = self._inverse(settings)
-        return replace(x, value=adjoint.solution(x.value, X, self._multiply, inverse, self._tensors))
-
-    def _coloured(self, noise: Callable[[int], Tensor]) -> Tensor:
-        """``sum_i L_i z_i``, whose covariance is P."""
-        parts = []
-        for term, own in self._per_term(self._tensors):
-            if term.colour is None:
-                raise NotClosedError(
-                    "a term of this IterativePrecision has no root to draw from; give its function as root=, or "
-                    'use sample(method="lanczos")'
-                )
-            parts.append(term.colour(noise(term.noise), *own))
-        return torch.stack(parts).sum(0)
+        return replace(
+            x, value=adjoint.solution(x.value, X, self._product.multiply, inverse, self._product.tensors)
+        )
 
     def _square_root(self, Z: Tensor, settings: Settings) -> Solution:
         """``R^-T S^-1/2 Z`` with S the whitened P."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlin._check import floating, positive_integer, same_kind
+from curvlin._check import floating, positive_integer, same_kind, symmetric
 from curvlin._tree import build
 from curvlin.errors import NotClosedError
 from curvlin.features.base import FeatureOperator
@@ -25,10 +26,10 @@ class Term:
     Attributes:
         multiply: ``(X, *tensors) -> P X`` for X of shape ``(D, K)``.
         tensors: what derivatives are taken with respect to.
+        like: a tensor of its dtype and device.
         size: D.
         colour: ``(Z, *tensors) -> L Z`` for Z of shape ``(noise, K)``.
         noise: the number of columns of L.
-        live: whether `multiply` has derivatives in `tensors`.
     """
 
     multiply: Function
@@ -59,9 +60,77 @@ class Term:
         )
 
 
+@dataclass(frozen=True)
+class Product:
+    """``X -> P X`` for the sum of some terms of one size, dtype and device."""
+
+    terms: tuple[Term, ...]
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("source must have at least one term, found an empty list")
+        for term in self.terms[1:]:
+            if term.size != self.size:
+                raise ValueError(f"all terms must have {self.size} rows, found {term.size}")
+            same_kind("every term", term.like, self.like)
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return self.terms[0].size
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of its dtype and device."""
+        return self.terms[0].like
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What derivatives are taken with respect to."""
+        return tuple(t for term in self.terms for t in term.tensors)
+
+    def __add__(self, other: Product) -> Product:
+        """The sum."""
+        return Product(self.terms + other.terms)
+
+    def scaled(self, c: Tensor) -> Product:
+        """``c`` times this."""
+        return Product(tuple(term.scaled(c) for term in self.terms))
+
+    def multiply(self, X: Tensor, *tensors: Tensor) -> Tensor:
+        """``P X`` with these in the place of the tensors."""
+        parts = [term.multiply(X, *own) for term, own in self._with_own(tensors)]
+        return sum(parts[1:], parts[0])
+
+    def __call__(self, X: Tensor) -> Tensor:
+        """``P X``, a function of X alone."""
+        with torch.no_grad():
+            return self.multiply(X, *(t.detach() for t in self.tensors))
+
+    def coloured(self, noise: Callable[[int], Tensor]) -> Tensor:
+        """``sum_i L_i z_i``, whose covariance is P, for ``noise(size) -> z`` of shape ``(size, K)``.
+
+        Raises:
+            NotClosedError: if a term has no root.
+        """
+        parts = []
+        for term, own in self._with_own(self.tensors):
+            if term.colour is None:
+                raise NotClosedError(
+                    "a term of this IterativePrecision has no root to draw from; give its function as root=, or "
+                    'use sample(method="lanczos")'
+                )
+            parts.append(term.colour(noise(term.noise), *own))
+        return sum(parts[1:], parts[0])
+
+    def _with_own(self, tensors: Sequence[Tensor]) -> list[tuple[Term, tuple[Tensor, ...]]]:
+        queue = iter(tensors)
+        return [(term, tuple(islice(queue, len(term.tensors)))) for term in self.terms]
+
+
 def of_operator(P: PrecisionOperator) -> Term:
     """An exact operator; its root serves for samples."""
-    _unbatched("source", P)
+    _unbatched("source", P.batch_shape)
     structure = P._structure()
 
     def multiply(X: Tensor, *tensors: Tensor) -> Tensor:
@@ -78,7 +147,7 @@ def of_operator(P: PrecisionOperator) -> Term:
 
 def of_features(Phi: FeatureOperator) -> Term:
     """``Phi^T Phi``, summed over samples and rows."""
-    _unbatched("source", Phi)
+    _unbatched("source", Phi.batch_shape)
     structure = Phi._structure()
 
     def multiply(X: Tensor, *tensors: Tensor) -> Tensor:
@@ -97,20 +166,20 @@ def of_features(Phi: FeatureOperator) -> Term:
 def of_matrix(matrix: Tensor) -> Term:
     """A symmetric matrix, dense or sparse; a sparse one has no derivatives."""
     if matrix.layout == torch.strided:
-        floating("source", matrix, ndim=2)
-    elif not matrix.is_floating_point():
+        symmetric("source", matrix)
+        _unbatched("source", matrix.shape[:-2])
+        return Term(lambda X, A: A @ X, (matrix,), matrix.detach(), len(matrix))
+    if not matrix.is_floating_point():
         raise TypeError(f"source must have a floating dtype, found {matrix.dtype}")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"source must be one square matrix, found shape {tuple(matrix.shape)}")
-    if matrix.layout != torch.strided and matrix.requires_grad:
+    if matrix.requires_grad:
         raise TypeError(
             "a sparse source that requires grad is not supported; pass a function (X, values) -> P X and "
             "parameters=(values,)"
         )
     like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
-    if matrix.layout == torch.strided:
-        return Term(lambda X, A: A @ X, (matrix,), like, len(matrix))
-    return Term(lambda X: matrix @ X, (), like, len(matrix))
+    return _tried(Term(lambda X: matrix @ X, (), like, len(matrix)))
 
 
 def of_function(
@@ -147,32 +216,40 @@ def of_function(
         return product
 
     noise = size if root_size is None else positive_integer("root_size", root_size)
-    term = Term(multiply, tuple(parameters), expected, size, root, noise)
-    _refuse_hidden_parameters(term)
-    return term
+    return _tried(Term(multiply, tuple(parameters), expected, size, root, noise))
 
 
-def terms_of(
+def product_of(
+    source: Any,
+    parameters: Sequence[Tensor] = (),
+    size: int | None = None,
+    like: Tensor | None = None,
+    root: Function | None = None,
+    root_size: int | None = None,
+) -> Product:
+    """The product with whatever was given."""
+    if isinstance(source, (list, tuple)):
+        parts = [product_of(part, parameters, size, like, root, root_size) for part in source]
+        return Product(tuple(term for part in parts for term in part.terms))
+    if isinstance(known := getattr(source, "_product", None), Product):  # an IterativePrecision
+        return known
+    return Product((_term_of(source, parameters, size, like, root, root_size),))
+
+
+def _term_of(
     source: Any,
     parameters: Sequence[Tensor],
     size: int | None,
     like: Tensor | None,
     root: Function | None,
     root_size: int | None,
-) -> tuple[Term, ...]:
-    """The summands of whatever was given."""
-    if isinstance(source, (list, tuple)):
-        if not source:
-            raise ValueError("source must have at least one term, found an empty list")
-        return tuple(
-            term for part in source for term in terms_of(part, parameters, size, like, root, root_size)
-        )
+) -> Term:
     if isinstance(source, PrecisionOperator):
-        return (of_operator(source),)
+        return of_operator(source)
     if isinstance(source, FeatureOperator):
-        return (of_features(source),)
+        return of_features(source)
     if isinstance(source, Tensor):
-        return (of_matrix(source),)
+        return of_matrix(source)
     if _is_scipy_sparse(source):
         coo = source.tocoo()
         entries = torch.sparse_coo_tensor(
@@ -181,38 +258,45 @@ def terms_of(
             coo.shape,
             check_invariants=True,
         )
-        return (of_matrix(entries.coalesce()),)
+        return of_matrix(entries.coalesce())
     if callable(source):
-        return (of_function(source, parameters, size, like, root, root_size),)
+        return of_function(source, parameters, size, like, root, root_size)
     raise TypeError(
         "source must be a function, a matrix, a precision or feature operator, or a list of them, found "
         f"{type(source).__name__}"
     )
 
 
-def fit_each_other(terms: Sequence[Term]) -> None:
-    """Refuse terms of different sizes, dtypes or devices."""
-    for term in terms[1:]:
-        if term.size != terms[0].size:
-            raise ValueError(f"all terms must have {terms[0].size} rows, found {term.size}")
-        same_kind("every term", term.like, terms[0].like)
+def _tried(term: Term) -> Term:
+    """The term, after one product with two fixed vectors.
 
-
-def _refuse_hidden_parameters(term: Term) -> None:
-    """A function may not close over what needs a gradient: it would be lost without a word."""
-    X = torch.zeros(term.size, 1, dtype=term.like.dtype, device=term.like.device)
+    Raises:
+        ValueError: if the product is not finite, not symmetric, or depends on hidden tensors that require grad, whose
+            derivatives would be lost without a word.
+    """
+    position = torch.arange(1, term.size + 1, dtype=torch.float64, device=term.like.device)
+    X = torch.stack([torch.cos(0.7 * position), torch.cos(1.3 * position)], dim=-1).to(term.like.dtype)
     with torch.enable_grad():
         product = term.multiply(X, *(t.detach() for t in term.tensors))
     if product.requires_grad:
         raise ValueError(
-            "the function closes over tensors that require grad; pass them as parameters=(...), or detach them"
+            "source closes over tensors that require grad; pass them as parameters=(...), or detach them"
         )
+    floating("the product with source", product)
+    forms = X.double().mT @ product.double()
+    gap = float((forms - forms.mT).abs().max())
+    size = float(torch.linalg.matrix_norm(X.double()) * torch.linalg.matrix_norm(product.double()))
+    if gap > torch.finfo(X.dtype).eps ** 0.5 * size:
+        raise ValueError(
+            f"source must be symmetric, found x^T P y and y^T P x that differ by {gap / size:.1e}"
+        )
+    return term
 
 
-def _unbatched(name: str, operator: PrecisionOperator | FeatureOperator) -> None:
-    if len(operator.batch_shape) > 0:
-        raise NotClosedError(
-            f"{name} must be one operator, found a batch of shape {tuple(operator.batch_shape)}; take one at a time"
+def _unbatched(name: str, batch: torch.Size) -> None:
+    if len(batch) > 0:
+        raise ValueError(
+            f"{name} must be one operator, found a batch of shape {tuple(batch)}; take one at a time"
         )
 
 
