@@ -41,7 +41,7 @@ class Settings:
 def solve(product: Product, B: Tensor, whitening: Whitening | None, settings: Settings) -> Solution:
     """``P X = B`` to ``|B - P X| <= rtol |B|`` in every column, ``(D, K)``."""
     run, rtol = METHODS[settings.method], settings.rtol
-    lengths = norms(B)
+    lengths = torch.linalg.vector_norm(B, dim=0, dtype=torch.float64)
     B = B / torch.where(lengths > 0, lengths, 1.0).to(B.dtype)  # squares of any scale are representable now
     X, residual, left = torch.zeros_like(B), B, norms(B)
     iterations, ended = 0, CONVERGED
@@ -88,24 +88,26 @@ def conjugate_gradients(
     Raises:
         NotPositiveDefiniteError: if a direction of negative curvature is met.
     """
-    X, R = torch.zeros_like(B), B
+    X, R = torch.zeros_like(B), B.clone()
     Z = R if whitening is None else whitening.solve(R)
-    direction, rho = Z, dot(R, Z)
+    direction, rho = Z.clone(), dot(R, Z)
+    active = norms(R) > rtol
     for iteration in range(1, max_iterations + 1):
         image = product(direction)
         curvature = dot(direction, image)
-        active = norms(R) > rtol
         if bool((active & ~(curvature > 0)).any()):
             refuse_negative(curvature / dot(direction, direction), active)
         alpha = torch.where(active, rho / torch.where(active, curvature, 1.0), 0.0).to(B.dtype)
-        X, R = X + alpha * direction, R - alpha * image
+        X.addcmul_(direction, alpha)
+        R.addcmul_(image, alpha, value=-1)
         progress.update()
-        if bool((norms(R) <= rtol).all()):
+        active = norms(R) > rtol
+        if not bool(active.any()):
             return X, iteration
         Z = R if whitening is None else whitening.solve(R)
         rho, previous = dot(R, Z), rho
         beta = torch.where(active, rho / torch.where(previous > 0, previous, 1.0), 0.0).to(B.dtype)
-        direction = Z + beta * direction
+        direction.mul_(beta).add_(Z)
     return X, max_iterations
 
 
@@ -175,9 +177,8 @@ def dot(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def norms(X: Tensor) -> Tensor:
-    """Norms of columns in float64."""
-    lengths: Tensor = torch.linalg.vector_norm(X, dim=0, dtype=torch.float64)
-    return lengths
+    """Norms in float64 of columns whose squares are representable."""
+    return dot(X, X).sqrt()
 
 
 def safe_inverse(t: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array, issparse
 from torch import Tensor
 
 from curvlin._check import floating, positive_integer, same_kind, symmetric
@@ -179,7 +181,27 @@ def of_matrix(matrix: Tensor) -> Term:
             "parameters=(values,)"
         )
     like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
-    return _tried(Term(lambda X: matrix @ X, (), like, len(matrix)))
+    if matrix.device.type != "cpu":
+        return _tried(Term(lambda X: matrix @ X, (), like, len(matrix)))
+    entries = matrix.to_sparse_coo().coalesce()
+    return of_scipy(
+        coo_array((entries.values().numpy(), entries.indices().numpy()), shape=tuple(matrix.shape))
+    )
+
+
+def of_scipy(matrix: Any) -> Term:
+    """A symmetric sparse matrix of SciPy, whose products on the CPU are several times faster than torch's."""
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"source must be one square matrix, found shape {matrix.shape}")
+    if matrix.dtype not in (np.float32, np.float64):
+        raise TypeError(f"source must have a floating dtype, found {matrix.dtype}")
+    rows = matrix.tocsr()
+
+    def multiply(X: Tensor) -> Tensor:
+        return torch.from_numpy(rows @ X.detach().numpy())
+
+    like = torch.from_numpy(np.empty(0, dtype=matrix.dtype))
+    return _tried(Term(multiply, (), like, matrix.shape[0]))
 
 
 def of_function(
@@ -250,15 +272,8 @@ def _term_of(
         return of_features(source)
     if isinstance(source, Tensor):
         return of_matrix(source)
-    if _is_scipy_sparse(source):
-        coo = source.tocoo()
-        entries = torch.sparse_coo_tensor(
-            torch.stack([torch.from_numpy(coo.row).long(), torch.from_numpy(coo.col).long()]),
-            torch.from_numpy(coo.data),
-            coo.shape,
-            check_invariants=True,
-        )
-        return of_matrix(entries.coalesce())
+    if issparse(source):
+        return of_scipy(source)
     if callable(source):
         return of_function(source, parameters, size, like, root, root_size)
     raise TypeError(
@@ -298,9 +313,3 @@ def _unbatched(name: str, batch: torch.Size) -> None:
         raise ValueError(
             f"{name} must be one operator, found a batch of shape {tuple(batch)}; take one at a time"
         )
-
-
-def _is_scipy_sparse(source: object) -> bool:
-    from scipy.sparse import issparse
-
-    return bool(issparse(source))
