@@ -16,16 +16,16 @@ from tqdm import tqdm
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.iterative.results import CONVERGED, ITERATION_LIMIT, STAGNATED, Solution
 
-Product = Callable[[Tensor], Tensor]
+LinearMap = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Whitening:
     """A preconditioner ``M = R R^T`` by what the methods ask of it."""
 
-    solve: Product
-    root_solve: Product
-    unwhiten: Product
+    solve: LinearMap
+    root_solve: LinearMap
+    unwhiten: LinearMap
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Settings:
     progress_bar: bool
 
 
-def solve(product: Product, B: Tensor, whitening: Whitening | None, settings: Settings) -> Solution:
+def solve(product: LinearMap, B: Tensor, whitening: Whitening | None, settings: Settings) -> Solution:
     """``P X = B`` to ``|B - P X| <= rtol |B|`` in every column, ``(D, K)``."""
     run, rtol = METHODS[settings.method], settings.rtol
     lengths = torch.linalg.vector_norm(B, dim=0, dtype=torch.float64)
@@ -76,7 +76,7 @@ def solve(product: Product, B: Tensor, whitening: Whitening | None, settings: Se
 
 
 def conjugate_gradients(
-    product: Product,
+    product: LinearMap,
     B: Tensor,
     whitening: Whitening | None,
     rtol: Tensor,
@@ -112,7 +112,7 @@ def conjugate_gradients(
 
 
 def minres(
-    product: Product,
+    product: LinearMap,
     B: Tensor,
     whitening: Whitening | None,
     rtol: Tensor,
@@ -161,7 +161,7 @@ def minres(
 METHODS = {"cg": conjugate_gradients, "minres": minres}
 
 
-def whitened(product: Product, whitening: Whitening) -> Product:
+def whitened(product: LinearMap, whitening: Whitening) -> LinearMap:
     """``R^-1 P R^-T``, whose spectrum is that of ``M^-1 P``."""
     return lambda z: whitening.root_solve(product(whitening.unwhiten(z)))
 

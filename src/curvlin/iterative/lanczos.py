@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvlin.errors import NotPositiveDefiniteError
-from curvlin.iterative.krylov import Product, Settings, bar, norms
+from curvlin.iterative.krylov import LinearMap, Settings, bar, norms
 from curvlin.iterative.results import CONVERGED, ITERATION_LIMIT, Solution
 
 _ROUNDINGS = 100.0
@@ -50,7 +50,7 @@ class KrylovSpace:
         return torch.stack([Q @ c for Q, c in zip(self.blocks, parts, strict=True)]).sum(0)
 
 
-def block_lanczos(product: Product, Z: Tensor) -> Iterator[KrylovSpace]:
+def block_lanczos(product: LinearMap, Z: Tensor) -> Iterator[KrylovSpace]:
     """The Krylov spaces of Z, ``(D, b)``, one product with a block at a time, until they are exhausted.
 
     Raises:
@@ -80,7 +80,7 @@ def block_lanczos(product: Product, Z: Tensor) -> Iterator[KrylovSpace]:
         coupling = change @ coupling
 
 
-def inverse_root(product: Product, Z: Tensor, settings: Settings) -> Solution:
+def inverse_root(product: LinearMap, Z: Tensor, settings: Settings) -> Solution:
     """``S^-1/2 Z`` in the Krylov space of Z, until a step changes no column by more than `rtol` of its length.
 
     Raises:

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from curvlin._random import random_signs, standard_normal
 from curvlin.errors import NotPositiveDefiniteError
-from curvlin.iterative.krylov import Product, dot
+from curvlin.iterative.krylov import LinearMap, dot
 from curvlin.iterative.results import LowRankApproximation, estimate
 
 
 def nystrom(
-    A: Product,
+    A: LinearMap,
     size: int,
     rank: int,
     oversampling: int,

@@ -260,7 +260,7 @@ class IterativePrecision:
         with torch.no_grad():
             S = self._whitened()
             found = log_quadrature(S, Z, s.flatten(), max_steps, progress_bar)
-            known = 0.0 if M is None else M.to(torch.float64).logdet()
+            known = 0.0 if M is None else _asked(M, lambda M, factors: M._logdet(factors))
             result = replace(
                 found.estimate,
                 value=found.estimate.value.reshape(s.shape) + known,
@@ -324,9 +324,10 @@ class IterativePrecision:
             raise ValueError(f"Q must have shape {tuple(self.shape)}, found {tuple(Q.shape)}")
         inverse = self._inverse(self._settings("cg", rtol, max_iterations, progress_bar))
         M = self._preconditioner
-        if M is None or isinstance(Q, IterativePrecision) or lookup(TRACE_SOLVE, type(M), type(Q)) is None:
+        rule = None if M is None else lookup(TRACE_SOLVE, type(M), type(Q))
+        if M is None or rule is None or isinstance(Q, IterativePrecision):
             return self._trace(lambda X: inverse(Q @ X), products, method, generator)
-        known = M.to(torch.float64).trace_solve(Q.to(torch.float64))
+        known = _asked(M, lambda M, factors: rule(M, Q.to(torch.float64), factors))
 
         def rest(X: Tensor) -> Tensor:
             QX = Q @ X
@@ -353,7 +354,7 @@ class IterativePrecision:
         if M is None:
             return self._diagonal(inverse, products, generator)
         rest = self._diagonal(lambda X: inverse(X) - M.solve(X), products, generator)
-        return rest.plus(M.to(torch.float64).inverse_diagonal())
+        return rest.plus(_asked(M, lambda M, factors: M._inverse_diagonal(factors)))
 
     # -- samples and low rank --------------------------------------------------------------------------------
 
@@ -536,6 +537,12 @@ def _at_least(name: str, value: int, least: int) -> int:
     if positive_integer(name, value) < least:
         raise ValueError(f"{name} must be at least {least}, found {value}: fewer have no standard error")
     return value
+
+
+def _asked(M: PrecisionOperator, hook: Callable[[PrecisionOperator, Any], Tensor]) -> Tensor:
+    """An answer in float64 from the factors that M keeps."""
+    with torch.no_grad():
+        return hook(*M._factored())
 
 
 def exact(name: str, value: object) -> None:

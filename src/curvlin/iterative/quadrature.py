@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvlin.errors import NotPositiveDefiniteError
-from curvlin.iterative.krylov import Product, bar
+from curvlin.iterative.krylov import LinearMap, bar
 from curvlin.iterative.lanczos import KrylovSpace, block_lanczos
 from curvlin.iterative.results import Estimate, estimate
 
@@ -30,7 +30,7 @@ class Quadrature:
     space: KrylovSpace
 
 
-def log_quadrature(S: Product, Z: Tensor, shifts: Tensor, max_steps: int, progress_bar: bool) -> Quadrature:
+def log_quadrature(S: LinearMap, Z: Tensor, shifts: Tensor, max_steps: int, progress_bar: bool) -> Quadrature:
     """Lanczos steps until quadrature is exact enough for the noise of the probes, or `max_steps`.
 
     A Krylov space that is all of R^D leaves nothing to chance: the answer is exact.

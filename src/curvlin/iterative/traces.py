@@ -25,19 +25,19 @@ import torch
 from torch import Tensor
 
 from curvlin._random import random_signs, standard_normal
-from curvlin.iterative.krylov import Product, dot
+from curvlin.iterative.krylov import LinearMap, dot
 from curvlin.iterative.results import Estimate, estimate
 
 Generator = torch.Generator | None
 
 
-def hutchinson(A: Product, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
+def hutchinson(A: LinearMap, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
     """``tr A``, the mean of ``z^T A z`` over random signs z."""
     Z = random_signs((size, products), generator, like)
     return estimate(dot(Z, A(Z)), products)
 
 
-def hutch_plus_plus(A: Product, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
+def hutch_plus_plus(A: LinearMap, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
     """``tr(Q^T A Q)`` on a sketched range, and Hutchinson's estimate of the rest; a third of the products each."""
     k = products // 3
     Q = _range(A(random_signs((size, k), generator, like)))
@@ -47,7 +47,7 @@ def hutch_plus_plus(A: Product, size: int, products: int, generator: Generator, 
     return estimate(dot(Z, A(Z)), products).plus(known)
 
 
-def xtrace(A: Product, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
+def xtrace(A: LinearMap, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
     """``X_j = tr(Q_j^T A Q_j) + u^T A u``, with Q_j the sketch by the others and ``u = (I - Q_j Q_j^T) omega_j``."""
     k = products // 2
     Omega = standard_normal((size, k), torch.Size(), generator, like)
@@ -70,7 +70,7 @@ def xtrace(A: Product, size: int, products: int, generator: Generator, like: Ten
     return _mean(X, (d * d.mT).sum() - d.diagonal().square().sum(), 2 * k)
 
 
-def xdiag(A: Product, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
+def xdiag(A: LinearMap, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
     """``X_j = diag(Q_j Q_j^T A) + omega_j * (I - Q_j Q_j^T) A omega_j`` for a symmetric A, entry by entry."""
     k = products // 2
     Omega = random_signs((size, k), generator, like)
@@ -91,7 +91,7 @@ def xdiag(A: Product, size: int, products: int, generator: Generator, like: Tens
     return _mean(X, shared, 2 * k)
 
 
-def exact_diagonal(A: Product, size: int, like: Tensor) -> Estimate:
+def exact_diagonal(A: LinearMap, size: int, like: Tensor) -> Estimate:
     """The diagonal, from as many products as there are rows, some columns at a time."""
     parts = torch.arange(size, device=like.device).split(max(1, 2**22 // size))
     diagonal = []
@@ -117,7 +117,7 @@ def _range(Y: Tensor) -> Tensor:
     return Q
 
 
-def _sketch(A: Product, Omega: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sketch(A: LinearMap, Omega: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``Y = A Omega = Q R`` and ``Z = A Q``."""
     Y = A(Omega)
     Q, R = torch.linalg.qr(Y)
