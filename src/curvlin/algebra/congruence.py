@@ -416,7 +416,7 @@ def _diagonal(K: Tensor) -> Tensor:
 def _whitening(P: Woodbury, factors: Any, chunk: Chunk) -> Callable[[FeatureOperator], Tensor]:
     """The function ``Phi -> H^-1/2 U^T Z^-1 Phi^T``, ``(..., k, N R)``."""
     solved = P.base._solve(P.U.double(), factors.base) if isinstance(P.U, Tensor) else None
-    lower = torch.linalg.cholesky_ex(P._capacitance(factors)).L if P._needs_grad() else None
+    lower = torch.linalg.cholesky_ex(P._capacitance(factors.base)).L if P._needs_grad() else None
 
     def whitened(Phi: FeatureOperator) -> Tensor:
         if solved is not None:

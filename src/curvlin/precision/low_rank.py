@@ -9,6 +9,7 @@ posterior precision.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -296,14 +297,16 @@ class Woodbury(ImplicitLogdetOperator):
             apply(INVERSE_ROOT, v), v, lambda x: apply(ROOT, x), lambda r: apply(INVERSE_ROOT, r), norm
         )
 
-    def _capacitance(self, factors: LowRankFactors) -> Tensor:
-        """``H = I + s V^T V``, differentiable."""
-        gram = self._gram(factors.base)
-        return self.sign * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    def _capacitance(self, base_factors: Any) -> Tensor:
+        """``H = I + s G C`` with ``G = U^T Z^-1 U = V^T V``, without a weight, differentiable."""
+        change = self.sign * self._gram(base_factors)
+        if self.core is not None:
+            change = change @ self.core
+        return change + torch.eye(self.rank, dtype=change.dtype, device=change.device)
 
     def _capacitance_root(self, factors: LowRankFactors) -> tuple[Tensor, Tensor]:
         """H and ``S = H^{1/2}``, differentiable."""
-        H = self._capacitance(factors)
+        H = self._capacitance(factors.base)
         W, h = full_spectrum(factors)
         return H, symmetric_root(H, W, h)
 
@@ -362,30 +365,28 @@ class Woodbury(ImplicitLogdetOperator):
         return self.base._unwhiten(white, factors.base)
 
     def _inv_quad_value(self, X: Tensor, factors: Any) -> Tensor:
-        """A sum of squares in every route.
-
-        For an update it is ``min_t (x - U t)^T Z^-1 (x - U t) + t^T t``, where errors of t count squared. The
-        minimum is at ``t = U^T P^-1 x``, from k equations ``(I + U^T Z^-1 U) t = U^T Z^-1 x``.
-        """
+        """A sum of squares in every route."""
         if isinstance(factors, CanonicalFactors):
             return factors.operator._inv_quad_value(X, factors.factors)
         normal = self._unweighted()
         if self.sign < 0:
             white = normal._shrink(normal.base._root_solve(X, factors.base), INVERSE_ROOT, factors)
             return self._over_weight(white.square().sum(-2), 1)
-        t, rest = normal._minimum(X, factors)
-        return self._over_weight(normal.base._inv_quad(rest, factors.base) + t.square().sum(-2), 1)
+        return self._over_weight(normal._minimum(X, factors)[0], 1)
 
     def _inv_quad_and_solution(self, X: Tensor, factors: Any) -> tuple[Tensor, Tensor]:
         if isinstance(factors, CanonicalFactors) or self.sign < 0:
             return super()._inv_quad_and_solution(X, factors)
         normal = self._unweighted()
-        t, rest = normal._minimum(X, factors)
-        quad = normal.base._inv_quad(rest, factors.base) + t.square().sum(-2)
+        quad, rest = normal._minimum(X, factors)
         return self._over_weight(quad, 1), self._over_weight(normal.base._solve(rest, factors.base), 2)
 
     def _minimum(self, X: Tensor, factors: LowRankFactors) -> tuple[Tensor, Tensor]:
-        """``t = U^T P^-1 X`` and ``X - U t = Z P^-1 X``, without a weight."""
+        """For an update: ``x^T P^-1 x = min_t (x - U t)^T Z^-1 (x - U t) + t^T t``, and the minimal ``x - U t``.
+
+        Errors of t count squared. The minimum is at ``t = U^T P^-1 x``, from k equations ``(I + U^T Z^-1 U) t =
+        U^T Z^-1 x``, and leaves ``x - U t = Z P^-1 x``.
+        """
         t = self._coefficients(X, factors)
         rest = X - self._spread(t)
         if not self._has_safe_gram(factors):
@@ -393,7 +394,7 @@ class Woodbury(ImplicitLogdetOperator):
                 missing = self._collect(self.base._solve(rest, factors.base)) - t
                 t = t + over_capacitance(missing, factors)
                 rest = X - self._spread(t)
-        return t, rest
+        return self.base._inv_quad(rest, factors.base) + t.square().sum(-2), rest
 
     def _logdet_value(self, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
@@ -402,8 +403,11 @@ class Woodbury(ImplicitLogdetOperator):
         return self._base_logdet(factors) + self._logdet_change(factors)
 
     def _base_logdet(self, factors: LowRankFactors) -> Tensor:
-        base = self._unweighted().base._logdet(factors.base)
-        return base if self.weight is None else base + self.size * self.weight.log()
+        return self._weighted_logdet(self._unweighted().base._logdet(factors.base))
+
+    def _weighted_logdet(self, logdet: Tensor) -> Tensor:
+        """``log det (w X)`` from ``log det X``."""
+        return logdet if self.weight is None else logdet + self.size * self.weight.log()
 
     def _logdet_change(self, factors: LowRankFactors) -> Tensor:
         """``log det P - log det Z = log det H``, differentiable."""
@@ -442,21 +446,16 @@ class Woodbury(ImplicitLogdetOperator):
         """``log det H`` around the accurate spectrum: its derivative ``H^-1 dH`` comes from there."""
         W, h = full_spectrum(factors)
         whitening = W / h.sqrt().unsqueeze(-2)
-        inner = whitening.mT @ self._capacitance(factors) @ whitening
+        inner = whitening.mT @ self._capacitance(factors.base) @ whitening
         eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
         lower = torch.linalg.cholesky_ex(graft(eye.expand_as(inner), inner)).L
         return 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def _core_logdet(self, factors: CanonicalFactors) -> Tensor:
-        """``logdet Z + logdet(I + G C)``: no root of the core, which may be singular."""
-        assert self.core is not None
-        normal, base_factors = self._unweighted(), self._base_factors(factors)
-        gram = normal._gram(base_factors)
-        M = self.sign * gram @ self.core + torch.eye(self.rank, dtype=gram.dtype, device=gram.device)
-        base = normal.base._logdet(base_factors)
-        if self.weight is not None:
-            base = base + self.size * self.weight.log()
-        return base + torch.linalg.slogdet(M).logabsdet
+        """``log det Z + log det(I + s G C)``: no root of the core, which may be singular."""
+        normal, base = self._unweighted(), self._base_factors(factors)
+        H = normal._capacitance(base)
+        return self._weighted_logdet(normal.base._logdet(base)) + torch.linalg.slogdet(H).logabsdet
 
     def _diagonal(self) -> Tensor:
         return self.base._diagonal() + self._weighted(self._low_rank_diagonal().unsqueeze(-1)).squeeze(-1)
@@ -484,7 +483,7 @@ class Woodbury(ImplicitLogdetOperator):
         return self._over_weight(value, 1)
 
     def _core_inverse_diagonal(self, factors: CanonicalFactors) -> Tensor:
-        """``diag(Z^-1)`` less the diagonal of ``W C (I + G C)^-1 W^T``, ``W = Z^-1 U``: no root of the core."""
+        """``diag(Z^-1)`` less that of ``s W M W^T``: no root of the core."""
         assert isinstance(self.U, Tensor)
         normal, base = self._unweighted(), self._base_factors(factors)
         columns = normal.base._solve(self.U.double(), base)
@@ -492,12 +491,9 @@ class Woodbury(ImplicitLogdetOperator):
         return self._over_weight(normal.base._inverse_diagonal(base) - self.sign * removed, 1)
 
     def _middle(self, base: Any) -> Tensor:
-        """``C (I + s G C)^-1``, with which ``P^-1 = Z^-1 - s W C (I + s G C)^-1 W^T``, ``W = Z^-1 U``, for weight 1."""
-        gram = self._gram(base)
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        if self.core is None:
-            return torch.linalg.inv(eye + self.sign * gram)
-        return torch.linalg.solve(eye + self.sign * gram @ self.core, self.core, left=False)
+        """``M = C (I + s G C)^-1``, with which ``P^-1 = Z^-1 - s W M W^T``, ``W = Z^-1 U``, without a weight."""
+        assert self.core is not None
+        return torch.linalg.solve(self._capacitance(base), self.core, left=False)
 
     def _base_factors(self, factors: CanonicalFactors) -> Any:
         """The factors of Z, which one or two changes of the canonical form lie on."""
@@ -547,29 +543,26 @@ class Woodbury(ImplicitLogdetOperator):
         """``tr(H^-1 W^T Q W)`` with ``W = Z^-1 U``, for weight 1."""
 
         def trace(root: Tensor) -> Tensor:
-            total: Tensor | float = 0.0
-            for part in root.split(self._width(), dim=-1):
-                w = self.base._solve(self._spread(part), factors.base)
-                total = total + (w * Q._matmul(w)).sum((-2, -1))
-            assert isinstance(total, Tensor)
-            return total
+            parts = self._solved_parts(root, factors)
+            return functools.reduce(torch.add, ((w * Q._matmul(w)).sum((-2, -1)) for w in parts))
 
         value = trace(root_of_middle(factors))
         return graft(value, trace(self._live_root_of_middle(factors))) if self._needs_grad() else value
 
     def _live_root_of_middle(self, factors: LowRankFactors) -> Tensor:
         """``L^-T`` of ``H = L L^T``, differentiable: another root of ``H^-1`` than `root_of_middle`."""
-        H = self._capacitance(factors)
+        H = self._capacitance(factors.base)
         eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
         return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(H).L.mT, eye.expand_as(H), upper=True)
 
     def _removed(self, root: Tensor, factors: LowRankFactors) -> Tensor:
-        """The diagonal of ``Z^-1 U H^-1 U^T Z^-1``, given R with ``R R^T = H^-1``, some right-hand sides at a time."""
-        total: Tensor | float = 0.0
+        """The diagonal of ``Z^-1 U H^-1 U^T Z^-1``, given R with ``R R^T = H^-1``."""
+        return functools.reduce(torch.add, (w.square().sum(-1) for w in self._solved_parts(root, factors)))
+
+    def _solved_parts(self, root: Tensor, factors: LowRankFactors) -> Iterator[Tensor]:
+        """The columns of ``Z^-1 U R``, as many at a time as may be formed."""
         for part in root.split(self._width(), dim=-1):
-            total = total + self.base._solve(self._spread(part), factors.base).square().sum(-1)
-        assert isinstance(total, Tensor)
-        return total
+            yield self.base._solve(self._spread(part), factors.base)
 
     # -- roots ------------------------------------------------------------------------------------------------
 
