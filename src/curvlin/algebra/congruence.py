@@ -37,7 +37,8 @@ from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.kronecker import KroneckerSum, spectral_form
-from curvlin.precision.low_rank import CanonicalFactors, Woodbury
+from curvlin.precision.low_rank import Woodbury
+from curvlin.precision.low_rank_core import CanonicalFactors
 from curvlin.precision.spectral import SpectralKronecker
 
 Features = FeatureOperator | None
