@@ -17,6 +17,7 @@ from torch import Tensor
 
 from curvlin._tree import Tree, static_field, tensor_field
 from curvlin.numerics.implicit import without_derivative
+from curvlin.numerics.rounding import rounding_level
 
 if TYPE_CHECKING:
     from curvlin.precision.low_rank import Woodbury
@@ -47,12 +48,7 @@ def canonical(P: Woodbury) -> CanonicalFactors:
         return CanonicalFactors(definite, definite._factorize(), True)
     gamma, E = torch.linalg.eigh(P.core)
     columns = P.U @ E
-    # Rounding in the stored entries, and in the decomposition, that a zero eigenvalue may show.
-    tiny = torch.maximum(
-        P.resolution * torch.linalg.vector_norm(gamma, dim=-1, keepdim=True),
-        gamma.shape[-1] * torch.finfo(gamma.dtype).eps * gamma.abs().amax(-1, keepdim=True),
-    )
-    gamma = torch.where(gamma.abs() <= tiny, 0.0, gamma)
+    gamma = torch.where(gamma.abs() <= rounding_level(gamma, P.resolution), 0.0, gamma)
     total = P._with(core=None, U=columns * gamma.clamp(min=0.0).sqrt().unsqueeze(-2))
     if bool((gamma < 0).any()):
         lost = columns * (-gamma).clamp(min=0.0).sqrt().unsqueeze(-2)
