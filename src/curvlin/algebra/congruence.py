@@ -90,7 +90,7 @@ def by_rows(
     return contraction.joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
 
 
-def _split(X: Tensor, rows: Tensor) -> Tensor:
+def _split(X: Tensor, rows: Tensor | FeatureOperator) -> Tensor:
     """Columns ``(..., m, n R)`` as rows per sample ``(..., n, R, m)``."""
     return X.mT.reshape(*X.shape[:-2], *rows.shape[-3:-1], X.shape[-2])
 
@@ -356,31 +356,27 @@ def _less_low_rank(
         return by_rows(Phi, Psi, P, factors, layout, chunk)
     P, factors, scale = P._rooted_normal(factors)
     whitened = _whitening(P, factors, chunk)
+
+    def less(first: FeatureOperator, second: Features, loss: Tensor) -> Tensor:
+        kept = _base_rule(Phi, P)(first, second, P.base, factors.base, layout, chunk).double()
+        result = kept - P.sign * loss
+        if _has_cancelled(result, kept, layout):
+            value = by_rows(first, second, P, factors, layout, chunk)
+            result = graft(value.detach(), result) if needs_grad(result) else value
+        return result / _as_batch(scale, layout)
+
     if layout == "joint":
         first = Phi.to(torch.float64)
-        second = first if Psi is None else Psi.to(torch.float64)
+        other = first if Psi is None else Psi.to(torch.float64)
         left = whitened(first)
-        loss = left.mT @ (left if Psi is None else whitened(second))
-        loss = loss.reshape(*loss.shape[:-2], *first.shape[-3:-1], *second.shape[-3:-1])
-        kept = _base_rule(Phi, P)(first, None if Psi is None else second, P.base, factors.base, layout, chunk)
-        result = kept.double() - P.sign * loss
-        if _has_cancelled(_joint_sizes(result), _joint_sizes(kept)):
-            result = _corrected(
-                result, by_rows(first, None if Psi is None else second, P, factors, layout, chunk)
-            )
-        return result / _as_batch(scale, layout)
+        loss = left.mT @ (left if Psi is None else whitened(other))
+        loss = loss.reshape(*loss.shape[:-2], *first.shape[-3:-1], *other.shape[-3:-1])
+        return less(first, None if Psi is None else other, loss)
 
     def variances(n: slice) -> Tensor:
         part = Phi[n].to(torch.float64)
-        t = whitened(part)
-        t = t.mT.reshape(*t.shape[:-2], *part.shape[-3:-1], t.shape[-2])
-        loss = t.square().sum(-1) if layout == "diagonal" else t @ t.mT
-        kept = _base_rule(Phi, P)(part, None, P.base, factors.base, layout, chunk)
-        result = kept.double() - P.sign * loss
-        diagonals = (result, kept) if layout == "diagonal" else map(_diagonal, (result, kept))
-        if _has_cancelled(*diagonals):
-            result = _corrected(result, by_rows(part, None, P, factors, layout, chunk))
-        return result / _as_batch(scale, layout)
+        t = _split(whitened(part), part)
+        return less(part, None, t.square().sum(-1) if layout == "diagonal" else t @ t.mT)
 
     batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
     samples = contraction.pieces(
@@ -394,24 +390,20 @@ _KEPT = 1e-4
 """The part that a difference may leave of its terms before its twelve good digits are too few."""
 
 
-def _has_cancelled(result: Tensor, kept: Tensor) -> bool:
-    """Whether values may be looked at, and some are far smaller than what they are left of."""
-    return is_concrete(result) and bool((result < _KEPT * kept).any())
+def _has_cancelled(result: Tensor, kept: Tensor, layout: str) -> bool:
+    """Whether values may be looked at, and variances are far smaller than what they are left of."""
+    if not is_concrete(result):
+        return False
+    return bool((_sizes(result, layout) < _KEPT * _sizes(kept, layout)).any())
 
 
-def _corrected(result: Tensor, value: Tensor) -> Tensor:
-    """The value, with the derivatives of the result where there are any."""
-    return graft(value.detach(), result) if needs_grad(result) else value
-
-
-def _joint_sizes(K: Tensor) -> Tensor:
-    """The variances in a joint covariance of samples with themselves; its largest entry if they are with others."""
-    matrix = K.flatten(-2).flatten(-3, -2)
-    return _diagonal(matrix) if matrix.shape[-1] == matrix.shape[-2] else matrix.abs().amax((-2, -1))
-
-
-def _diagonal(K: Tensor) -> Tensor:
-    return K.diagonal(dim1=-2, dim2=-1)
+def _sizes(K: Tensor, layout: str) -> Tensor:
+    """The variances in K; its largest entry where samples meet others."""
+    if layout == "diagonal":
+        return K
+    matrix = K.flatten(-2).flatten(-3, -2) if layout == "joint" else K
+    square = matrix.shape[-1] == matrix.shape[-2]
+    return matrix.diagonal(dim1=-2, dim2=-1) if square else matrix.abs().amax((-2, -1))
 
 
 def _whitening(P: Woodbury, factors: Any, chunk: Chunk) -> Callable[[FeatureOperator], Tensor]:
