@@ -360,7 +360,7 @@ def _less_low_rank(
     def less(first: FeatureOperator, second: Features, loss: Tensor) -> Tensor:
         kept = _base_rule(Phi, P)(first, second, P.base, factors.base, layout, chunk).double()
         result = kept - P.sign * loss
-        if _has_cancelled(result, kept, layout):
+        if _has_cancelled(result, kept, layout, cross=second is not None):
             value = by_rows(first, second, P, factors, layout, chunk)
             result = graft(value.detach(), result) if needs_grad(result) else value
         return result / _as_batch(scale, layout)
@@ -390,20 +390,19 @@ _KEPT = 1e-4
 """The part that a difference may leave of its terms before its twelve good digits are too few."""
 
 
-def _has_cancelled(result: Tensor, kept: Tensor, layout: str) -> bool:
-    """Whether values may be looked at, and variances are far smaller than what they are left of."""
+def _has_cancelled(result: Tensor, kept: Tensor, layout: str, cross: bool) -> bool:
+    """Whether values may be looked at, and are far smaller than what they are left of."""
     if not is_concrete(result):
         return False
-    return bool((_sizes(result, layout) < _KEPT * _sizes(kept, layout)).any())
+    return bool((_sizes(result, layout, cross) < _KEPT * _sizes(kept, layout, cross)).any())
 
 
-def _sizes(K: Tensor, layout: str) -> Tensor:
-    """The variances in K; its largest entry where samples meet others."""
+def _sizes(K: Tensor, layout: str, cross: bool) -> Tensor:
+    """The variances in K; the magnitude of its largest entry where samples meet others."""
     if layout == "diagonal":
         return K
     matrix = K.flatten(-2).flatten(-3, -2) if layout == "joint" else K
-    square = matrix.shape[-1] == matrix.shape[-2]
-    return matrix.diagonal(dim1=-2, dim2=-1) if square else matrix.abs().amax((-2, -1))
+    return matrix.abs().amax((-2, -1)) if cross else matrix.diagonal(dim1=-2, dim2=-1)
 
 
 def _whitening(P: Woodbury, factors: Any, chunk: Chunk) -> Callable[[FeatureOperator], Tensor]:
