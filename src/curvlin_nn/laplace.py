@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvlin._check import positive_integer
 from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
-from curvlin_nn._check import count, numbers
+from curvlin_nn._check import numbers
 from curvlin_nn.curvature import Accumulated, accumulate
 from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
 from curvlin_nn.evidence import Evidence, curvature_scale
@@ -273,7 +274,7 @@ class Laplace:
             n_samples: how many, at least one.
             generator: source of randomness; None is torch's default generator.
         """
-        shape = (count("n_samples", n_samples),)
+        shape = (positive_integer("n_samples", n_samples),)
         return self.mean + self.posterior_precision.sample(shape, generator=generator)
 
     # -- evidence --------------------------------------------------------------------------------------------
@@ -410,7 +411,7 @@ class Laplace:
                 "of outputs"
             )
         if link_approx == "mc":
-            count("n_samples", n_samples)
+            positive_integer("n_samples", n_samples)
         predictive = self._predictive(progress_bar)
         if link_approx != "mc":
             return self.likelihood.link_approximations[link_approx](*predictive.mean_and_variance(x))
@@ -430,7 +431,7 @@ class Laplace:
         Each is the linearised network at one draw of its parameters: one generator state gives the same
         functions at any x.
         """
-        return self._predictive().samples(x, count("n_samples", n_samples), generator)
+        return self._predictive().samples(x, positive_integer("n_samples", n_samples), generator)
 
     @outside_inference_mode()
     def predictive_samples(
