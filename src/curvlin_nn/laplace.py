@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -31,9 +31,7 @@ from curvlin_nn.prior import (
     Prior,
     check_precision,
     check_structure,
-    group_of_coordinate,
     infer_structure,
-    label_of_group,
 )
 from curvlin_nn.prior_search import Optimum, maximise
 from curvlin_nn.spectrum import Spectrum, spectrum
@@ -503,27 +501,17 @@ class Laplace:
                 )
             return OperatorPrior(precision, deviation)
         space = fitted.accumulated.space
-        name = infer_structure(space, precision, self._prior_structure)
-        groups = group_of_coordinate(space, name).to(deviation.device)
-        precision = precision.to(deviation.device).double().reshape(-1)
-        return GroupedPrior(precision, groups, deviation, label_of_group(space, name))
+        structure = infer_structure(space, precision, self._prior_structure)
+        return GroupedPrior.of(space, structure, precision.reshape(-1), deviation)
 
     def _start(self, prior_structure: str) -> GroupedPrior:
-        """The current precision averaged (geometrically) over the groups of another structure."""
+        """The current precision, over the groups of another structure."""
         current = self._prior(self._prior_precision)
         if not isinstance(current, GroupedPrior):
             raise UnsupportedError(
                 "a prior given as an operator cannot be optimised; set prior_precision to a number first"
             )
-        space = self._fit.accumulated.space
-        groups = group_of_coordinate(space, prior_structure).to(current.groups.device)
-        n_groups = int(groups.max()) + 1
-        logs = current.precision.detach().log()[current.groups]
-        total = logs.new_zeros(n_groups).index_add(0, groups, logs)
-        mean = total / torch.bincount(groups, minlength=n_groups)
-        return replace(
-            current, precision=mean.exp(), groups=groups, label=label_of_group(space, prior_structure)
-        )
+        return current.regrouped(self._fit.accumulated.space, prior_structure)
 
     def _checked_noise(self, value: float | Tensor) -> Tensor:
         noise = numbers("sigma_noise", value)
