@@ -30,6 +30,7 @@ from curvlin.features.block import BlockFeatures
 from curvlin.features.dense import DenseFeatures
 from curvlin.features.khatri_rao import KhatriRaoFeatures, same_layer
 from curvlin.numerics import contraction
+from curvlin.numerics.chunks import joined, pieces, recomputing
 from curvlin.numerics.implicit import graft
 from curvlin.numerics.scaling import power_of_two
 from curvlin.precision.base import PrecisionOperator
@@ -86,8 +87,8 @@ def by_rows(
         return graft(value, (K + K.mT) / 2)
 
     samples = _row_pieces(Phi, P, chunk)
-    kernel = contraction.recomputing(variances, len(samples), *_tensors(Phi, P))
-    return contraction.joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
+    kernel = recomputing(variances, len(samples), *_tensors(Phi, P))
+    return joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
 
 
 def _split(X: Tensor, rows: Tensor | FeatureOperator) -> Tensor:
@@ -107,14 +108,14 @@ def _solved(
         return K.reshape(*K.shape[:-1], *rows.shape[-3:-1])
 
     samples = _row_pieces(Psi, P, chunk)
-    kernel = contraction.recomputing(columns, len(samples), *_tensors(Phi, Psi, P))
-    return contraction.joined([kernel(m) for m in samples], dim=-2)
+    kernel = recomputing(columns, len(samples), *_tensors(Phi, Psi, P))
+    return joined([kernel(m) for m in samples], dim=-2)
 
 
 def _row_pieces(Phi: FeatureOperator, P: PrecisionOperator, chunk: Chunk) -> list[slice]:
     batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
     # A row in float64, and its solution.
-    return contraction.pieces(Phi.n_samples, 2 * 8 * batch * Phi.n_rows * Phi.size, chunk, _worth_a_call(Phi))
+    return pieces(Phi.n_samples, 2 * 8 * batch * Phi.n_rows * Phi.size, chunk, _worth_a_call(Phi))
 
 
 def _worth_a_call(Phi: FeatureOperator) -> int:
@@ -379,11 +380,9 @@ def _less_low_rank(
         return less(part, None, t.square().sum(-1) if layout == "diagonal" else t @ t.mT)
 
     batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
-    samples = contraction.pieces(
-        Phi.n_samples, 3 * 8 * batch * Phi.n_rows * P.rank, chunk, _worth_a_call(Phi)
-    )
-    kernel = contraction.recomputing(variances, len(samples), *_tensors(Phi, P))
-    return contraction.joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
+    samples = pieces(Phi.n_samples, 3 * 8 * batch * Phi.n_rows * P.rank, chunk, _worth_a_call(Phi))
+    kernel = recomputing(variances, len(samples), *_tensors(Phi, P))
+    return joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
 
 
 _KEPT = 1e-4
