@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +47,14 @@ def broadcastable(name: str, found: torch.Size, expected: torch.Size) -> torch.S
 
 def positive_integer(name: str, value: object) -> int:
     """`value` as an int of at least 1."""
-    if not isinstance(value, SupportsIndex) or operator.index(value) < 1:
-        raise ValueError(f"{name} must be a positive integer, found {value!r}")
-    return operator.index(value)
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # which is what is asked
+    except TypeError:
+        found = f"{type(value).__name__} {value!r:.40}".partition("\n")[0]
+        raise TypeError(f"{name} must be an integer, found {found}") from None
+    if number < 1:
+        raise ValueError(f"{name} must be a positive integer, found {number}")
+    return number
 
 
 def pair_of_sizes(name: str, value: object) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvlin._check import positive_integer
 from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
-from curvlin_nn._check import count, numbers
+from curvlin_nn._check import numbers
 from curvlin_nn.curvature import Accumulated, accumulate
 from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
 from curvlin_nn.evidence import Evidence, curvature_scale
@@ -30,9 +31,7 @@ from curvlin_nn.prior import (
     Prior,
     check_precision,
     check_structure,
-    group_of_coordinate,
     infer_structure,
-    label_of_group,
 )
 from curvlin_nn.prior_search import Optimum, maximise
 from curvlin_nn.spectrum import Spectrum, spectrum
@@ -273,7 +272,7 @@ class Laplace:
             n_samples: how many, at least one.
             generator: source of randomness; None is torch's default generator.
         """
-        shape = (count("n_samples", n_samples),)
+        shape = (positive_integer("n_samples", n_samples),)
         return self.mean + self.posterior_precision.sample(shape, generator=generator)
 
     # -- evidence --------------------------------------------------------------------------------------------
@@ -410,7 +409,7 @@ class Laplace:
                 "of outputs"
             )
         if link_approx == "mc":
-            count("n_samples", n_samples)
+            positive_integer("n_samples", n_samples)
         predictive = self._predictive(progress_bar)
         if link_approx != "mc":
             return self.likelihood.link_approximations[link_approx](*predictive.mean_and_variance(x))
@@ -430,7 +429,7 @@ class Laplace:
         Each is the linearised network at one draw of its parameters: one generator state gives the same
         functions at any x.
         """
-        return self._predictive().samples(x, count("n_samples", n_samples), generator)
+        return self._predictive().samples(x, positive_integer("n_samples", n_samples), generator)
 
     @outside_inference_mode()
     def predictive_samples(
@@ -502,27 +501,17 @@ class Laplace:
                 )
             return OperatorPrior(precision, deviation)
         space = fitted.accumulated.space
-        name = infer_structure(space, precision, self._prior_structure)
-        groups = group_of_coordinate(space, name).to(deviation.device)
-        precision = precision.to(deviation.device).double().reshape(-1)
-        return GroupedPrior(precision, groups, deviation, label_of_group(space, name))
+        structure = infer_structure(space, precision, self._prior_structure)
+        return GroupedPrior.of(space, structure, precision.reshape(-1), deviation)
 
     def _start(self, prior_structure: str) -> GroupedPrior:
-        """The current precision averaged (geometrically) over the groups of another structure."""
+        """The current precision, over the groups of another structure."""
         current = self._prior(self._prior_precision)
         if not isinstance(current, GroupedPrior):
             raise UnsupportedError(
                 "a prior given as an operator cannot be optimised; set prior_precision to a number first"
             )
-        space = self._fit.accumulated.space
-        groups = group_of_coordinate(space, prior_structure).to(current.groups.device)
-        n_groups = int(groups.max()) + 1
-        logs = current.precision.detach().log()[current.groups]
-        total = logs.new_zeros(n_groups).index_add(0, groups, logs)
-        mean = total / torch.bincount(groups, minlength=n_groups)
-        return replace(
-            current, precision=mean.exp(), groups=groups, label=label_of_group(space, prior_structure)
-        )
+        return current.regrouped(self._fit.accumulated.space, prior_structure)
 
     def _checked_noise(self, value: float | Tensor) -> Tensor:
         noise = numbers("sigma_noise", value)

@@ -175,6 +175,28 @@ class GroupedPrior(Prior):
     deviation: Float[Tensor, " P"]
     label: Callable[[int], str]
 
+    @classmethod
+    def of(
+        cls,
+        space: ParameterSpace,
+        structure: str,
+        precision: Float[Tensor, " K"],
+        deviation: Float[Tensor, " P"],
+    ) -> GroupedPrior:
+        """The groups of a prior structure, on the device of the deviation."""
+        groups = group_of_coordinate(space, structure).to(deviation.device)
+        precision = precision.to(deviation.device).double()
+        return cls(precision, groups, deviation, label_of_group(space, structure))
+
+    def regrouped(self, space: ParameterSpace, structure: str) -> GroupedPrior:
+        """Over the groups of another structure, with the precisions averaged geometrically."""
+        groups = group_of_coordinate(space, structure).to(self.groups.device)
+        n_groups = int(groups.max()) + 1
+        logs = self.precision.detach().log()[self.groups]
+        total = logs.new_zeros(n_groups).index_add(0, groups, logs)
+        mean = total / torch.bincount(groups, minlength=n_groups)
+        return GroupedPrior(mean.exp(), groups, self.deviation, label_of_group(space, structure))
+
     def logdet(self) -> Float[Tensor, ""]:
         """See `Prior.logdet`."""
         return (self.sizes * self.precision.log()).sum()

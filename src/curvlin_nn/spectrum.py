@@ -21,7 +21,7 @@ from curvlin import (
     NotPositiveDefiniteError,
     SpectralKronecker,
 )
-from curvlin.numerics.pencil import without_rounding
+from curvlin.numerics.rounding import without_rounding
 from curvlin.precision.base import PrecisionOperator
 
 

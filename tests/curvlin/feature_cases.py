@@ -27,7 +27,7 @@ from curvlin import (
     PrecisionOperator,
     SpectralKronecker,
 )
-from curvlin.numerics import contraction
+from curvlin.numerics import chunks
 
 OUT, IN = 3, 4
 """The layer of the Khatri-Rao features; D = 12, the blocks of the block features are 12 + 3."""
@@ -248,8 +248,8 @@ def closed_pair(pair: tuple[str, str], seed: int, **shape: int) -> tuple[Feature
 
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch, budget: int = 100) -> None:
     """Temporaries of at most `budget` bytes: by default one sample at a time, with its channels cut."""
-    monkeypatch.setattr(contraction, "BUDGET", budget)
-    monkeypatch.setattr(contraction, "CEILING", budget)
+    monkeypatch.setattr(chunks, "BUDGET", budget)
+    monkeypatch.setattr(chunks, "CEILING", budget)
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:

@@ -171,6 +171,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # sizes
     "no size": (lambda: Isotropic(1.0, 0), ValueError, "size must be a positive integer"),
     "negative size": (lambda: Isotropic(1.0, -3), ValueError, "size must be a positive integer"),
+    "fractional size": (lambda: Isotropic(1.0, 2.5), TypeError, "size must be an integer, found float 2.5"),
+    "size that is a matrix": (
+        lambda: Isotropic(1.0, torch.ones(2, 1)),
+        TypeError,
+        "size must be an integer, found Tensor",
+    ),
     "zero rows, Dense": (lambda: Dense(torch.ones(0, 0)), ValueError, "matrix must have at least one row"),
     "zero rows, Diagonal": (
         lambda: Diagonal(torch.ones(0)),

@@ -519,3 +519,22 @@ def test_variances_where_the_update_is_known_keep_their_digits(delta: float) -> 
     )
     blocks = torch.stack([exact[R * n : R * (n + 1), R * n : R * (n + 1)] for n in range(N)])
     torch.testing.assert_close(P.inv_congruence(Phi), blocks, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("delta", [1e-4, 1e-8, 1e-12])
+@pytest.mark.parametrize("others", ["the same", "negated", "reversed", "some"])
+def test_cross_covariances_where_the_update_is_known_keep_their_digits(others: str, delta: float) -> None:
+    """As above, whatever the signs and the order of the samples that Phi meets."""
+    N, out, inputs = 4, 4, 6
+    g = generator(72)
+    left, right = randn(g, N, 1, 1, out), randn(g, N, 1, inputs)
+    Phi = KhatriRaoFeatures(left, right)
+    P = Isotropic(torch.tensor(delta, dtype=torch.float64), out * inputs).update(Phi)
+    rows = Phi.to_dense().flatten(0, 1)
+    spectrum, E = torch.linalg.eigh(rows @ rows.mT)
+    exact = (E * (spectrum / (spectrum + delta))) @ E.mT
+    sign = -1.0 if others == "negated" else 1.0
+    chosen = {"reversed": [3, 2, 1, 0], "some": [2, 0]}.get(others, [0, 1, 2, 3])
+    Psi = KhatriRaoFeatures(sign * left[chosen], right[chosen])
+    K = P.inv_congruence(Phi, Psi).flatten(-2).flatten(-3, -2)
+    torch.testing.assert_close(K, sign * exact[:, chosen], rtol=1e-10, atol=1e-10)

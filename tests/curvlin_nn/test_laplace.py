@@ -399,8 +399,8 @@ def test_regression_has_no_link_to_approximate(link):
 @pytest.mark.parametrize(
     ("n_samples", "error", "message"),
     [
-        (0, ValueError, "n_samples must be at least 1, found 0"),
-        (-3, ValueError, "n_samples must be at least 1, found -3"),
+        (0, ValueError, "n_samples must be a positive integer, found 0"),
+        (-3, ValueError, "n_samples must be a positive integer, found -3"),
         (2.5, TypeError, "n_samples must be an integer, found float 2.5"),
         ("5", TypeError, "n_samples must be an integer, found str '5'"),
     ],

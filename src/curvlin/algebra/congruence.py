@@ -30,6 +30,7 @@ from curvlin.features.block import BlockFeatures
 from curvlin.features.dense import DenseFeatures
 from curvlin.features.khatri_rao import KhatriRaoFeatures, same_layer
 from curvlin.numerics import contraction
+from curvlin.numerics.chunks import joined, pieces, recomputing
 from curvlin.numerics.implicit import graft
 from curvlin.numerics.scaling import power_of_two
 from curvlin.precision.base import PrecisionOperator
@@ -37,7 +38,8 @@ from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.kronecker import KroneckerSum, spectral_form
-from curvlin.precision.low_rank import CanonicalFactors, Woodbury
+from curvlin.precision.low_rank import Woodbury
+from curvlin.precision.low_rank_core import CanonicalFactors
 from curvlin.precision.spectral import SpectralKronecker
 
 Features = FeatureOperator | None
@@ -85,11 +87,11 @@ def by_rows(
         return graft(value, (K + K.mT) / 2)
 
     samples = _row_pieces(Phi, P, chunk)
-    kernel = contraction.recomputing(variances, len(samples), *_tensors(Phi, P))
-    return contraction.joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
+    kernel = recomputing(variances, len(samples), *_tensors(Phi, P))
+    return joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
 
 
-def _split(X: Tensor, rows: Tensor) -> Tensor:
+def _split(X: Tensor, rows: Tensor | FeatureOperator) -> Tensor:
     """Columns ``(..., m, n R)`` as rows per sample ``(..., n, R, m)``."""
     return X.mT.reshape(*X.shape[:-2], *rows.shape[-3:-1], X.shape[-2])
 
@@ -106,14 +108,14 @@ def _solved(
         return K.reshape(*K.shape[:-1], *rows.shape[-3:-1])
 
     samples = _row_pieces(Psi, P, chunk)
-    kernel = contraction.recomputing(columns, len(samples), *_tensors(Phi, Psi, P))
-    return contraction.joined([kernel(m) for m in samples], dim=-2)
+    kernel = recomputing(columns, len(samples), *_tensors(Phi, Psi, P))
+    return joined([kernel(m) for m in samples], dim=-2)
 
 
 def _row_pieces(Phi: FeatureOperator, P: PrecisionOperator, chunk: Chunk) -> list[slice]:
     batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
     # A row in float64, and its solution.
-    return contraction.pieces(Phi.n_samples, 2 * 8 * batch * Phi.n_rows * Phi.size, chunk, _worth_a_call(Phi))
+    return pieces(Phi.n_samples, 2 * 8 * batch * Phi.n_rows * Phi.size, chunk, _worth_a_call(Phi))
 
 
 def _worth_a_call(Phi: FeatureOperator) -> int:
@@ -355,68 +357,57 @@ def _less_low_rank(
         return by_rows(Phi, Psi, P, factors, layout, chunk)
     P, factors, scale = P._rooted_normal(factors)
     whitened = _whitening(P, factors, chunk)
+
+    def less(first: FeatureOperator, second: Features, loss: Tensor) -> Tensor:
+        kept = _base_rule(Phi, P)(first, second, P.base, factors.base, layout, chunk).double()
+        result = kept - P.sign * loss
+        if _has_cancelled(result, kept, layout, cross=second is not None):
+            value = by_rows(first, second, P, factors, layout, chunk)
+            result = graft(value.detach(), result) if needs_grad(result) else value
+        return result / _as_batch(scale, layout)
+
     if layout == "joint":
         first = Phi.to(torch.float64)
-        second = first if Psi is None else Psi.to(torch.float64)
+        other = first if Psi is None else Psi.to(torch.float64)
         left = whitened(first)
-        loss = left.mT @ (left if Psi is None else whitened(second))
-        loss = loss.reshape(*loss.shape[:-2], *first.shape[-3:-1], *second.shape[-3:-1])
-        kept = _base_rule(Phi, P)(first, None if Psi is None else second, P.base, factors.base, layout, chunk)
-        result = kept.double() - P.sign * loss
-        if _has_cancelled(_joint_sizes(result), _joint_sizes(kept)):
-            result = _corrected(
-                result, by_rows(first, None if Psi is None else second, P, factors, layout, chunk)
-            )
-        return result / _as_batch(scale, layout)
+        loss = left.mT @ (left if Psi is None else whitened(other))
+        loss = loss.reshape(*loss.shape[:-2], *first.shape[-3:-1], *other.shape[-3:-1])
+        return less(first, None if Psi is None else other, loss)
 
     def variances(n: slice) -> Tensor:
         part = Phi[n].to(torch.float64)
-        t = whitened(part)
-        t = t.mT.reshape(*t.shape[:-2], *part.shape[-3:-1], t.shape[-2])
-        loss = t.square().sum(-1) if layout == "diagonal" else t @ t.mT
-        kept = _base_rule(Phi, P)(part, None, P.base, factors.base, layout, chunk)
-        result = kept.double() - P.sign * loss
-        diagonals = (result, kept) if layout == "diagonal" else map(_diagonal, (result, kept))
-        if _has_cancelled(*diagonals):
-            result = _corrected(result, by_rows(part, None, P, factors, layout, chunk))
-        return result / _as_batch(scale, layout)
+        t = _split(whitened(part), part)
+        return less(part, None, t.square().sum(-1) if layout == "diagonal" else t @ t.mT)
 
     batch = torch.broadcast_shapes(Phi.batch_shape, P.batch_shape).numel()
-    samples = contraction.pieces(
-        Phi.n_samples, 3 * 8 * batch * Phi.n_rows * P.rank, chunk, _worth_a_call(Phi)
-    )
-    kernel = contraction.recomputing(variances, len(samples), *_tensors(Phi, P))
-    return contraction.joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
+    samples = pieces(Phi.n_samples, 3 * 8 * batch * Phi.n_rows * P.rank, chunk, _worth_a_call(Phi))
+    kernel = recomputing(variances, len(samples), *_tensors(Phi, P))
+    return joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
 
 
 _KEPT = 1e-4
 """The part that a difference may leave of its terms before its twelve good digits are too few."""
 
 
-def _has_cancelled(result: Tensor, kept: Tensor) -> bool:
-    """Whether values may be looked at, and some are far smaller than what they are left of."""
-    return is_concrete(result) and bool((result < _KEPT * kept).any())
+def _has_cancelled(result: Tensor, kept: Tensor, layout: str, cross: bool) -> bool:
+    """Whether values may be looked at, and are far smaller than what they are left of."""
+    if not is_concrete(result):
+        return False
+    return bool((_sizes(result, layout, cross) < _KEPT * _sizes(kept, layout, cross)).any())
 
 
-def _corrected(result: Tensor, value: Tensor) -> Tensor:
-    """The value, with the derivatives of the result where there are any."""
-    return graft(value.detach(), result) if needs_grad(result) else value
-
-
-def _joint_sizes(K: Tensor) -> Tensor:
-    """The variances in a joint covariance of samples with themselves; its largest entry if they are with others."""
-    matrix = K.flatten(-2).flatten(-3, -2)
-    return _diagonal(matrix) if matrix.shape[-1] == matrix.shape[-2] else matrix.abs().amax((-2, -1))
-
-
-def _diagonal(K: Tensor) -> Tensor:
-    return K.diagonal(dim1=-2, dim2=-1)
+def _sizes(K: Tensor, layout: str, cross: bool) -> Tensor:
+    """The variances in K; the magnitude of its largest entry where samples meet others."""
+    if layout == "diagonal":
+        return K
+    matrix = K.flatten(-2).flatten(-3, -2) if layout == "joint" else K
+    return matrix.abs().amax((-2, -1)) if cross else matrix.diagonal(dim1=-2, dim2=-1)
 
 
 def _whitening(P: Woodbury, factors: Any, chunk: Chunk) -> Callable[[FeatureOperator], Tensor]:
     """The function ``Phi -> H^-1/2 U^T Z^-1 Phi^T``, ``(..., k, N R)``."""
     solved = P.base._solve(P.U.double(), factors.base) if isinstance(P.U, Tensor) else None
-    lower = torch.linalg.cholesky_ex(P._capacitance(factors)).L if P._needs_grad() else None
+    lower = torch.linalg.cholesky_ex(P._capacitance(factors.base)).L if P._needs_grad() else None
 
     def whitened(Phi: FeatureOperator) -> Tensor:
         if solved is not None:

@@ -292,11 +292,11 @@ def _proportion(Z: PrecisionOperator, other: PrecisionOperator) -> Tensor | None
 def _proportion_of_changed(P: Woodbury, Q: Woodbury) -> Tensor | None:
     """As `_proportion`: a factor common to the base and to the weight of the change."""
     excess = _proportion(P.base, Q.base)
-    if excess is None or not identical(P._with(base=P.base, weight=None), Q._with(base=P.base, weight=None)):
+    if excess is None or not identical(P._with(weight=None), Q._with(base=P.base, weight=None)):
         return None
     ones = torch.ones((), dtype=torch.float64, device=P.device)
     before, after = (ones if X.weight is None else X.weight for X in (P, Q))
-    rounding = 4 * Q.resolution
+    rounding = 4 * max(P.resolution, Q.resolution)
     return excess if torch.allclose((1 + excess) * before, after, rtol=rounding, atol=0.0) else None
 
 

@@ -28,6 +28,8 @@ from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.kronecker import KroneckerSum, frozen
 from curvlin.precision.low_rank import Woodbury
+from curvlin.precision.low_rank_core import CanonicalFactors, factors_of_base, removed
+from curvlin.precision.low_rank_variances import removed_trace
 from curvlin.precision.spectral import SpectralKronecker
 
 
@@ -90,20 +92,19 @@ def dense_anything(P: PrecisionOperator, Q: PrecisionOperator, factors: Any) -> 
 def low_rank_anything(P: Woodbury, Q: PrecisionOperator, factors: Any) -> Tensor:
     if isinstance(factors, LowRankFactors):
         normal = P._unweighted()
-        removed = normal._trace_removed(Q, factors)
-        trace = trace_solve(normal.base, Q, factors.base) - P.sign * removed
+        less = removed_trace(normal, Q, factors)
+        trace = trace_solve(normal.base, Q, factors.base) - P.sign * less
         return P._over_weight(trace, 0)
     value = trace_solve(factors.operator, Q, factors.factors)
-    return graft(value, _with_core(P, Q, P._base_factors(factors))) if P._needs_grad() else value
+    return graft(value, _with_core(P, Q, factors)) if P._needs_grad() else value
 
 
-def _with_core(P: Woodbury, Q: PrecisionOperator, base: Any) -> Tensor:
-    """``tr(Z^-1 Q) - s tr(M W^T Q W)`` with ``W = Z^-1 U`` and ``M = C (I + s G C)^-1``: no root of the core."""
-    assert isinstance(P.U, Tensor)
-    normal = P._unweighted()
-    W = normal.base._solve(P.U.double(), base)
-    removed = ((W @ normal._middle(base)) * Q._matmul(W)).sum((-2, -1))
-    return P._over_weight(trace_solve(normal.base, Q, base) - P.sign * removed, 0)
+def _with_core(P: Woodbury, Q: PrecisionOperator, factors: CanonicalFactors) -> Tensor:
+    """``tr(Z^-1 Q) - s tr(M W^T Q W)``, as in `curvlin.precision.low_rank_core`: no root of the core."""
+    normal, base = P._unweighted(), factors_of_base(P, factors)
+    WM, W = removed(normal, base)
+    less = (WM * Q._matmul(W)).sum((-2, -1))
+    return P._over_weight(trace_solve(normal.base, Q, base) - P.sign * less, 0)
 
 
 @register(TRACE_SOLVE, SpectralKronecker, KroneckerSum)

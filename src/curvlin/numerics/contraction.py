@@ -17,10 +17,8 @@ count of multiplications over the shapes chooses; for `per_sample`, per sample,
 
 where with ``w = 1`` the token products ``k_st = a_s . a_t`` do not depend on o.
 
-Temporaries are bounded by `chunk` samples at a time, or by `BUDGET` bytes when it is None (`CEILING` where a
-chunk has a price of its own, to be shared by several samples); where one sample alone exceeds that, the sum over
-o is cut as well. With several chunks and a gradient asked for, what a chunk needs for the backward pass is
-recomputed there instead of kept.
+Temporaries are bounded by `chunk` samples at a time, or as `curvlin.numerics.chunks` chooses when it is None; where
+one sample alone exceeds its ceiling, the sum over o is cut as well.
 """
 
 from __future__ import annotations
@@ -33,15 +31,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from curvlin._tree import is_concrete
-
-BUDGET = 2**21
-"""Bytes of temporaries that a chunk takes when the caller leaves the choice to the library: they stay in cache."""
-
-CEILING = 2**26
-"""Bytes that a chunk may take where smaller ones would repeat work."""
+from curvlin.numerics import chunks
+from curvlin.numerics.chunks import joined, pieces, recomputing
 
 
 def multiplied(g: Float[Tensor, "*b N R S out"], a: Float[Tensor, "*b N S in"]) -> Float[Tensor, "*b N R D"]:
@@ -137,21 +129,7 @@ def cross(
     return functools.reduce(torch.add, (joined([column(m, o) for m in rights], dim=-2) for o in channels))
 
 
-# -- chunks --------------------------------------------------------------------------------------------------
-
-
-def pieces(total: int, bytes_each: int, chunk: int | None = None, least: int = 1) -> list[slice]:
-    """``range(total)`` cut into slices of `chunk` items, or of what the budget holds.
-
-    Args:
-        total: the number of items.
-        bytes_each: of temporaries, per item.
-        chunk: the caller's choice.
-        least: as many items as a slice should have below the ceiling, budget or not.
-    """
-    bytes_each = max(1, bytes_each)
-    step = chunk if chunk is not None else max(BUDGET // bytes_each, min(least, CEILING // bytes_each), 1)
-    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+# -- sizes of chunks -------------------------------------------------------------------------------------------
 
 
 def _to_share_a_matrix(g: Tensor) -> int:
@@ -159,37 +137,9 @@ def _to_share_a_matrix(g: Tensor) -> int:
     return math.ceil(64 / g.shape[-2])
 
 
-def joined(parts: list[Tensor], dim: int) -> Tensor:
-    """The parts along `dim`; a single one is not copied."""
-    return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
-
-
-def recomputing(
-    kernel: Callable[..., Tensor], n_chunks: int, *tensors: Tensor | None
-) -> Callable[..., Tensor]:
-    """`kernel`, or where it is one of several and needs a gradient, one that keeps nothing for backward.
-
-    Args:
-        kernel: called once per chunk.
-        n_chunks: how often.
-        *tensors: whatever it may need a gradient for, arguments or not.
-    """
-    given = [t for t in tensors if t is not None]
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    # Inside torch.func transforms checkpointing does not exist: its hooks do not see wrapped tensors.
-    if n_chunks == 1 or not wanted or not all(map(is_concrete, given)):
-        return kernel
-
-    def checkpointed(*args: Any) -> Tensor:
-        result: Tensor = checkpoint(kernel, *args, use_reentrant=False, preserve_rng_state=False)
-        return result
-
-    return checkpointed
-
-
 def _channels(out: int, bytes_each: int) -> list[slice]:
     """The channels o, in pieces if one sample alone exceeds the ceiling."""
-    return pieces(out, bytes_each // out, least=out) if bytes_each > CEILING else [slice(0, out)]
+    return pieces(out, bytes_each // out, least=out) if bytes_each > chunks.CEILING else [slice(0, out)]
 
 
 def _bytes(g: Tensor, batch: torch.Size) -> int:
@@ -350,12 +300,12 @@ def _pair_route(g: Tensor, a: Tensor, h: Tensor, b: Tensor, w: Tensor | None) ->
         # A block of pairs, as square as the numbers of samples allow: large enough to be worth a call, and never
         # much larger than what comes in and goes out.
         given = N * S * (R * out + inputs) + M * T * (Q * out + inputs) + N * R * M * Q
-        block = max(1, min(4 * BUDGET, item * given) // max(1, pair))
+        block = max(1, min(4 * chunks.BUDGET, item * given) // max(1, pair))
         left = min(N, max(1, math.isqrt(block)))
         right = min(M, max(1, block // left))
         contract = _pairs_single if single else _pairs_tokens
         # Neither side may take more than its share, or the two together exceed the block.
-        sizes = max(pair * right, BUDGET // left), max(pair * left, BUDGET // right)
+        sizes = max(pair * right, chunks.BUDGET // left), max(pair * left, chunks.BUDGET // right)
         return _PairRoute(_as_given, contract, *sizes, pair, left, right)
     left, right = 2 * item * R * D, 2 * item * Q * D  # half of the budget for the rows of either side
     # Rows of the left are multiplied out again for every chunk of the right, which should outweigh that.

@@ -21,6 +21,7 @@ from torch import Tensor
 from curvlin._tree import Tree, tensor_field
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.numerics.cholesky import normalised_cholesky
+from curvlin.numerics.rounding import without_rounding
 from curvlin.numerics.scaling import power_of_two
 
 
@@ -99,21 +100,6 @@ def _unit(root: Tensor) -> Tensor:
     """The root scaled to unit Frobenius norm: the root of ``M / tr M``."""
     norm = root.square().sum((-2, -1), keepdim=True).sqrt()
     return root / torch.where(norm > 0, norm, 1.0)
-
-
-def without_rounding(spectrum: Tensor, resolution: float) -> Tensor:
-    """The spectrum of a matrix that should be positive semidefinite, with zeros where it is zero up to rounding.
-
-    Rounding the entries moves an eigenvalue by up to ``resolution / 2`` of the Frobenius norm, the decomposition by
-    some eps of the largest: a positive eigenvalue above both is taken at its word. A negative one can only come
-    from rounding, of the entries or of the sums that they were, unless it is too large for that; then it stays, and
-    the combined eigenvalues say whether the operator is positive definite.
-    """
-    n, largest = spectrum.shape[-1], spectrum.abs().amax(-1, keepdim=True)
-    own = n * torch.finfo(spectrum.dtype).eps * largest
-    positive = torch.maximum(resolution * torch.linalg.vector_norm(spectrum, dim=-1, keepdim=True), own)
-    negative = torch.maximum(n * resolution * largest, own)
-    return torch.where((spectrum <= positive) & (spectrum >= -negative), 0.0, spectrum)
 
 
 def _pencil(

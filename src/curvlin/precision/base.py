@@ -12,7 +12,6 @@ With ``R R^T = P`` for the root R that the operator chose (any smooth one; not u
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -26,8 +25,9 @@ from curvlin._check import broadcastable, floating, positive_integer, same_kind
 from curvlin._random import standard_normal
 from curvlin._tables import ADD, CONGRUENCE, TRACE_SOLVE, lookup
 from curvlin._tree import Tree, is_concrete
-from curvlin.errors import NotClosedError, StaleFactorError
+from curvlin.errors import NotClosedError
 from curvlin.numerics.implicit import factorize
+from curvlin.precision.kept import Kept
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
@@ -435,9 +435,7 @@ class PrecisionOperator(Tree, ABC):
                 from P as it is here, before it is rounded to `dtype`.
         """
         kept = self._map(lambda t, _: t) if dtype is None else self.to(dtype)
-        working = self._working()
-        marks = tuple(_mark(t) for t, _ in kept._tensors())
-        object.__setattr__(kept, "_kept", _Kept(working, self._needs_grad(), factorize(working), marks))
+        object.__setattr__(kept, "_kept", Kept.of(self, kept))
         return kept
 
     def __getstate__(self) -> dict[str, Any]:
@@ -446,14 +444,11 @@ class PrecisionOperator(Tree, ABC):
 
     def _factored(self: OperatorT) -> tuple[OperatorT, Any]:
         """This operator in float64, and its factors: the kept ones, or new ones."""
-        kept: _Kept | None = self.__dict__.get("_kept")
+        kept: Kept | None = self.__dict__.get("_kept")
         if kept is None:
             P = self._working()
             return P, factorize(P)
-        if not all(_unchanged(t, mark) for (t, _), mark in zip(self._tensors(), kept.marks, strict=True)):
-            raise StaleFactorError(
-                f"a tensor of this {type(self).__name__} was changed in place after factor(); call factor() again"
-            )
+        kept.check(self)
         # The kept float64 copy serves only the gradient mode that it was made in.
         return (kept.working if kept.live == self._needs_grad() else self._working()), kept.factors
 
@@ -585,20 +580,3 @@ class PrecisionOperator(Tree, ABC):
     @abstractmethod
     def _to_dense(self) -> Tensor:
         """The matrix."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    working: Any
-    live: bool
-    factors: Any
-    marks: tuple[int | Tensor, ...]
-
-
-def _mark(tensor: Tensor) -> int | Tensor:
-    """What `_unchanged` compares with: the count of edits in place, or a copy where torch does not count them."""
-    return tensor.clone() if tensor.is_inference() else tensor._version
-
-
-def _unchanged(tensor: Tensor, mark: int | Tensor) -> bool:
-    return torch.equal(tensor, mark) if isinstance(mark, Tensor) else tensor._version == mark

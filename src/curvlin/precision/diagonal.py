@@ -64,8 +64,8 @@ class Isotropic(_DiagonalHooks):
         size: D, the number of coordinates.
 
     Raises:
-        TypeError: if `value` is not floating.
-        ValueError: if `value` is not finite, or `size` is not a positive integer.
+        TypeError: if `value` is not floating, or `size` is not an integer.
+        ValueError: if `value` is not finite, or `size` is not positive.
     """
 
     value: Float[Tensor, "*batch"] = tensor_field(0)

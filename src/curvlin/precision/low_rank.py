@@ -1,15 +1,16 @@
 """Low-rank changes of a precision: ``Z + U C U^T`` for any base Z, and ``diag(d) + U U^T``.
 
 All of it happens in coordinates that whiten the base, ``R_Z R_Z^T = Z``, where P is ``I + s V V^T`` with ``V =
-R_Z^-1 U`` and ``s = +1`` (update) or ``-1`` (downdate); the root of P is ``R_Z (I + s V V^T)^{1/2}``. Where V is
-large it is not formed: it acts as ``V c = R_Z^-1 U c``, ``V^T x = U^T R_Z^-T x``. A feature operator in the place
-of U is never multiplied out, and only its k x k congruence with Z is formed: the dual (kernel) form of a
-posterior precision.
+R_Z^-1 U`` and ``s = +1`` (update) or ``-1`` (downdate). A feature operator in the place of U is never multiplied out,
+and only its k x k congruence with Z is formed: the dual (kernel) form of a posterior precision.
+
+What acts on such a change without its core and weight has files of its own, `low_rank_solves`, `low_rank_roots` and
+`low_rank_variances`; how a core is taken away is in `low_rank_core`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,45 +20,28 @@ from torch import Tensor
 
 from curvlin._check import broadcastable, floating, same_kind, symmetric
 from curvlin._tables import CONGRUENCE, lookup
-from curvlin._tree import Tree, build, is_concrete, needs_grad, static_field, tensor_field
+from curvlin._tree import build, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.features.base import FeatureOperator
 from curvlin.numerics import tall
-from curvlin.numerics.implicit import graft, without_derivative
+from curvlin.numerics.implicit import graft
 from curvlin.numerics.low_rank import (
     ALWAYS_ORTHONORMAL,
-    INVERSE,
-    INVERSE_ROOT,
-    ROOT,
     LowRankFactors,
     from_columns,
     from_gram,
     full_spectrum,
     gram_is_safe,
-    leverage_split,
     leverages,
-    over_capacitance,
-    root_of_middle,
-    spectral_change,
-    spectral_value,
-    split_off,
     symmetric_gram,
 )
-from curvlin.numerics.refinement import refine
-from curvlin.numerics.symmetric_root import symmetric_root
+from curvlin.precision import low_rank_core, low_rank_solves, low_rank_variances
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.implicit import ImplicitLogdetOperator
-
-
-@dataclass(eq=False, repr=False)
-class CanonicalFactors(Tree):
-    """An operator without a core that equals the one with it, and its factors."""
-
-    operator: Any = tensor_field(0)
-    factors: Any = tensor_field(0)
-    definite: bool = static_field()
+from curvlin.precision.low_rank_core import CanonicalFactors
+from curvlin.precision.low_rank_roots import ChangedIdentity
 
 
 @dataclass(eq=False, repr=False, init=False)
@@ -194,7 +178,7 @@ class Woodbury(ImplicitLogdetOperator):
 
     def _factorize(self) -> LowRankFactors | CanonicalFactors:
         if self.core is not None:
-            return self._canonical()
+            return low_rank_core.canonical(self)
         normal = self._unweighted()
         try:
             base = normal.base._factorize()
@@ -212,100 +196,18 @@ class Woodbury(ImplicitLogdetOperator):
             raise NotPositiveDefiniteError("Woodbury", float(h.min()))
         return LowRankFactors(base, Q, W, gain, h)
 
-    def _canonical(self) -> CanonicalFactors:
-        """The core as ``E diag(gamma) E^T``, its positive part an update and its negative part a downdate."""
-        assert self.core is not None and isinstance(self.U, Tensor)
-        lower, info = torch.linalg.cholesky_ex(self.core)
-        pivots = lower.diagonal(dim1=-2, dim2=-1).square()
-        # A pivot near rounding would have a Cholesky factor without usable derivatives.
-        regular = pivots > _LEAST_PIVOT * self.core.diagonal(dim1=-2, dim2=-1)
-        if bool((info == 0).all()) and bool(regular.all()):
-            definite = self._with(core=None, U=self.U @ lower)
-            return CanonicalFactors(definite, definite._factorize(), True)
-        gamma, E = torch.linalg.eigh(self.core)
-        columns = self.U @ E
-        # Rounding in the stored entries, and in the decomposition, that a zero eigenvalue may show.
-        tiny = torch.maximum(
-            self.resolution * torch.linalg.vector_norm(gamma, dim=-1, keepdim=True),
-            gamma.shape[-1] * torch.finfo(gamma.dtype).eps * gamma.abs().amax(-1, keepdim=True),
-        )
-        gamma = torch.where(gamma.abs() <= tiny, 0.0, gamma)
-        total = self._with(core=None, U=columns * gamma.clamp(min=0.0).sqrt().unsqueeze(-2))
-        if bool((gamma < 0).any()):
-            lost = columns * (-gamma).clamp(min=0.0).sqrt().unsqueeze(-2)
-            total = total._with(base=total, U=lost, sign=-self.sign)
-        return CanonicalFactors(total, total._factorize(), False)
-
     def _rooted(self, factors: Any) -> tuple[Woodbury, LowRankFactors]:
         """This operator without a core, differentiable, for what needs a root of it."""
         if isinstance(factors, LowRankFactors):
             return self, factors
-        if not (self._needs_grad() and factors.definite):
-            return factors.operator, factors.factors
-        assert self.core is not None and isinstance(self.U, Tensor)
-        return self._with(core=None, U=self.U @ torch.linalg.cholesky_ex(self.core).L), factors.factors
+        return low_rank_core.without_core(self, factors), factors.factors
 
-    def _finished_root(self, result: Tensor, factors: Any) -> Tensor:
-        """What a root returns; a core without a Cholesky factor leaves it without a derivative in P."""
-        if isinstance(factors, LowRankFactors) or factors.definite or not self._needs_grad():
-            return result
-        return without_derivative(
-            result,
-            [t for t, _ in self._tensors()],
-            "the root of Woodbury with a singular or indefinite core has no derivative; make the core positive "
-            "definite, or detach the operator",
-        )
-
-    # -- in whitened coordinates -------------------------------------------------------------------------------
-
-    def _collect_white(self, v: Tensor, factors: LowRankFactors) -> Tensor:
-        """``V^T v`` without V."""
-        return self._collect(self.base._unwhiten(v, factors.base))
-
-    def _spread_white(self, c: Tensor, factors: LowRankFactors) -> Tensor:
-        """``V c`` without V."""
-        return self.base._root_solve(self._spread(c), factors.base)
-
-    def _along(self, v: Tensor, factors: LowRankFactors) -> Tensor:
-        """``W^T V^T v``."""
-        if factors.Q is not None:
-            return factors.gain.sqrt().unsqueeze(-1) * (factors.Q.mT @ v)
-        return factors.W.mT @ self._collect_white(v, factors)
-
-    def _back(self, c: Tensor, factors: LowRankFactors) -> Tensor:
-        """``V W c``."""
-        if factors.Q is not None:
-            return factors.Q @ (factors.gain.sqrt().unsqueeze(-1) * c)
-        return self._spread_white(factors.W @ c, factors)
-
-    def _shrink(self, v: Tensor, function: str, factors: LowRankFactors) -> Tensor:
-        """``f(I + s V V^T) v`` for the inverse and the inverse root."""
-        h = factors.h.unsqueeze(-1)
-        if factors.Q is not None:
-            c, rest = split_off(factors.Q, v)
-            return rest + factors.Q @ (spectral_value(h, function) * c)
-
-        def apply(f: str, x: Tensor) -> Tensor:
-            return x + self._back(spectral_change(h, f, self.sign) * self._along(x, factors), factors)
-
-        if function != INVERSE_ROOT:
-            return apply(function, v)  # what solves with it refines its own result
-        # The inverse root cancels along large gains; the root, by which it is refined, does not.
-        norm = factors.h.amax(-1).clamp(min=1.0).sqrt()
-        return refine(
-            apply(INVERSE_ROOT, v), v, lambda x: apply(ROOT, x), lambda r: apply(INVERSE_ROOT, r), norm
-        )
-
-    def _capacitance(self, factors: LowRankFactors) -> Tensor:
-        """``H = I + s V^T V``, differentiable."""
-        gram = self._gram(factors.base)
-        return self.sign * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-
-    def _capacitance_root(self, factors: LowRankFactors) -> tuple[Tensor, Tensor]:
-        """H and ``S = H^{1/2}``, differentiable."""
-        H = self._capacitance(factors)
-        W, h = full_spectrum(factors)
-        return H, symmetric_root(H, W, h)
+    def _capacitance(self, base_factors: Any) -> Tensor:
+        """``H = I + s G C`` with ``G = U^T Z^-1 U``, without a weight, differentiable."""
+        change = self.sign * self._gram(base_factors)
+        if self.core is not None:
+            change = change @ self.core
+        return change + torch.eye(self.rank, dtype=change.dtype, device=change.device)
 
     # -- products, solves, determinants -----------------------------------------------------------------------
 
@@ -322,78 +224,27 @@ class Woodbury(ImplicitLogdetOperator):
 
     def _energy_of(self, solution: Tensor, X: Tensor, factors: Any) -> Tensor:
         """With ``U^T P^-1 X`` from its own k equations where they are good: it is small beside ``|U| |P^-1 X|``."""
-        if not self._has_safe_gram(factors):
+        if not low_rank_solves.has_safe_gram(self, factors):
             return self._energy(solution)
         with torch.no_grad():
-            c = self._over_weight(self._unweighted()._coefficients(X, factors), 2)
+            c = self._over_weight(low_rank_solves.coefficients(self._unweighted(), X, factors), 2)
         return self._energy_along(solution, graft(c, self._collect(solution)))
-
-    def _has_safe_gram(self, factors: Any) -> bool:
-        return isinstance(factors, LowRankFactors) and factors.Q is None and isinstance(self.U, Tensor)
-
-    def _coefficients(self, X: Tensor, factors: LowRankFactors) -> Tensor:
-        """``U^T P^-1 X = H^-1 U^T Z^-1 X``, without a weight."""
-        return over_capacitance(self._collect(self.base._solve(X, factors.base)), factors)
 
     def _solve_value(self, X: Tensor, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
             return factors.operator._solve_value(X, factors.factors)
-        normal = self._unweighted()
-        # Refinement repairs what whitening by an ill-conditioned base, or a Gram matrix, has cost.
-        x = refine(
-            normal._solve_once(X, factors),
-            X,
-            normal._matmul,
-            lambda R: normal._solve_once(R, factors),
-            normal._least_norm(factors),
-        )
-        return self._over_weight(x, 2)
-
-    def _least_norm(self, factors: LowRankFactors) -> Tensor:
-        """A lower bound of the norms that rounding in ``P x`` is relative to."""
-        diagonal = self.base._diagonal()
-        largest = diagonal.amax(-1)
-        if isinstance(self.base, (Diagonal, Isotropic)):
-            largest = torch.maximum(largest, factors.gain.amax(-1) * diagonal.amin(-1))
-        return largest
-
-    def _solve_once(self, X: Tensor, factors: LowRankFactors) -> Tensor:
-        white = self._shrink(self.base._root_solve(X, factors.base), INVERSE, factors)
-        return self.base._unwhiten(white, factors.base)
+        return self._over_weight(low_rank_solves.solve(self._unweighted(), X, factors), 2)
 
     def _inv_quad_value(self, X: Tensor, factors: Any) -> Tensor:
-        """A sum of squares in every route.
-
-        For an update it is ``min_t (x - U t)^T Z^-1 (x - U t) + t^T t``, where errors of t count squared. The
-        minimum is at ``t = U^T P^-1 x``, from k equations ``(I + U^T Z^-1 U) t = U^T Z^-1 x``.
-        """
         if isinstance(factors, CanonicalFactors):
             return factors.operator._inv_quad_value(X, factors.factors)
-        normal = self._unweighted()
-        if self.sign < 0:
-            white = normal._shrink(normal.base._root_solve(X, factors.base), INVERSE_ROOT, factors)
-            return self._over_weight(white.square().sum(-2), 1)
-        t, rest = normal._minimum(X, factors)
-        return self._over_weight(normal.base._inv_quad(rest, factors.base) + t.square().sum(-2), 1)
+        return self._over_weight(low_rank_solves.inv_quad(self._unweighted(), X, factors), 1)
 
     def _inv_quad_and_solution(self, X: Tensor, factors: Any) -> tuple[Tensor, Tensor]:
         if isinstance(factors, CanonicalFactors) or self.sign < 0:
             return super()._inv_quad_and_solution(X, factors)
-        normal = self._unweighted()
-        t, rest = normal._minimum(X, factors)
-        quad = normal.base._inv_quad(rest, factors.base) + t.square().sum(-2)
-        return self._over_weight(quad, 1), self._over_weight(normal.base._solve(rest, factors.base), 2)
-
-    def _minimum(self, X: Tensor, factors: LowRankFactors) -> tuple[Tensor, Tensor]:
-        """``t = U^T P^-1 X`` and ``X - U t = Z P^-1 X``, without a weight."""
-        t = self._coefficients(X, factors)
-        rest = X - self._spread(t)
-        if not self._has_safe_gram(factors):
-            for _ in range(2):
-                missing = self._collect(self.base._solve(rest, factors.base)) - t
-                t = t + over_capacitance(missing, factors)
-                rest = X - self._spread(t)
-        return t, rest
+        quad, solution = low_rank_solves.inv_quad_and_solution(self._unweighted(), X, factors)
+        return self._over_weight(quad, 1), self._over_weight(solution, 2)
 
     def _logdet_value(self, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
@@ -402,8 +253,11 @@ class Woodbury(ImplicitLogdetOperator):
         return self._base_logdet(factors) + self._logdet_change(factors)
 
     def _base_logdet(self, factors: LowRankFactors) -> Tensor:
-        base = self._unweighted().base._logdet(factors.base)
-        return base if self.weight is None else base + self.size * self.weight.log()
+        return self._weighted_logdet(self._unweighted().base._logdet(factors.base))
+
+    def _weighted_logdet(self, logdet: Tensor) -> Tensor:
+        """``log det (w X)`` from ``log det X``."""
+        return logdet if self.weight is None else logdet + self.size * self.weight.log()
 
     def _logdet_change(self, factors: LowRankFactors) -> Tensor:
         """``log det P - log det Z = log det H``, differentiable."""
@@ -418,7 +272,7 @@ class Woodbury(ImplicitLogdetOperator):
         def live(*tensors: Tensor) -> Tensor:
             P: Woodbury = build(structure, tensors)
             if isinstance(factors, CanonicalFactors):
-                return P._core_logdet(factors)
+                return low_rank_core.log_det(P, factors)
             return P._base_logdet(factors) + P._unweighted()._live_logdet(factors)
 
         with torch.enable_grad():
@@ -435,28 +289,17 @@ class Woodbury(ImplicitLogdetOperator):
         gradient = torch.empty_like(self.U)
         scale = self.base._column().rsqrt()
         leverage = leverages(self.U, scale, factors, out=gradient, weight=2 * self.sign * g)
-        diagonal = g * self._diagonal_from_leverage(leverage, factors)
+        diagonal = g * low_rank_variances.from_leverage(self, leverage, factors)
         return [diagonal.sum() if isinstance(self.base, Isotropic) else diagonal, gradient]
 
     def _live_logdet(self, factors: LowRankFactors) -> Tensor:
         """``log det H`` around the accurate spectrum: its derivative ``H^-1 dH`` comes from there."""
         W, h = full_spectrum(factors)
         whitening = W / h.sqrt().unsqueeze(-2)
-        inner = whitening.mT @ self._capacitance(factors) @ whitening
+        inner = whitening.mT @ self._capacitance(factors.base) @ whitening
         eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
         lower = torch.linalg.cholesky_ex(graft(eye.expand_as(inner), inner)).L
         return 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
-    def _core_logdet(self, factors: CanonicalFactors) -> Tensor:
-        """``logdet Z + logdet(I + G C)``: no root of the core, which may be singular."""
-        assert self.core is not None
-        normal, base_factors = self._unweighted(), self._base_factors(factors)
-        gram = normal._gram(base_factors)
-        M = self.sign * gram @ self.core + torch.eye(self.rank, dtype=gram.dtype, device=gram.device)
-        base = normal.base._logdet(base_factors)
-        if self.weight is not None:
-            base = base + self.size * self.weight.log()
-        return base + torch.linalg.slogdet(M).logabsdet
 
     def _diagonal(self) -> Tensor:
         return self.base._diagonal() + self._weighted(self._low_rank_diagonal().unsqueeze(-1)).squeeze(-1)
@@ -475,148 +318,41 @@ class Woodbury(ImplicitLogdetOperator):
     def _inverse_diagonal(self, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
             value: Tensor = factors.operator._inverse_diagonal(factors.factors)
-            return graft(value, self._core_inverse_diagonal(factors)) if self._needs_grad() else value
-        normal = self._unweighted()
-        value = normal._inverse_diagonal_value(factors)
-        if self._needs_grad():
-            removed = normal._removed(normal._live_root_of_middle(factors), factors)
-            value = graft(value, normal.base._inverse_diagonal(factors.base) - self.sign * removed)
-        return self._over_weight(value, 1)
-
-    def _core_inverse_diagonal(self, factors: CanonicalFactors) -> Tensor:
-        """``diag(Z^-1)`` less the diagonal of ``W C (I + G C)^-1 W^T``, ``W = Z^-1 U``: no root of the core."""
-        assert isinstance(self.U, Tensor)
-        normal, base = self._unweighted(), self._base_factors(factors)
-        columns = normal.base._solve(self.U.double(), base)
-        removed = ((columns @ normal._middle(base)) * columns).sum(-1)
-        return self._over_weight(normal.base._inverse_diagonal(base) - self.sign * removed, 1)
-
-    def _middle(self, base: Any) -> Tensor:
-        """``C (I + s G C)^-1``, with which ``P^-1 = Z^-1 - s W C (I + s G C)^-1 W^T``, ``W = Z^-1 U``, for weight 1."""
-        gram = self._gram(base)
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        if self.core is None:
-            return torch.linalg.inv(eye + self.sign * gram)
-        return torch.linalg.solve(eye + self.sign * gram @ self.core, self.core, left=False)
-
-    def _base_factors(self, factors: CanonicalFactors) -> Any:
-        """The factors of Z, which one or two changes of the canonical form lie on."""
-        operator, inner = factors.operator, factors.factors
-        changes = 1 if factors.definite or operator.sign == self.sign else 2
-        for _ in range(changes):
-            inner = inner.base
-        return inner
-
-    def _inverse_diagonal_value(self, factors: LowRankFactors) -> Tensor:
-        """``diag(Z^-1)`` less what the update removes; where that cancels, a leverage split or single solves."""
-        if isinstance(self.U, Tensor) and isinstance(self.base, (Diagonal, Isotropic)):
-            scale = self.base._column().rsqrt()
-            return self._diagonal_from_leverage(leverages(self.U, scale, factors), factors)
-        prior = self.base._inverse_diagonal(factors.base)
-        if factors.Q is None:
-            removed = self._removed(root_of_middle(factors), factors)
-        else:
-            columns = self.base._unwhiten(factors.Q, factors.base)
-            removed = (columns.square() * (factors.gain / factors.h).unsqueeze(-2)).sum(-1)
-        result = prior - self.sign * removed
-        if self.sign < 0 or not is_concrete(result):
-            return result
-        cancelled = (result < prior / 2).flatten(0, -2).any(0) if result.ndim > 1 else result < prior / 2
-        for rows in cancelled.nonzero().squeeze(-1).split(self._width()):
-            selection = torch.zeros(self.size, len(rows), dtype=self.dtype, device=self.device)
-            selection[rows, torch.arange(len(rows), device=self.device)] = 1.0
-            result[..., rows] = self._inv_quad_value(selection, factors)
-        return result
-
-    def _diagonal_from_leverage(self, leverage: Tensor, factors: LowRankFactors) -> Tensor:
-        """``(1 - s h_i) / d_i`` for a diagonal base, with the leverages split off that come near 1."""
-        prior = self.base._inverse_diagonal(factors.base)
-        share = 1 - self.sign * leverage
-        # Inside transforms values cannot be looked at, and the formula as it stands has to do.
-        if self.sign > 0 and is_concrete(leverage) and bool((leverage > 0.5).any()):
-            assert isinstance(self.U, Tensor)
-            V = self.base._root_solve(self.U.double(), factors.base)
-            V = V.expand(*leverage.shape[:-1], *V.shape[-2:]).flatten(0, -3) if leverage.ndim > 1 else V[None]
-            rows = leverage.reshape(-1, leverage.shape[-1])
-            share = torch.stack([leverage_split(v, h) for v, h in zip(V, rows, strict=True)]).view_as(
-                leverage
-            )
-        return prior * share
-
-    def _trace_removed(self, Q: PrecisionOperator, factors: LowRankFactors) -> Tensor:
-        """``tr(H^-1 W^T Q W)`` with ``W = Z^-1 U``, for weight 1."""
-
-        def trace(root: Tensor) -> Tensor:
-            total: Tensor | float = 0.0
-            for part in root.split(self._width(), dim=-1):
-                w = self.base._solve(self._spread(part), factors.base)
-                total = total + (w * Q._matmul(w)).sum((-2, -1))
-            assert isinstance(total, Tensor)
-            return total
-
-        value = trace(root_of_middle(factors))
-        return graft(value, trace(self._live_root_of_middle(factors))) if self._needs_grad() else value
-
-    def _live_root_of_middle(self, factors: LowRankFactors) -> Tensor:
-        """``L^-T`` of ``H = L L^T``, differentiable: another root of ``H^-1`` than `root_of_middle`."""
-        H = self._capacitance(factors)
-        eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-        return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(H).L.mT, eye.expand_as(H), upper=True)
-
-    def _removed(self, root: Tensor, factors: LowRankFactors) -> Tensor:
-        """The diagonal of ``Z^-1 U H^-1 U^T Z^-1``, given R with ``R R^T = H^-1``, some right-hand sides at a time."""
-        total: Tensor | float = 0.0
-        for part in root.split(self._width(), dim=-1):
-            total = total + self.base._solve(self._spread(part), factors.base).square().sum(-1)
-        assert isinstance(total, Tensor)
-        return total
+            if not self._needs_grad():
+                return value
+            return graft(value, low_rank_core.inverse_diagonal(self, factors))
+        return self._over_weight(low_rank_variances.inverse_diagonal(self._unweighted(), factors), 1)
 
     # -- roots ------------------------------------------------------------------------------------------------
 
-    # Each value has a twin by differentiable operations, with S = H^{1/2}, whose derivatives it takes:
-    #   I + s V (I + S)^-1 V^T for the root of I + s V V^T, I - s V (H + S)^-1 V^T for its inverse.
-    # The root adds U c itself, not R_Z V c: rows of very different size keep their digits.
-
     def _whiten(self, X: Tensor, factors: Any) -> Tensor:
-        given = factors
-        P, factors, scale = self._rooted_normal(given)
-        c = (factors.W.mT @ P._collect(X)) * spectral_change(factors.h, ROOT, P.sign).unsqueeze(-1)
-        value = P.base._whiten(X, factors.base) + P._back(c, factors)
-        if P._needs_grad() or needs_grad(X):
-            c = P.sign * _after_identity(P._capacitance_root(factors)[1], P._collect(X))
-            value = graft(value, P.base._whiten(X, factors.base) + P._spread_white(c, factors))
-        return self._finished_root(value * scale.sqrt()[..., None, None], given)
+        return self._by_root(ChangedIdentity.whiten, X, factors)
 
     def _unwhiten(self, Z: Tensor, factors: Any) -> Tensor:
-        given = factors
-        P, factors, scale = self._rooted_normal(given)
-        value = P.base._unwhiten(P._shrink(Z, INVERSE_ROOT, factors), factors.base)
-        if P._needs_grad() or needs_grad(Z):
-            H, S = P._capacitance_root(factors)
-            u = P.base._unwhiten(Z, factors.base)
-            c = P.sign * torch.linalg.solve(H + S, P._collect(u))
-            value = graft(value, u - P.base._solve(P._spread(c), factors.base))
-        return self._finished_root(value / scale.sqrt()[..., None, None], given)
+        return self._by_root(ChangedIdentity.unwhiten, Z, factors, inverse=True)
 
     def _root_matvec(self, Z: Tensor, factors: Any) -> Tensor:
-        given = factors
-        P, factors, scale = self._rooted_normal(given)
-        c = factors.W @ (spectral_change(factors.h, ROOT, P.sign).unsqueeze(-1) * P._along(Z, factors))
-        value = P.base._root_matvec(Z, factors.base) + P._spread(c)
-        if P._needs_grad() or needs_grad(Z):
-            c = P.sign * _after_identity(P._capacitance_root(factors)[1], P._collect_white(Z, factors))
-            value = graft(value, P.base._root_matvec(Z, factors.base) + P._spread(c))
-        return self._finished_root(value * scale.sqrt()[..., None, None], given)
+        return self._by_root(ChangedIdentity.root_matvec, Z, factors)
 
     def _root_solve(self, G: Tensor, factors: Any) -> Tensor:
-        given = factors
-        P, factors, scale = self._rooted_normal(given)
-        value = P._shrink(P.base._root_solve(G, factors.base), INVERSE_ROOT, factors)
-        if P._needs_grad() or needs_grad(G):
-            H, S = P._capacitance_root(factors)
-            c = P.sign * torch.linalg.solve(H + S, P._collect(P.base._solve(G, factors.base)))
-            value = graft(value, P.base._root_solve(G - P._spread(c), factors.base))
-        return self._finished_root(value / scale.sqrt()[..., None, None], given)
+        return self._by_root(ChangedIdentity.root_solve, G, factors, inverse=True)
+
+    def _by_root(
+        self,
+        apply: Callable[[ChangedIdentity, Tensor], Tensor],
+        X: Tensor,
+        factors: Any,
+        *,
+        inverse: bool = False,
+    ) -> Tensor:
+        """`apply` for ``P / w`` without a core, and then ``sqrt(w)``."""
+        normal, own_factors, weight = self._rooted_normal(factors)
+        value = apply(ChangedIdentity(normal, own_factors), X)
+        scale = weight.sqrt()[..., None, None]
+        value = value / scale if inverse else value * scale
+        if isinstance(factors, CanonicalFactors):
+            return low_rank_core.checked_root(self, value, factors)
+        return value
 
     def _rooted_normal(self, factors: Any) -> tuple[Woodbury, LowRankFactors, Tensor]:
         """``P / w`` without core or weight, its factors, and w, all differentiable."""
@@ -650,7 +386,7 @@ class Woodbury(ImplicitLogdetOperator):
             return kept
         others = self._with(base=self.base.conditional(rest, max_size=max_size), U=self.U[..., rest, :])
         others, factors = others._factored()
-        root = others._unweighted()._capacitance_root(factors)[1]
+        root = ChangedIdentity(others._unweighted(), factors).capacitance_root()[1]
         assert isinstance(kept.U, Tensor)
         return kept._with(U=torch.linalg.solve(root, kept.U.double().mT).mT.to(self.dtype))
 
@@ -679,15 +415,6 @@ class LowRankPlusDiag(Woodbury):
                 f"U must be a torch.Tensor, found {type(U).__name__}; use Woodbury for feature operators"
             )
         super().__init__(Diagonal(diagonal), U)
-
-
-_LEAST_PIVOT = 1e-10
-"""The smallest squared pivot of a core, relative to its diagonal entry, that counts as definite."""
-
-
-def _after_identity(S: Tensor, c: Tensor) -> Tensor:
-    """``(I + S)^-1 c``."""
-    return torch.linalg.solve(S + torch.eye(S.shape[-1], dtype=S.dtype, device=S.device), c)
 
 
 def _decouples(base: PrecisionOperator, index: Tensor) -> bool:
