@@ -18,7 +18,7 @@ from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.features.base import FeatureOperator, same_features
 from curvlin.index import Index
 from curvlin.numerics.implicit import graft
-from curvlin.precision.base import PrecisionOperator
+from curvlin.precision.base import PrecisionOperator, exact_operator
 from curvlin.precision.dense import Dense
 
 if TYPE_CHECKING:
@@ -44,12 +44,8 @@ class Covariance(Tree):
     inverted: bool = static_field()
 
     def __init__(self, operator: PrecisionOperator, inverted: bool = True) -> None:
-        if not isinstance(operator, PrecisionOperator):
-            raise TypeError(
-                f"operator must be a PrecisionOperator, found {type(operator).__name__}; "
-                "for a matrix use Covariance.of(matrix)"
-            )
-        self.operator, self.inverted = operator, inverted
+        self.operator = exact_operator("operator", operator, "for a matrix use Covariance.of(matrix)")
+        self.inverted = inverted
 
     @classmethod
     def of(cls, matrix: Float[Tensor, "*batch D D"]) -> Covariance:

@@ -23,7 +23,7 @@ from curvlin.features.base import FeatureOperator, same_features
 from curvlin.index import Index, as_index
 from curvlin.numerics.implicit import graft
 from curvlin.observation import observation_noise
-from curvlin.precision.base import PrecisionOperator
+from curvlin.precision.base import PrecisionOperator, exact_operator
 from curvlin.precision.dense import Dense
 from curvlin.precision.low_rank import Woodbury
 
@@ -57,11 +57,7 @@ class Gaussian(Distribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        if not isinstance(precision, PrecisionOperator):
-            raise TypeError(
-                f"precision must be a PrecisionOperator, found {type(precision).__name__}; wrap a matrix in "
-                "Dense, or use Gaussian.from_covariance"
-            )
+        exact_operator("precision", precision, "wrap a matrix in Dense, or use Gaussian.from_covariance")
         self._init(mean, Covariance(precision), "precision", validate_args)
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor
 from curvlin._check import floating, positive_integer, same_kind
 from curvlin._random import random_signs, standard_normal
 from curvlin._tables import TRACE_SOLVE, lookup
-from curvlin._tree import needs_grad
+from curvlin._tree import hide_from_compiler, needs_grad
 from curvlin.errors import NotClosedError
 from curvlin.features.base import FeatureOperator
 from curvlin.iterative import adjoint, krylov, traces
@@ -23,7 +23,7 @@ from curvlin.iterative.nystrom import nystrom
 from curvlin.iterative.product import Function, Product, product_of
 from curvlin.iterative.quadrature import log_quadrature
 from curvlin.iterative.results import Estimate, LowRankApproximation, Solution
-from curvlin.precision.base import PrecisionOperator
+from curvlin.precision.base import PrecisionOperator, exact_operator
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MAX_ITERATIONS = 1000
 
 
+@hide_from_compiler
 class IterativePrecision:
     """A symmetric positive (semi)definite matrix given by its products; the way out where no closed form exists.
 
@@ -66,6 +67,7 @@ class IterativePrecision:
     """
 
     __array_ufunc__ = None
+    exact = False
     batch_shape = torch.Size()
 
     def __init__(
@@ -85,7 +87,7 @@ class IterativePrecision:
 
     def _set(self, product: Product, preconditioner: PrecisionOperator | None) -> None:
         if preconditioner is not None:
-            exact("preconditioner", preconditioner)
+            exact_operator("preconditioner", preconditioner)
             shape = torch.Size([product.size, product.size])
             if preconditioner.shape != shape:
                 raise ValueError(
@@ -543,9 +545,3 @@ def _asked(M: PrecisionOperator, hook: Callable[[PrecisionOperator, Any], Tensor
     """An answer in float64 from the factors that M keeps."""
     with torch.no_grad():
         return hook(*M._factored())
-
-
-def exact(name: str, value: object) -> None:
-    """Refuse whatever is not an exact operator."""
-    if not isinstance(value, PrecisionOperator):
-        raise TypeError(f"{name} must be a PrecisionOperator, found {type(value).__name__}")

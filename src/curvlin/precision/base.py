@@ -207,7 +207,8 @@ class PrecisionOperator(Tree, ABC):
         if rule is None:
             raise NotClosedError(
                 f"no exact structured rule for tr(P^-1 Q) with P a {type(self).__name__} and Q a {type(Q).__name__}; "
-                "use Dense(P.to_dense()).trace_solve(Dense(Q.to_dense())) if D^2 entries are affordable"
+                "use IterativePrecision(P).trace_solve(Q) for an estimate, or "
+                "Dense(P.to_dense()).trace_solve(Dense(Q.to_dense())) if D^2 entries are affordable"
             )
         P, factors = self._factored()
         trace: Tensor = rule(P, Q.to(torch.float64), factors)
@@ -349,8 +350,9 @@ class PrecisionOperator(Tree, ABC):
                 result: PrecisionOperator = total
                 return result
         raise NotClosedError(
-            f"{type(self).__name__} + {type(Q).__name__} has no exact structured form here; either project one "
-            "operand onto a structure (P.project(...)) or form Dense(P.to_dense()) + Q if D^2 entries are affordable"
+            f"{type(self).__name__} + {type(Q).__name__} has no exact structured form here; project one operand onto "
+            "a structure (P.project(...)), take IterativePrecision([P, Q]), whose answers come with errors, or form "
+            "Dense(P.to_dense()) + Q if D^2 entries are affordable"
         )
 
     __radd__ = __add__
@@ -500,8 +502,7 @@ class PrecisionOperator(Tree, ABC):
         floating(name, X, like=next(self._tensors())[0])
 
     def _same_space(self, name: str, Q: PrecisionOperator) -> None:
-        if not isinstance(Q, PrecisionOperator):
-            raise TypeError(f"{name} must be a PrecisionOperator, found {type(Q).__name__}")
+        exact_operator(name, Q)
         if Q.size != self.size:
             raise ValueError(f"{name} must have {self.size} rows like P, found {Q.size}")
         same_kind(name, next(Q._tensors())[0], next(self._tensors())[0])
@@ -580,3 +581,18 @@ class PrecisionOperator(Tree, ABC):
     @abstractmethod
     def _to_dense(self) -> Tensor:
         """The matrix."""
+
+
+def exact_operator(name: str, value: object, mend: str = "") -> PrecisionOperator:
+    """`value`, which has to be an exact operator.
+
+    Raises:
+        TypeError: if it is something else; `mend` says what to do with a matrix.
+    """
+    if isinstance(value, PrecisionOperator):
+        return value
+    if getattr(value, "exact", True) is False:
+        mend = "whose answers are not exact: ask it by its own solve, logdet, trace_solve or sample"
+    raise TypeError(
+        f"{name} must be a PrecisionOperator, found {type(value).__name__}{', ' if mend else ''}{mend}"
+    )

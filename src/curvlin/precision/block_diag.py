@@ -17,7 +17,7 @@ from curvlin._check import broadcastable, same_kind
 from curvlin._tree import static_field, tensor_field
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.index import Index, IndexSet
-from curvlin.precision.base import PrecisionOperator
+from curvlin.precision.base import PrecisionOperator, exact_operator
 
 
 @dataclass(eq=False, repr=False, init=False)
@@ -44,8 +44,7 @@ class BlockDiag(PrecisionOperator):
             raise ValueError("blocks must hold at least one operator, found none")
         batch = torch.Size()
         for i, block in enumerate(blocks):
-            if not isinstance(block, PrecisionOperator):
-                raise TypeError(f"blocks[{i}] must be a PrecisionOperator, found {type(block).__name__}")
+            exact_operator(f"blocks[{i}]", block)
             same_kind(f"blocks[{i}]", next(block._tensors())[0], next(blocks[0]._tensors())[0])
             batch = broadcastable(f"blocks[{i}]", block.batch_shape, batch)
         sizes = tuple(block.size for block in blocks)

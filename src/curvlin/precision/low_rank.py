@@ -36,7 +36,7 @@ from curvlin.numerics.low_rank import (
     symmetric_gram,
 )
 from curvlin.precision import low_rank_core, low_rank_solves, low_rank_variances
-from curvlin.precision.base import PrecisionOperator
+from curvlin.precision.base import PrecisionOperator, exact_operator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.implicit import ImplicitLogdetOperator
@@ -71,8 +71,7 @@ class Woodbury(ImplicitLogdetOperator):
         U: Float[Tensor, "*batch D k"] | FeatureOperator,
         core: Float[Tensor, "*batch k k"] | None = None,
     ) -> None:
-        if not isinstance(base, PrecisionOperator):
-            raise TypeError(f"base must be a PrecisionOperator, found {type(base).__name__}")
+        exact_operator("base", base)
         batch = check_columns(U, base)
         if core is not None:
             if isinstance(U, FeatureOperator):

@@ -172,11 +172,11 @@ REFUSED = {
     "Q": (lambda: IterativePrecision(A).trace_solve(A), TypeError, "Q must"),
     "Q's size": (lambda: IterativePrecision(A).trace_solve(Isotropic(d[0], 9)), ValueError, "Q must"),
     "scale": (lambda: IterativePrecision(A) * -1.0, ValueError, "positive"),
-    "in a Gaussian": (lambda: Gaussian(ONES, IterativePrecision(A)), TypeError, "its own"),
-    "in a Covariance": (lambda: Covariance(IterativePrecision(A)), TypeError, "its own"),
-    "in Woodbury": (lambda: Woodbury(IterativePrecision(A), A), TypeError, "its own"),
-    "in BlockDiag": (lambda: BlockDiag([IterativePrecision(A)]), TypeError, "its own"),
-    "as Q of an exact trace": (lambda: Dense(A).trace_solve(IterativePrecision(A)), TypeError, "its own"),
+    "in a Gaussian": (lambda: Gaussian(ONES, IterativePrecision(A)), TypeError, "by its own"),
+    "in a Covariance": (lambda: Covariance(IterativePrecision(A)), TypeError, "by its own"),
+    "in Woodbury": (lambda: Woodbury(IterativePrecision(A), A), TypeError, "by its own"),
+    "in BlockDiag": (lambda: BlockDiag([IterativePrecision(A)]), TypeError, "by its own"),
+    "as Q of an exact trace": (lambda: Dense(A).trace_solve(IterativePrecision(A)), TypeError, "by its own"),
 }
 
 
