@@ -119,14 +119,13 @@ class Case:
             return rebuilt
 
         def assemble(xp: Arrays, *tensors: Any) -> Any:
-            operator = build(*tensors) if xp is TORCH else P.detach().to(torch.float64)
+            # Entries exact to float64 only: there is no other formula.
+            operator = build(*(tensors if xp is TORCH else map(_float64, tensors)))
             if dense is None:
                 matrix = operator.to_dense()
             else:
                 matrix = dense.double() if isinstance(dense, Tensor) else dense(operator)
-            return (
-                matrix if xp is TORCH else _objects(matrix)
-            )  # exact to float64 only: there is no other formula
+            return matrix if xp is TORCH else _objects(matrix)
 
         recipe = Recipe(parameters, build, assemble, P.size, singular=singular)
         return cls(kind or type(P).__name__, recipe)
@@ -304,6 +303,11 @@ def right_hand_sides(case: Case, columns: int = 2) -> dict[str, Tensor]:
 
 def _is_symmetric(t: Tensor, ndim: int) -> bool:
     return ndim == 2 and t.shape[-1] == t.shape[-2] and t.shape[-1] > 1 and bool((t == t.mT).all())
+
+
+def _float64(numbers: Any) -> Tensor:
+    """Back from `_objects`, which is exact for what was a tensor."""
+    return torch.from_numpy(np.asarray(numbers, dtype=np.float64))
 
 
 def _objects(tensor: Tensor) -> Any:
