@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.diagonal import Diagonal
 from curvlin.testing import (
+    KINDS,
     LAWS,
     LawViolation,
     Measurement,
@@ -109,6 +111,22 @@ def test_dense_matrices_are_looked_for_at_a_size_where_they_show() -> None:
     assert report.violations[0].worst is not None
     assert report.violations[0].worst.observed == LARGE**2
     assert not check_operator(make, laws="no_dense", sizes=[300], raises=False).holds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_passes_as_an_operator_of_which_nothing_is_known(kind: str) -> None:
+    """Without recipe or definition: what the laws assume of a stranger holds for all of ours."""
+
+    def make(
+        size: int, log10cond: float, log10scale: float, batch: tuple[int, ...], spectrum: str, seed: int
+    ) -> PrecisionOperator:
+        spec = Spec(
+            size=size, log10cond=log10cond, log10scale=log10scale, batch=batch, spectrum=spectrum, seed=seed
+        )
+        return make_case(kind, spec).operator
+
+    assert check_operator(make).holds
 
 
 # -- shrinking ----------------------------------------------------------------------------------------------------

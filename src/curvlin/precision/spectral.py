@@ -29,8 +29,8 @@ class SpectralKronecker(EigenbasisOperator):
         TypeError, ValueError: if a basis is not a square floating orthogonal matrix, or shapes do not match.
     """
 
-    QL: Float[Tensor, "*batch a a"] = tensor_field(2)
-    QR: Float[Tensor, "*batch b b"] = tensor_field(2)
+    QL: Float[Tensor, "*batch a a"] = tensor_field(2, constant=True)
+    QR: Float[Tensor, "*batch b b"] = tensor_field(2, constant=True)
     eigenvalues: Float[Tensor, "*batch a b"] = tensor_field(2)
 
     def __init__(

@@ -1,12 +1,12 @@
 """Tools to test precision operators: laws, matrices that break linear algebra, and the truth to 80 digits.
 
-    from curvlin.testing import LAWS, make_case, operators      # hypothesis strategy: @given(operators())
+    from curvlin.testing import LAWS, check_operator, condition_sweep, forbid_dense, make_case, operators
 
-    case = make_case("kronecker_shifted", size=12, log10cond=8.0, seed=3)
-    LAWS["solve"](case)
+    check_operator(make_my_operator, dense=my_matrix)            # every law, over conditions, sizes and dtypes
 
-    with forbid_dense(None, P, x):                               # fails on any tensor of the size of the
-        matrix P.solve(x)
+    LAWS["solve"](make_case("kronecker_shifted", size=12, log10cond=8.0, seed=3))       # one law, one case
+    with forbid_dense(P, x):                                     # fails on any tensor of the size of the matrix
+        P.solve(x)
 
 Needs the extra ``testing``; nothing in `curvlin` itself does.
 """

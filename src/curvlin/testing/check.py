@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-import hypothesis
 import torch
-from hypothesis import strategies as st
 
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.precision.base import PrecisionOperator
@@ -284,37 +282,37 @@ def _reproduction(violation: Entry, maker: Maker) -> str:
 
 
 def smallest(violates: Callable[[Spec], bool], seen: Spec) -> Spec:
-    """The smallest spec, in size, batch, condition, scale and spectrum, that still violates; found by hypothesis.
+    """The smallest spec that still violates, in size, batch, condition, scale and spectrum.
+
+    One coordinate at a time takes the first of its values, from the simplest on, with which the law is still broken,
+    until no coordinate changes: some ten cases, where a search that knows nothing of their order needs a hundred.
 
     Args:
         violates: whether a spec does.
         seen: one that does.
     """
+    found, before = seen, None
+    while found != before:
+        before = found
+        for name, values in SIMPLER.items():
+            last = getattr(found, name)
+            for value in values:
+                if value == last or (name in ("size", "log10cond") and value > last):
+                    break
+                if violates(simpler := replace(found, **{name: value})):
+                    found = simpler
+                    break
+    return found
 
-    def upto(values: Iterable[float], last: float) -> st.SearchStrategy[float]:
-        return st.sampled_from([*(v for v in values if v < last), last])
 
-    specs = st.builds(
-        replace,
-        st.just(seen),
-        size=upto((1, 2, 3, 4, 6, 9, 12, 24, 48, 96), seen.size),
-        batch=st.sampled_from([(), seen.batch] if seen.batch else [()]),
-        log10cond=upto((0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0), seen.log10cond),
-        log10scale=st.sampled_from([0.0, seen.log10scale]),
-        spectrum=st.sampled_from(["decay", seen.spectrum]),
-    )
-    settings = hypothesis.settings(
-        max_examples=100,
-        database=None,
-        deadline=None,
-        derandomize=False,
-        report_multiple_bugs=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    try:
-        return hypothesis.find(specs, violates, settings=settings, random=random.Random(0))
-    except hypothesis.errors.NoSuchExample:
-        return seen
+SIMPLER: dict[str, tuple[Any, ...]] = {
+    "size": (1, 2, 3, 4, 6, 9, 12, 24, 48, 96),
+    "batch": ((),),
+    "log10cond": (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0),
+    "log10scale": (0.0,),
+    "spectrum": ("decay",),
+}
+"""What is tried for each coordinate of a spec, from the simplest on."""
 
 
 def _name(dtype: torch.dtype) -> str:

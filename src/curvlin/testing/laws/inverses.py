@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from curvlin.errors import NotClosedError
 from curvlin.testing.cases import Case, right_hand_sides
-from curvlin.testing.laws._larger import larger
+from curvlin.testing.laws._larger import larger, summands
 from curvlin.testing.laws._law import (
     EPS64,
     UNCOUNTED,
@@ -20,6 +22,7 @@ from curvlin.testing.laws._law import (
     forward,
     law,
     norms,
+    product,
     quadratic,
     worst,
     worst_counted,
@@ -131,6 +134,7 @@ def inverse(case: Case) -> Iterator[Measurement]:
         limit = limit + forward(case) * exact
     yield from worst_counted("inverse_diagonal", (P.inverse_diagonal().double() - exact).abs(), limit, exact)
     yield claim("inverse_diagonal > 0", bool((P.inverse_diagonal() > 0).all()))
+    yield from _traces(case)
     try:
         trace = P.trace_solve(P).double()
     except NotClosedError:
@@ -142,3 +146,32 @@ def inverse(case: Case) -> Iterator[Measurement]:
     yield from worst_counted(
         "trace_solve(P) = D", (trace - case.size).abs(), allowed, torch.tensor(case.size)
     )
+
+
+def _traces(case: Case) -> Iterator[Measurement]:
+    """``tr(P^-1 Q)`` and ``tr(Q^-1 P)`` for other structures, where the table has a rule."""
+    P, n = case.operator, case.size
+    for name, Q in summands(case):
+        if Q is P:
+            continue
+        M = Q.to_dense().double()
+        # Both are sums of n terms |P^-1 e| |Q e| before they cancel, which for positive matrices they do not.
+        for what, ask, exact, allowed in (
+            (f"tr(P^-1 {name})", partial(P.trace_solve, Q), (case.inverse * M).sum((-2, -1)), forward(case)),
+            (
+                f"tr({name}^-1 P)",
+                partial(Q.trace_solve, P),
+                (torch.linalg.inv(M) * case.matrix).sum((-2, -1)),
+                forward(case) if _spread(M) > 100 else 100 * product(case),
+            ),
+        ):
+            with contextlib.suppress(NotClosedError):
+                trace = ask().double()
+                yield claim(f"shape of {what}", trace.shape == case.batch_shape)
+                limit = torch.as_tensor(n * allowed) * exact
+                yield from worst_counted(what, (trace - exact).abs(), limit, exact)
+
+
+def _spread(M: Tensor) -> float:
+    values = torch.linalg.eigvalsh(M)
+    return float((values[..., -1] / values[..., 0]).max())
