@@ -1,7 +1,8 @@
 """Mutants of the library's own operators, written after the kit was finished, to see what it finds at first try.
 
-Of sixteen, thirteen were found at first try by the whole of `check_operator`; here each is given to the law that finds
-it. The three that were not are in `MISSED`.
+Of the first sixteen, thirteen were found at first try by the whole of `check_operator`. The other three, in `MISSED`,
+made three changes to the kit: the diagonal of a scaled operator, traces between operators of one kind, and one large
+operator in every check. Here each mutant is given to the law that finds it.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from curvlin.testing import check_operator
 MUTANTS: dict[type, tuple[str, str]] = {}
 """Mutant -> the structure that it is made of, and the law that has to find it."""
 MISSED = {"Cliff", "UnweightedDiagonal", "SwappedTrace"}
-"""Not found at first try."""
+"""Not found at first try; found since."""
 
 
 def of(soil: str, law: str) -> Callable[[type], type]:
@@ -179,16 +180,16 @@ def _swapped(P: PrecisionOperator, Q: PrecisionOperator, factors: Any) -> Tensor
 
 @pytest.mark.parametrize("soil", dict.fromkeys(soil for soil, _ in MUTANTS.values()))
 def test_what_the_mutants_are_made_of_is_sound(soil: str) -> None:
-    assert check_operator(SOILS[soil].plant(), SOILS[soil].dense, sizes=(6, 4), conditions=(1e2,)).holds
+    assert check_operator(
+        SOILS[soil].plant(), SOILS[soil].dense, sizes=(6, 4), conditions=(1e2,), large=192
+    ).holds
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda cls: cls.__name__)
-def test_a_mutant_is_found(mutant: type, request: pytest.FixtureRequest) -> None:
-    if mutant.__name__ in MISSED:
-        request.applymarker(pytest.mark.xfail(reason="not found at first try"))
+def test_a_mutant_is_found(mutant: type) -> None:
     name, law = MUTANTS[mutant]
     soil = SOILS[name]
     report = check_operator(
-        soil.plant(mutant), soil.dense, law, sizes=(6, 4), conditions=(1e2,), raises=False
+        soil.plant(mutant), soil.dense, law, sizes=(6, 4), conditions=(1e2,), large=192, raises=False
     )
     assert report.violations, str(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from functools import partial
 
@@ -151,15 +152,20 @@ def inverse(case: Case) -> Iterator[Measurement]:
 def _traces(case: Case) -> Iterator[Measurement]:
     """``tr(P^-1 Q)`` and ``tr(Q^-1 P)`` for other structures, where the table has a rule."""
     P, n = case.operator, case.size
-    for name, Q in summands(case):
+    for name, Q in itertools.chain(summands(case), larger(P)):
         if Q is P:
             continue
         M = Q.to_dense().double()
         # Both are sums of n terms |P^-1 e| |Q e| before they cancel, which for positive matrices they do not.
         for what, ask, exact, allowed in (
-            (f"tr(P^-1 {name})", partial(P.trace_solve, Q), (case.inverse * M).sum((-2, -1)), forward(case)),
             (
-                f"tr({name}^-1 P)",
+                f"tr(P^-1 ({name}))",
+                partial(P.trace_solve, Q),
+                (case.inverse * M).sum((-2, -1)),
+                forward(case),
+            ),
+            (
+                f"tr(({name})^-1 P)",
                 partial(Q.trace_solve, P),
                 (torch.linalg.inv(M) * case.matrix).sum((-2, -1)),
                 forward(case) if _spread(M) > 100 else 100 * product(case),

@@ -37,7 +37,7 @@ def scale(case: Case) -> Iterator[Measurement]:
         "congruence": P.inv_congruence(rows),
     }
     answers["congruence diagonal"] = P.inv_congruence_diagonal(rows)
-    logdet, multiplied = P.logdet().double(), P @ X
+    logdet, multiplied, diagonal = P.logdet().double(), P @ X, P.diagonal()
     logs = case.eigen[0].abs().log().abs().sum(-1)
     for exponent in (40, -40, 7, -13):
         c = 2.0**exponent
@@ -53,6 +53,7 @@ def scale(case: Case) -> Iterator[Measurement]:
         b = sides["random"][..., 0]
         yield differing(f"inv_quad, 2^{exponent}", Q.inv_quad(b), P.inv_quad(b) / c)
         yield differing(f"(2^{exponent} P) @ X", Q @ X, multiplied * c)
+        yield differing(f"diagonal of 2^{exponent} P", Q.diagonal(), diagonal * c)
         gap = Q.logdet().double() - logdet - case.size * exponent * math.log(2.0)
         limit = 4 * (eps(case) + case.size * EPS64) * (logs + case.size * abs(exponent))
         yield worst(f"logdet, 2^{exponent}", gap.abs(), limit)
