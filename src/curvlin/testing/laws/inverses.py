@@ -151,12 +151,15 @@ def inverse(case: Case) -> Iterator[Measurement]:
 
 def _traces(case: Case) -> Iterator[Measurement]:
     """``tr(P^-1 Q)`` and ``tr(Q^-1 P)`` for other structures, where the table has a rule."""
-    P, n = case.operator, case.size
+    P, n, root = case.operator, case.size, _root(case.matrix)
     for name, Q in itertools.chain(summands(case), larger(P)):
         if Q is P:
             continue
         M = Q.to_dense().double()
-        # Both are sums of n terms |P^-1 e| |Q e| before they cancel, which for positive matrices they do not.
+        # A relative error C u cond of either inverse; what is larger than P may be solved by way of P. A change of
+        # few directions is n, or the trace of a base, less what the directions take: n counts as well.
+        own = _spread(M)
+        condition = max(case.condition, own) if "P" in name else own
         for what, ask, exact, allowed in (
             (
                 f"tr(P^-1 ({name}))",
@@ -167,17 +170,29 @@ def _traces(case: Case) -> Iterator[Measurement]:
             (
                 f"tr(({name})^-1 P)",
                 partial(Q.trace_solve, P),
-                (torch.linalg.inv(M) * case.matrix).sum((-2, -1)),
-                forward(case) if _spread(M) > 100 else 100 * product(case),
+                _whitened(M, root).square().sum((-2, -1)),
+                backward(case) * condition + 10 * product(case),
             ),
         ):
             with contextlib.suppress(NotClosedError):
                 trace = ask().double()
                 yield claim(f"shape of {what}", trace.shape == case.batch_shape)
-                limit = torch.as_tensor(n * allowed) * exact
+                limit = torch.as_tensor(n * allowed) * (exact + n)
                 yield from worst_counted(what, (trace - exact).abs(), limit, exact)
 
 
 def _spread(M: Tensor) -> float:
     values = torch.linalg.eigvalsh(M)
     return float((values[..., -1] / values[..., 0]).max())
+
+
+def _root(M: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(M)
+    root: Tensor = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    return root
+
+
+def _whitened(M: Tensor, root: Tensor) -> Tensor:
+    """``L^-1 R`` with ``L L^T = M``: the trace of ``M^-1 R R^T`` is a sum of its squares."""
+    half: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(M), root, upper=False)
+    return half
