@@ -2,7 +2,8 @@
 
 Of the first sixteen, thirteen were found at first try by the whole of `check_operator`. The other three, in `MISSED`,
 made three changes to the kit: the diagonal of a scaled operator, traces between operators of one kind, and one large
-operator in every check. A second round of six, written after that, was found whole. Here each mutant is given to the law that finds it.
+operator in every check. A second round of six, written after that, was found whole. Here each mutant is given to the
+law that finds it.
 """
 
 from collections.abc import Callable
