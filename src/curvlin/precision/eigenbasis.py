@@ -48,9 +48,9 @@ class EigenbasisOperator(PrecisionOperator):
         return self._from_basis(values.unsqueeze(-1) * self._to_basis(X))
 
     def _factorize(self) -> None:
-        smallest = self._eigenvalues().min()
-        if not bool(smallest > 0):
-            raise NotPositiveDefiniteError(type(self).__name__, float(smallest))
+        values = self._eigenvalues()
+        if not bool((values > 0).all()):
+            raise NotPositiveDefiniteError(type(self).__name__, float(values.min()))
 
     def _matmul(self, X: Tensor) -> Tensor:
         return self._function(self._eigenvalues(), X)
