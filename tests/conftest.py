@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# pytester runs pytest inside pytest. The plugin that curvlin installs is named for checkouts that are not installed.
+pytest_plugins = ["pytester", "pytest_curvlin"]
+
 # Examples of a property are cheap but their operators take time to build: no deadline, and sizes vary,
 # so a slow draw is not a fault. CI repeats the same examples in every run.
 _SHARED = {

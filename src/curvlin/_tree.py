@@ -23,9 +23,15 @@ Fields = tuple[dataclasses.Field[Any], ...]
 TensorMap = Callable[[Tensor, int], Tensor]
 
 
-def tensor_field(ndim: int, default: Any = dataclasses.MISSING) -> Any:
-    """A field of tensors (or tuples of them, or trees) whose own dimensions are the last `ndim`."""
-    return dataclasses.field(default=default, metadata={"ndim": ndim})
+def tensor_field(ndim: int, default: Any = dataclasses.MISSING, *, constant: bool = False) -> Any:
+    """A field of tensors (or tuples of them, or trees) whose own dimensions are the last `ndim`.
+
+    Args:
+        ndim: how many trailing dimensions are the tensor's own; what stands to the left is batch.
+        default: of the field.
+        constant: whether no derivative flows into it, by contract.
+    """
+    return dataclasses.field(default=default, metadata={"ndim": ndim, "constant": constant})
 
 
 def static_field(default: Any = dataclasses.MISSING) -> Any:

@@ -22,6 +22,7 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
+from curvlin.precision.eigenbasis import EigenbasisOperator
 from curvlin.precision.kronecker import KroneckerSum
 from curvlin.precision.low_rank import Woodbury
 from curvlin.precision.spectral import SpectralKronecker
@@ -102,8 +103,8 @@ def _squared_norm(P: PrecisionOperator) -> Tensor:
         return P.values.square().sum(-1)
     if isinstance(P, Dense):
         return P.matrix.square().sum((-2, -1))
-    if isinstance(P, SpectralKronecker):
-        return P.eigenvalues.square().sum((-2, -1))
+    if isinstance(P, EigenbasisOperator):
+        return P._eigenvalues().square().sum(-1)
     if isinstance(P, KroneckerSum):
         terms = _full_terms(P)
         pairs = [_inner(L, M) * _inner(R, S) for L, R in terms for M, S in terms]

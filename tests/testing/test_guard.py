@@ -51,6 +51,14 @@ def test_under_vmap() -> None:
         torch.vmap(lambda v: torch.outer(v, v).sum())(x)
 
 
+def test_operators_and_right_hand_sides_say_what_is_affordable() -> None:
+    P, x = Diagonal(torch.rand(10) + 1), torch.randn(10)
+    assert forbid_dense(P, x).limit == forbid_dense(None, P, x).limit == 4 * 30
+    assert forbid_dense(P, x, limit=7).limit == forbid_dense(7).limit == forbid_dense(7, P).limit == 7
+    with pytest.raises(TypeError, match=r"takes operators and tensors, found \['Diagonal', 'list'\]"):
+        forbid_dense(P, [1.0])  # type: ignore[arg-type]
+
+
 def test_a_limit_or_inputs_are_needed() -> None:
     with pytest.raises(TypeError, match="needs a limit"):
         forbid_dense()

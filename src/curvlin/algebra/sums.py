@@ -164,7 +164,9 @@ def low_rank_low_rank(P: Woodbury, Q: Woodbury) -> Woodbury:
     if _plain_update(P) and _plain_update(Q):
         columns = joined_columns(unit_weight(P), unit_weight(Q))
         both = isinstance(P, LowRankPlusDiag) and isinstance(Q, LowRankPlusDiag)
-        return P._with(base=base, U=columns, weight=None) if both else Woodbury(base, columns)
+        return (
+            P._with(LowRankPlusDiag, base=base, U=columns, weight=None) if both else Woodbury(base, columns)
+        )
     # A downdate stands outside an update, so that what it is taken from is positive definite.
     inner, outer = (Q, P) if P.sign < Q.sign else (P, Q)
     first = Woodbury(base, inner.U)._with(core=inner.core, weight=inner.weight, sign=inner.sign)

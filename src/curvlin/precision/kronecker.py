@@ -70,7 +70,7 @@ class KroneckerSum(ImplicitOperator):
 
     terms: tuple[Pair, ...] = tensor_field(2)
     shift: Float[Tensor, "*batch"] | None = tensor_field(0)
-    roots: tuple[Pair, ...] | None = tensor_field(2)
+    roots: tuple[Pair, ...] | None = tensor_field(2, constant=True)
     sizes: tuple[int, int] = static_field()
 
     def __init__(

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from curvlin._check import broadcastable, floating, square
 from curvlin._tree import is_concrete, tensor_field
-from curvlin.errors import NotPositiveDefiniteError
 from curvlin.numerics.kronecker import congruence, product, rotate
-from curvlin.precision.base import PrecisionOperator
+from curvlin.precision.eigenbasis import EigenbasisOperator
 
 
 @dataclass(eq=False, repr=False, init=False)
-class SpectralKronecker(PrecisionOperator):
+class SpectralKronecker(EigenbasisOperator):
     """``(QL (x) QR) diag(eigenvalues.flatten()) (QL (x) QR)^T`` with orthogonal QL, QR: EKFAC, for one.
 
     The bases are constants: no gradient flows into them.
@@ -30,8 +29,8 @@ class SpectralKronecker(PrecisionOperator):
         TypeError, ValueError: if a basis is not a square floating orthogonal matrix, or shapes do not match.
     """
 
-    QL: Float[Tensor, "*batch a a"] = tensor_field(2)
-    QR: Float[Tensor, "*batch b b"] = tensor_field(2)
+    QL: Float[Tensor, "*batch a a"] = tensor_field(2, constant=True)
+    QR: Float[Tensor, "*batch b b"] = tensor_field(2, constant=True)
     eigenvalues: Float[Tensor, "*batch a b"] = tensor_field(2)
 
     def __init__(
@@ -78,50 +77,18 @@ class SpectralKronecker(PrecisionOperator):
     def _factors_need_grad(self) -> bool:
         return False
 
-    def _factorize(self) -> None:
-        if not bool((self.eigenvalues > 0).all()):
-            raise NotPositiveDefiniteError("SpectralKronecker", float(self.eigenvalues.min()))
+    def _eigenvalues(self) -> Tensor:
+        return self.eigenvalues.flatten(-2)
 
-    def _function(self, values: Tensor, X: Tensor) -> Tensor:
-        """``(QL (x) QR) diag(values) (QL (x) QR)^T X``."""
-        V = congruence(self.QL, X.mT.unflatten(-1, self.sizes), self.QR) * values.unsqueeze(-3)
-        return rotate(self.QL, V, self.QR).flatten(-2).mT
+    def _to_basis(self, X: Tensor) -> Tensor:
+        return congruence(self.QL, X.mT.unflatten(-1, self.sizes), self.QR).flatten(-2).mT
 
-    def _matmul(self, X: Tensor) -> Tensor:
-        return self._function(self.eigenvalues, X)
+    def _from_basis(self, V: Tensor) -> Tensor:
+        return rotate(self.QL, V.mT.unflatten(-1, self.sizes), self.QR).flatten(-2).mT
 
-    def _solve(self, X: Tensor, factors: None) -> Tensor:
-        return self._function(1 / self.eigenvalues, X)
-
-    def _inv_quad(self, X: Tensor, factors: None) -> Tensor:
-        V = congruence(self.QL, X.mT.unflatten(-1, self.sizes), self.QR)
-        return (V.square() / self.eigenvalues.unsqueeze(-3)).sum((-2, -1))
-
-    def _logdet(self, factors: None) -> Tensor:
-        return self.eigenvalues.log().sum((-2, -1))
-
-    def _spread(self, values: Tensor) -> Tensor:
-        """The diagonal of ``(QL (x) QR) diag(values) (QL (x) QR)^T``."""
-        squares = self.QL.square(), self.QR.square()
-        return rotate(squares[0], values.unsqueeze(-3), squares[1]).squeeze(-3).flatten(-2)
-
-    def _diagonal(self) -> Tensor:
-        return self._spread(self.eigenvalues)
-
-    def _inverse_diagonal(self, factors: None) -> Tensor:
-        return self._spread(1 / self.eigenvalues)
-
-    def _whiten(self, X: Tensor, factors: None) -> Tensor:
-        return self._function(self.eigenvalues.sqrt(), X)
-
-    def _unwhiten(self, Z: Tensor, factors: None) -> Tensor:
-        return self._function(1 / self.eigenvalues.sqrt(), Z)
-
-    def _root_matvec(self, Z: Tensor, factors: None) -> Tensor:
-        return self._function(self.eigenvalues.sqrt(), Z)
-
-    def _root_solve(self, G: Tensor, factors: None) -> Tensor:
-        return self._function(1 / self.eigenvalues.sqrt(), G)
+    def _diagonal_of(self, values: Tensor) -> Tensor:
+        grid = values.unflatten(-1, self.sizes).unsqueeze(-3)
+        return rotate(self.QL.square(), grid, self.QR.square()).squeeze(-3).flatten(-2)
 
     def _scale(self, c: Tensor) -> SpectralKronecker:
         return self._with(eigenvalues=self.eigenvalues * c[..., None, None])
@@ -129,12 +96,6 @@ class SpectralKronecker(PrecisionOperator):
     def with_eigenvalues(self, eigenvalues: Float[Tensor, "*batch a b"]) -> SpectralKronecker:
         """Other eigenvalues in the same basis."""
         return self._with(eigenvalues=self._check_eigenvalues(eigenvalues))
-
-    def _marginal(self, index: Tensor, max_size: int) -> None:
-        return None
-
-    def _conditional(self, index: Tensor, max_size: int) -> None:
-        return None
 
     def _to_dense(self) -> Tensor:
         basis = product(self.QL, self.QR)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -69,8 +69,8 @@ class Recipe:
     downdates_an_update: bool = False
     # Positive semidefinite but not definite, by construction.
     singular: bool = False
-    # Whether samples and roots have derivatives; where not, asking for one is refused by name.
-    differentiable_roots: bool = True
+    # Whether samples and roots have derivatives; where not, asking for one is refused by name. None: it may be.
+    differentiable_roots: bool | None = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +109,9 @@ class Case:
             singular: P is positive semidefinite without an inverse, so that asking for one must be refused.
         """
         leaves, treedef = pytree.tree_flatten(P)
-        own = [n for _, n in P._tensors()]
         parameters = tuple(
-            Parameter(t.detach(), n, symmetric=_is_symmetric(t, n)) for t, n in zip(leaves, own, strict=True)
+            Parameter(t.detach(), n, symmetric=_is_symmetric(t, n), differentiable=not constant)
+            for t, (_, n), constant in zip(leaves, P._tensors(), _constants(P), strict=True)
         )
 
         def build(*tensors: Tensor) -> PrecisionOperator:
@@ -119,17 +119,16 @@ class Case:
             return rebuilt
 
         def assemble(xp: Arrays, *tensors: Any) -> Any:
-            operator = build(*tensors) if xp is TORCH else P.detach().to(torch.float64)
+            # Entries exact to float64 only: there is no other formula.
+            operator = build(*(tensors if xp is TORCH else map(_float64, tensors)))
             if dense is None:
                 matrix = operator.to_dense()
             else:
                 matrix = dense.double() if isinstance(dense, Tensor) else dense(operator)
-            return (
-                matrix if xp is TORCH else _objects(matrix)
-            )  # exact to float64 only: there is no other formula
+            return matrix if xp is TORCH else _objects(matrix)
 
-        recipe = Recipe(parameters, build, assemble, P.size, singular=singular)
-        return cls(kind or type(P).__name__, recipe)
+        recipe = Recipe(parameters, build, assemble, P.size, singular=singular, differentiable_roots=None)
+        return cls(kind or type(P).__name__, replace(recipe, **_change_of_a_base(P, build)))
 
     # -- the operator ----------------------------------------------------------------------------------------
 
@@ -302,8 +301,48 @@ def right_hand_sides(case: Case, columns: int = 2) -> dict[str, Tensor]:
     return {kind: X.to(case.dtype) for kind, X in kinds.items()}
 
 
+def _constants(value: Any, constant: bool = False) -> Iterator[bool]:
+    """For each tensor of a tree, in order, whether its field is one that no derivative flows into."""
+    if isinstance(value, Tensor):
+        yield constant
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _constants(part, constant)
+    elif value is not None:
+        for field_ in fields(value):
+            if not field_.metadata.get("static"):
+                part = getattr(value, field_.name)
+                yield from _constants(part, constant or bool(field_.metadata.get("constant")))
+
+
+def _change_of_a_base(P: PrecisionOperator, build: Callable[..., PrecisionOperator]) -> dict[str, Any]:
+    """What a recipe has to say of a base changed in a few directions."""
+    from curvlin.precision.diagonal import Diagonal, Isotropic
+    from curvlin.precision.low_rank import Woodbury
+
+    if not isinstance(P, Woodbury):
+        return {}
+
+    def base(xp: Arrays, *tensors: Any) -> Any:
+        operator = build(*(tensors if xp is TORCH else map(_float64, tensors)))
+        while isinstance(operator, Woodbury):
+            operator = operator.base
+        return operator.to_dense() if xp is TORCH else _objects(operator.to_dense())
+
+    return {
+        "base": base,
+        "splits_leverage": isinstance(P.base, (Diagonal, Isotropic)) and isinstance(P.U, Tensor),
+        "downdates_an_update": P.sign < 0 and isinstance(P.base, Woodbury),
+    }
+
+
 def _is_symmetric(t: Tensor, ndim: int) -> bool:
     return ndim == 2 and t.shape[-1] == t.shape[-2] and t.shape[-1] > 1 and bool((t == t.mT).all())
+
+
+def _float64(numbers: Any) -> Tensor:
+    """Back from `_objects`, which is exact for what was a tensor."""
+    return torch.from_numpy(np.asarray(numbers, dtype=np.float64))
 
 
 def _objects(tensor: Tensor) -> Any:

@@ -21,24 +21,38 @@ class DenseTensorError(AssertionError):
 class forbid_dense(TorchDispatchMode):
     """Context in which every tensor of more than `limit` elements is an error, backward passes included.
 
+        with forbid_dense(P, x):
+            P.solve(x)
+
     Args:
+        *inputs: operators, feature operators and right-hand sides (or tensors shaped like outputs); or, in the
+            first place, the limit.
         limit: the most elements a tensor may hold. None: `FACTOR` (4) times the elements of `inputs`, where
             an operator counts its own tensors and one vector of its size (what a diagonal or a sample
             returns).
-        *inputs: operators, feature operators and right-hand sides (or tensors shaped like outputs).
+
+    Raises:
+        TypeError: if there is neither a limit nor an input to derive it from.
 
     Elements are counted by the memory behind a tensor, so that an `expand` costs nothing; no operation has to
     be known by name, and what `autograd` does in its backward pass is seen as well.
     """
 
-    def __init__(self, limit: int | None = None, *inputs: Tree | Tensor) -> None:
+    def __init__(self, *inputs: int | Tree | Tensor | None, limit: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        if inputs and isinstance(inputs[0], (int, type(None))):
+            limit, inputs = inputs[0] if limit is None else limit, inputs[1:]
+        sized = [x for x in inputs if isinstance(x, (Tree, Tensor))]
+        if len(sized) < len(inputs):
+            raise TypeError(
+                f"forbid_dense takes operators and tensors, found {[type(x).__name__ for x in inputs]}"
+            )
         if limit is None:
-            if not inputs:
+            if not sized:
                 raise TypeError(
                     "forbid_dense needs a limit, or the operators and right-hand sides to derive it from"
                 )
-            limit = FACTOR * sum(_elements(x) for x in inputs)
+            limit = FACTOR * sum(_elements(x) for x in sized)
         self.limit = limit
         self.largest = 0
 

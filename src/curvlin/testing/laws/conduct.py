@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,10 +33,14 @@ from curvlin.testing.laws._law import (
 Question = Callable[[PrecisionOperator], Tensor]
 
 
-def questions(case: Case) -> dict[str, Question]:
-    """Every method with a tensor answer, on fixed arguments of the case's dtype."""
+def columns(case: Case) -> Tensor:
+    """Two right-hand sides for every element of the batch, in float64."""
     generator = case.generator(71)
-    X = torch.randn(*case.batch_shape, case.size, 2, dtype=torch.float64, generator=generator)
+    return torch.randn(*case.batch_shape, case.size, 2, dtype=torch.float64, generator=generator)
+
+
+def questions(case: Case, X: Tensor) -> dict[str, Question]:
+    """Every method with a tensor answer, on these right-hand sides rounded to the dtype of the operator."""
 
     def side(P: PrecisionOperator) -> Tensor:
         return X.to(P.dtype)
@@ -60,11 +66,32 @@ def questions(case: Case) -> dict[str, Question]:
 def storage(case: Case) -> Iterator[Measurement]:
     """dtype and device are kept; copies, pickles and kept factors change nothing; float32 is close."""
     P = case.operator
-    asked = questions(case)
+    asked = questions(case, columns(case))
     answers = {name: ask(P) for name, ask in asked.items()}
+    vector = torch.Size([*case.batch_shape, case.size])
+    shapes = {
+        "matmul": (*vector, 2),
+        "solve": (*vector, 2),
+        "logdet": case.batch_shape,
+        "inv_quad": case.batch_shape,
+        "inv_congruence": (*case.batch_shape, 2, 2),
+        "inv_congruence_diagonal": (*case.batch_shape, 2),
+        "sample": (2, *vector),
+    }
     for name, answer in answers.items():
         yield claim(f"dtype of {name}", answer.dtype == case.dtype)
         yield claim(f"device of {name}", answer.device == P.device)
+        yield claim(f"shape of {name}", answer.shape == torch.Size(shapes.get(name, vector)))
+    index = torch.arange(case.size).flip(0)
+    for name, made in (
+        ("2 * P", 2 * P),
+        ("marginal", P.marginal(index)),
+        ("conditional", P.conditional(index)),
+        ("inverse", P.inverse()),
+        ("to_dense", P.to_dense()),
+    ):
+        yield claim(f"dtype of {name}", made.dtype == case.dtype)
+        yield claim(f"device of {name}", made.device == P.device)
     kept = P.factor()
     for name, ask in asked.items():
         yield differing(f"{name} after factor()", ask(kept), answers[name])
@@ -106,11 +133,11 @@ def _single_precision(
 def no_dense(case: Case) -> Iterator[Measurement]:
     """No method but `to_dense` makes a tensor of the size of the dense matrix."""
     P = case.operator
-    columns = 2 * case.size * case.batch_shape.numel()
-    limit = FACTOR * (sum(t.numel() for t, _ in P._tensors()) + columns)
+    arguments = 2 * case.size * case.batch_shape.numel()
+    limit = FACTOR * (sum(t.numel() for t, _ in P._tensors()) + arguments)
     if limit >= case.size**2:
         return
-    for name, ask in questions(case).items():
+    for name, ask in questions(case, columns(case)).items():
         guard = forbid_dense(limit)
         try:
             with guard:
@@ -123,14 +150,23 @@ def no_dense(case: Case) -> Iterator[Measurement]:
 @law(16)
 def determinism(case: Case) -> Iterator[Measurement]:
     """The same call gives the same bits, and only ``sample(generator=None)`` reads torch's generator."""
-    P = case.operator
+    P, X = case.operator, columns(case)
+    asked, given = questions(case, X), X.clone()
+    held = [t.clone() for t, _ in P._tensors()]
     torch.manual_seed(12345)
-    before = torch.get_rng_state()
-    for name, ask in questions(case).items():
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    for name, ask in asked.items():
         yield differing(f"{name}, twice", ask(P), ask(P))
-    P.factor()
+        yield differing(f"the argument of {name} after the call", X, given)
+    kept = P.factor()
     P.update(torch.ones(case.size, 1, dtype=case.dtype))
-    yield claim("torch's generator is left alone", bool((torch.get_rng_state() == before).all()))
+    after = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    yield claim("torch's generator is left alone", torch.equal(before[0], after[0]))
+    yield claim("Python's and NumPy's generators are left alone", before[1:] == after[1:])
+    for i, ((t, _), copied) in enumerate(zip(P._tensors(), held, strict=True)):
+        yield differing(f"tensor {i} of P after every call", t, copied)
+    yield differing("2 * P.factor() solves as 2 * P", asked["solve"](2 * kept), asked["solve"](2 * P))
+    yield from _follows_edits(P, asked)
     one, two = (P.sample((2,), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     yield claim("samples depend on the generator", bool((one != two).any()))
     generator = torch.Generator().manual_seed(1)
@@ -141,6 +177,31 @@ def determinism(case: Case) -> Iterator[Measurement]:
     default = P.sample((2,))
     torch.manual_seed(1)
     yield differing("samples follow torch's generator when none is given", default, P.sample((2,)))
+
+
+def _follows_edits(P: PrecisionOperator, asked: dict[str, Question]) -> Iterator[Measurement]:
+    """Answers are those of the tensors as they are now: nothing is remembered from before an edit in place."""
+    edited = P._map(lambda t, _: t.clone())
+    asked = {name: asked[name] for name in ("matmul", "solve", "logdet", "inverse_diagonal", "unwhiten")}
+    for ask in asked.values():
+        ask(edited)
+    with torch.no_grad():
+        for t, _ in edited._tensors():
+            t.mul_(0.5)
+    fresh = edited._map(lambda t, _: t.clone())
+    for name, ask in asked.items():
+        now, then = _answer(ask, edited), _answer(ask, fresh)
+        if now is None or then is None:
+            yield claim(f"{name} is refused after an edit in place", now is then)
+        else:
+            yield differing(f"{name} after an edit in place", now, then)
+
+
+def _answer(ask: Question, P: PrecisionOperator) -> Tensor | None:
+    try:
+        return ask(P)
+    except NotPositiveDefiniteError:
+        return None
 
 
 @law(17, invertible=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ def gradients(case: Case) -> Iterator[Measurement]:
     """First and second derivatives of every answer equal those of the dense formula; no graph is used up."""
     if case.size > LARGEST or case.dtype != torch.float64:
         return
+    whole = case
     case = case.single((0,) * len(case.batch_shape))
     generator = case.generator(61)
     n = case.size
@@ -43,6 +45,18 @@ def gradients(case: Case) -> Iterator[Measurement]:
 
     W, w, B, J = noise(n, 2), noise(n, n), noise(n, 2), noise(2, n)
     questions = [
+        _Question(
+            "matmul",
+            lambda P, B: (W * (P @ B)).sum(),
+            lambda M, B: (W * (M @ B)).sum(),
+            lambda M, B: W.norm() * M.norm() * B.norm(),
+        ),
+        _Question(
+            "diagonal",
+            lambda P, B: (W[:, 0] * P.diagonal()).sum(),
+            lambda M, B: (W[:, 0] * M.diagonal()).sum(),
+            lambda M, B: W.norm() * M.norm(),
+        ),
         _Question(
             "logdet", lambda P, B: P.logdet(), lambda M, B: torch.linalg.slogdet(M)[1], lambda M, B: _size(n)
         ),
@@ -77,14 +91,24 @@ def gradients(case: Case) -> Iterator[Measurement]:
             lambda M, B: torch.linalg.inv(M).norm() * w.norm(),
             of_a_root=True,
         ),
+        _Question(
+            "covariance of P times samples",
+            lambda P, B: (w * _covariance(P, case, inverse=False)).sum(),
+            lambda M, B: (w * M).sum(),
+            lambda M, B: M.norm() * w.norm(),
+            of_a_root=True,
+        ),
     ]
     for question in questions:
         yield from _derivatives(case, question, B, noise)
     yield from _reuse(case)
+    yield from _functional(case, questions, B)
+    if whole.batch_shape:
+        yield from _batched(whole, noise)
 
 
-def _covariance(P: PrecisionOperator, case: Case) -> Tensor:
-    F = through(P.unwhiten, case)
+def _covariance(P: PrecisionOperator, case: Case, inverse: bool = True) -> Tensor:
+    F = through(P.unwhiten if inverse else P.root_matvec, case)
     return F.mT @ F
 
 
@@ -106,10 +130,15 @@ def _derivatives(
         second = torch.autograd.grad(slope, inputs, materialize_grads=True)
         return [g.detach() for g in first], list(second)
 
-    if question.of_a_root and not case.recipe.differentiable_roots:
+    if question.of_a_root and case.recipe.differentiable_roots is False:
         yield claim(f"the derivative of {question.name} is refused", _refused(case, question, B))
         return
-    found = derivatives(lambda leaves, b: question.ours(case.rebuilt(leaves), b))
+    try:
+        found = derivatives(lambda leaves, b: question.ours(case.rebuilt(leaves), b))
+    except NotClosedError:
+        if question.of_a_root and case.recipe.differentiable_roots is None:
+            return
+        raise
     truth = derivatives(lambda leaves, b: question.dense(_dense(case, leaves), b))
     kappa = case.condition
     unit = CONSTANT * ((case.size + case.recipe.storage_roundings) * EPS64)
@@ -157,3 +186,79 @@ def _reuse(case: Case) -> Iterator[Measurement]:
     again = torch.autograd.grad(P.logdet(), inputs)
     for a, b in zip(first, again, strict=True):
         yield worst("two backward passes of logdet", (a - b).abs().amax(), 0.0)
+
+
+def _functional(case: Case, questions: list[_Question], B: Tensor) -> Iterator[Measurement]:
+    """`torch.func.grad` gives what `autograd` gives."""
+    mask = [p.differentiable for p in case.recipe.parameters]
+    for question in questions:
+        if question.name not in ("matmul", "logdet", "solve"):
+            continue
+
+        def value(*free: Tensor, question: _Question = question) -> Tensor:
+            given = iter(free)
+            leaves = [next(given) if m else t for t, m in zip(case.tensors, mask, strict=True)]
+            return question.ours(case.rebuilt(leaves), B)
+
+        free = [t.clone() for t, m in zip(case.tensors, mask, strict=True) if m]
+        functional = torch.func.grad(value, argnums=tuple(range(len(free))))(*free)
+        leaves = [t.requires_grad_() for t in free]
+        plain = torch.autograd.grad(value(*leaves), leaves, materialize_grads=True)
+        unit = CONSTANT * ((case.size + case.recipe.storage_roundings) * EPS64)
+        for i, (f, g, x) in enumerate(zip(functional, plain, free, strict=True)):
+            size = g.norm() + question.size(case.matrix, B) / x.detach().abs().amax()
+            limit = unit * case.condition**2 * size
+            yield from worst_counted(
+                f"torch.func.grad of {question.name}, input {i}", (f - g).norm(), limit, size
+            )
+
+
+def _batched(case: Case, noise: Callable[..., Tensor]) -> Iterator[Measurement]:
+    """The gradients of a batch are those of its elements, for tensors with the batch and without it."""
+    n, batch = case.size, case.batch_shape
+    c, W, B = noise(*batch), noise(*batch, n, 2), noise(*batch, n, 2)
+    indices = list(np.ndindex(*batch))
+    asked: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+        "logdet": (lambda P: c * P.logdet(), lambda M, i: c[i] * torch.linalg.slogdet(M)[1]),
+        "solve": (
+            lambda P: (W * P.solve(B)).sum((-2, -1)),
+            lambda M, i: (W[i] * torch.linalg.solve(M, B[i])).sum(),
+        ),
+        "inv_quad": (
+            lambda P: c * P.inv_quad(B[..., 0]),
+            lambda M, i: c[i] * (B[i][:, 0] @ torch.linalg.solve(M, B[i][:, 0])),
+        ),
+        "inverse_diagonal": (
+            lambda P: (W[..., 0] * P.inverse_diagonal()).sum(-1),
+            lambda M, i: (W[i][:, 0] * torch.linalg.inv(M).diagonal()).sum(),
+        ),
+    }
+    own = [p.ndim for p in case.recipe.parameters]
+    unit = CONSTANT * ((n + case.recipe.storage_roundings) * EPS64)
+    for name, (ours, dense) in asked.items():
+        gradients, sizes = [], 1.0
+        for structured in (True, False):
+            leaves = [
+                t.clone().requires_grad_(p.differentiable)
+                for t, p in zip(case.tensors, case.recipe.parameters, strict=True)
+            ]
+            inputs = [t for t in leaves if t.requires_grad]
+            if structured:
+                values = ours(case.rebuilt(leaves))
+            else:
+                # One element at a time, each from the tensors that are its own.
+                parts = []
+                for i in indices:
+                    single = [
+                        t.expand(*batch, *t.shape[t.ndim - k :])[i] for t, k in zip(leaves, own, strict=True)
+                    ]
+                    parts.append(dense(_dense(case, single), i))
+                values = torch.stack(parts)
+                sizes = max(float(values.detach().abs().max()), float(n) if name == "logdet" else 0.0)
+            gradients.append(torch.autograd.grad(values.sum(), inputs, materialize_grads=True))
+        for k, (mine, exact, x) in enumerate(zip(*gradients, inputs, strict=True)):
+            size = exact.norm() + sizes / x.detach().abs().amax()
+            limit = unit * case.condition**2 * size
+            yield from worst_counted(
+                f"gradient of {name} in a batch, input {k}", (mine - exact).norm(), limit, size
+            )

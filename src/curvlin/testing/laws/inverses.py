@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from curvlin.errors import NotClosedError
 from curvlin.testing.cases import Case, right_hand_sides
-from curvlin.testing.laws._larger import larger
+from curvlin.testing.laws._larger import larger, summands
 from curvlin.testing.laws._law import (
     EPS64,
     UNCOUNTED,
@@ -20,6 +23,7 @@ from curvlin.testing.laws._law import (
     forward,
     law,
     norms,
+    product,
     quadratic,
     worst,
     worst_counted,
@@ -131,6 +135,7 @@ def inverse(case: Case) -> Iterator[Measurement]:
         limit = limit + forward(case) * exact
     yield from worst_counted("inverse_diagonal", (P.inverse_diagonal().double() - exact).abs(), limit, exact)
     yield claim("inverse_diagonal > 0", bool((P.inverse_diagonal() > 0).all()))
+    yield from _traces(case)
     try:
         trace = P.trace_solve(P).double()
     except NotClosedError:
@@ -142,3 +147,52 @@ def inverse(case: Case) -> Iterator[Measurement]:
     yield from worst_counted(
         "trace_solve(P) = D", (trace - case.size).abs(), allowed, torch.tensor(case.size)
     )
+
+
+def _traces(case: Case) -> Iterator[Measurement]:
+    """``tr(P^-1 Q)`` and ``tr(Q^-1 P)`` for other structures, where the table has a rule."""
+    P, n, root = case.operator, case.size, _root(case.matrix)
+    for name, Q in itertools.chain(summands(case), larger(P)):
+        if Q is P:
+            continue
+        M = Q.to_dense().double()
+        # A relative error C u cond of either inverse; what is larger than P may be solved by way of P. A change of
+        # few directions is n, or the trace of a base, less what the directions take: n counts as well.
+        own = _spread(M)
+        condition = max(case.condition, own) if "P" in name else own
+        for what, ask, exact, allowed in (
+            (
+                f"tr(P^-1 ({name}))",
+                partial(P.trace_solve, Q),
+                (case.inverse * M).sum((-2, -1)),
+                forward(case),
+            ),
+            (
+                f"tr(({name})^-1 P)",
+                partial(Q.trace_solve, P),
+                _whitened(M, root).square().sum((-2, -1)),
+                backward(case) * condition + 10 * product(case),
+            ),
+        ):
+            with contextlib.suppress(NotClosedError):
+                trace = ask().double()
+                yield claim(f"shape of {what}", trace.shape == case.batch_shape)
+                limit = torch.as_tensor(n * allowed) * (exact + n)
+                yield from worst_counted(what, (trace - exact).abs(), limit, exact)
+
+
+def _spread(M: Tensor) -> float:
+    values = torch.linalg.eigvalsh(M)
+    return float((values[..., -1] / values[..., 0]).max())
+
+
+def _root(M: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(M)
+    root: Tensor = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    return root
+
+
+def _whitened(M: Tensor, root: Tensor) -> Tensor:
+    """``L^-1 R`` with ``L L^T = M``: the trace of ``M^-1 R R^T`` is a sum of its squares."""
+    half: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(M), root, upper=False)
+    return half

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from curvlin.errors import NotClosedError
 from curvlin.precision.base import PrecisionOperator
-from curvlin.precision.dense import Dense
-from curvlin.precision.diagonal import Diagonal, Isotropic
+from curvlin.precision.diagonal import Isotropic
 from curvlin.testing.cases import Case, right_hand_sides
+from curvlin.testing.laws._features import features
+from curvlin.testing.laws._larger import summands
 from curvlin.testing.laws._law import (
     UNCOUNTED,
     Measurement,
@@ -34,14 +35,14 @@ def sums(case: Case) -> Iterator[Measurement]:
     """Closed sums do not depend on the order of their operands, in type or value, and act as sums."""
     P = case.operator
     X = right_hand_sides(case)["random"]
-    summands = list(_summands(case))
-    for name, Q in summands:
+    others = list(summands(case))
+    for name, Q in others:
         yield from addition(case, Q, name, X)
     zero = Isotropic(torch.zeros((), dtype=case.dtype), case.size)
     total = closed_sum(P, zero)
     if total is not None:
         yield worst("P + 0", norms(total @ X - P @ X), product(case) * case.norm.unsqueeze(-1) * norms(X))
-    for (name, Q), (other, S) in itertools.pairwise(summands):
+    for (name, Q), (other, S) in itertools.pairwise(others):
         left, right = _nested(P, Q, S), _nested(S, Q, P)
         if left is not None and right is not None:
             limit = 4 * product(case) * _size_of(case, Q, S) * norms(X)
@@ -62,6 +63,23 @@ def addition(case: Case, Q: PrecisionOperator, name: str, X: Tensor) -> Iterator
     yield worst(f"(P + {name}) @ X = P @ X + {name} @ X", norms(left @ X - (P @ X + Q @ X)), limit)
     yield worst(f"(P + {name}) @ X = ({name} + P) @ X", norms(left @ X - right @ X), limit)
     yield claim(f"dtype of P + {name}", left.dtype == case.dtype)
+    if not case.recipe.singular and name != "Dense":
+        yield from _solved_sum(case, Q, name, left)
+
+
+def _solved_sum(
+    case: Case, Q: PrecisionOperator, name: str, total: PrecisionOperator
+) -> Iterator[Measurement]:
+    """The sum is solved as the matrix that it is: a rule may keep a part that only solving reads."""
+    B = right_hand_sides(case)["random"]
+    exact = case.matrix + Q.to_dense().double()
+    X = total.solve(B).double()
+    limit = 3 * product(case) * (_size_of(case, Q) * norms(X) + norms(B))
+    yield worst(f"residual of (P + {name}).solve", norms(exact @ X - B.double()), limit)
+    gap = (total.logdet().double() - torch.linalg.slogdet(exact)[1]).abs()
+    logs = exact.diagonal(dim1=-2, dim2=-1).log().abs().sum(-1)
+    limit = case.size * (forward(case) + product(case)) + 4 * eps(case) * logs
+    yield from worst_counted(f"logdet of P + {name}", gap, limit, torch.ones(()))
 
 
 def closed_sum(P: PrecisionOperator, Q: PrecisionOperator) -> PrecisionOperator | None:
@@ -75,18 +93,6 @@ def closed_sum(P: PrecisionOperator, Q: PrecisionOperator) -> PrecisionOperator 
 def _nested(P: PrecisionOperator, Q: PrecisionOperator, S: PrecisionOperator) -> PrecisionOperator | None:
     inner = closed_sum(P, Q)
     return None if inner is None else closed_sum(inner, S)
-
-
-def _summands(case: Case) -> Iterator[tuple[str, PrecisionOperator]]:
-    generator = case.generator(31)
-    level = case.operator.diagonal().detach().mean()
-    d = level * (0.5 + torch.rand(case.size, dtype=torch.float64, generator=generator)).to(case.dtype)
-    yield "Isotropic", Isotropic(level, case.size)
-    yield "Diagonal", Diagonal(d)
-    yield "itself", case.operator
-    U = torch.randn(case.size, 2, dtype=torch.float64, generator=generator).to(case.dtype)
-    yield "low rank", Diagonal(d).update(U * level.sqrt())
-    yield "Dense", Dense(torch.diag(d) + level / case.size)
 
 
 def _size_of(case: Case, *others: PrecisionOperator) -> Tensor:
@@ -121,6 +127,10 @@ def parts(case: Case) -> Iterator[Measurement]:
         torch.linalg.matrix_norm(W.double()).square().unsqueeze(-1) for W in (U, V)
     )
     limit = 4 * product(case) * grown * norms(X)
+    for what, changed, sign in (("update", P.update(U), 1), ("downdate", P.downdate(U / 16), -(2.0**-8))):
+        exact = case.matrix + sign * (U.double() @ U.double().mT)
+        yield worst(f"P.{what}(U)", norms(changed @ X - exact @ X.double()), limit)
+        yield claim(f"dtype of P.{what}(U)", changed.dtype == case.dtype)
     yield worst("P.update(U).downdate(U) = P", norms(P.update(U).downdate(U) @ X - P @ X), limit)
     one, other = P.update(U).update(V), P.update(V).update(U)
     yield worst("order of two updates, product", norms(one @ X - other @ X), limit)
@@ -169,6 +179,7 @@ def congruence(case: Case) -> Iterator[Measurement]:
     size = _outer(norms(J.mT), norms(XK))
     limit = quadratic(case) * (norm * _outer(norms(XJ), norms(XK)) + size)
     yield from worst_counted("J P^-1 K^T", (cross - exact).abs(), limit, size)
+    yield from features(case)
     if forward(case) > UNCOUNTED or n == 1:
         return
     # Permuting the coordinates permutes the answers: S P S^T, solved, is S P^-1 S^T.

@@ -29,6 +29,7 @@ def matrix(case: Case) -> Iterator[Measurement]:
     P = case.operator
     M = P.to_dense().double()
     yield claim("shape", P.shape == M.shape == (*case.batch_shape, case.size, case.size))
+    yield claim("shape of diagonal", P.diagonal().shape == M.shape[:-1])
     yield worst("to_dense against the definition", spectral(M - case.matrix), product(case) * case.norm)
     yield worst("symmetry of to_dense", spectral(M - M.mT), product(case) * case.norm)
     smallest = torch.linalg.eigvalsh((M + M.mT) / 2)[..., 0]
@@ -40,7 +41,7 @@ def matrix(case: Case) -> Iterator[Measurement]:
 
 @law(2, invertible=False)
 def products(case: Case) -> Iterator[Measurement]:
-    """`@` is linear and equals the dense product, from both sides, for vectors, batches and under `vmap`."""
+    """`@` is linear and equals the dense product, from both sides; batches are stacks, under `vmap` too."""
     P, limit = case.operator, product(case) * case.norm.unsqueeze(-1)
     sides = right_hand_sides(case)
     for kind, X in sides.items():
@@ -56,8 +57,27 @@ def products(case: Case) -> Iterator[Measurement]:
     yield worst(
         "product with a vector", norms((vector - column).unsqueeze(-1)), limit * norms(x.unsqueeze(-1))
     )
+    yield from _more_dimensions(case, X)
     if case.batch_shape:
         yield from _batch_is_stack(case, X)
+
+
+def _more_dimensions(case: Case, X: Tensor) -> Iterator[Measurement]:
+    """Right-hand sides with a dimension more than the batch, or with none of it, answer one by one."""
+    several = torch.stack([X, -X, 2 * X])
+    first = X.reshape(-1, *X.shape[-2:])[0]
+    for name in ("product",) if case.recipe.singular else ("product", "solve", "inv_quad", "inv_congruence"):
+        answer, P = _ANSWERS[name], case.operator
+        apart = torch.stack([answer(P, Y) for Y in several])
+        together = answer(P, several)
+        yield claim(f"shape of {name} with a dimension more", together.shape == apart.shape)
+        if together.shape == apart.shape:
+            yield from _close(f"{name} with a dimension more", case, together, apart)
+        expanded = answer(P, first.expand(X.shape))
+        lone = answer(P, first)
+        yield claim(f"shape of {name} without batch", lone.shape == expanded.shape)
+        if lone.shape == expanded.shape:
+            yield from _close(f"{name} without batch", case, lone, expanded)
 
 
 def _batch_is_stack(case: Case, X: Tensor) -> Iterator[Measurement]:
@@ -95,6 +115,10 @@ def _inv_quad(P: PrecisionOperator, X: Tensor) -> Tensor:
     return P.inv_quad(X[..., 0])
 
 
+def _inv_congruence(P: PrecisionOperator, X: Tensor) -> Tensor:
+    return P.inv_congruence(X.mT)
+
+
 def _inverse_diagonal(P: PrecisionOperator, X: Tensor) -> Tensor:
     return P.inverse_diagonal()
 
@@ -112,6 +136,7 @@ _ANSWERS = {
     "solve": _solve,
     "logdet": _logdet,
     "inv_quad": _inv_quad,
+    "inv_congruence": _inv_congruence,
     "inverse_diagonal": _inverse_diagonal,
     "covariance": _covariance,
 }

@@ -33,6 +33,13 @@ def roots(case: Case) -> Iterator[Measurement]:
     gap = spectral(F @ case.matrix @ F.mT - identity)
     limit = torch.as_tensor(forward(case))
     yield from worst_counted("F^T P F = I", gap, limit, torch.ones(()))
+    # One R in all four methods: R^T is the transpose of R, R^-T that of R^-1.
+    for name, left, right in (
+        ("whiten is the transpose of root_matvec", through(P.whiten, case), R),
+        ("unwhiten is the transpose of root_solve", F, through(P.root_solve, case)),
+    ):
+        gap = spectral(left - right.mT) / spectral(right)
+        yield from worst_counted(name, gap, torch.as_tensor(forward(case)), torch.ones(()))
     smallest = case.eigen[0][..., 0]
     covariance = spectral(F.mT @ F - case.inverse) * smallest
     yield from worst_counted("F F^T = P^-1", covariance, limit, torch.ones(()))
