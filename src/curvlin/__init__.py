@@ -5,7 +5,7 @@ Knows nothing of neural networks; `curvlin_nn` builds on it.
 
 from curvlin import algebra as _algebra  # fills the tables
 from curvlin.covariance import Covariance
-from curvlin.errors import NotClosedError, NotPositiveDefiniteError, StaleFactorError
+from curvlin.errors import InexactPathError, NotClosedError, NotPositiveDefiniteError, StaleFactorError
 from curvlin.features.base import FeatureOperator
 from curvlin.features.block import BlockFeatures
 from curvlin.features.dense import DenseFeatures
@@ -29,6 +29,7 @@ __all__ = [
     "Diagonal",
     "FeatureOperator",
     "Gaussian",
+    "InexactPathError",
     "Isotropic",
     "KhatriRaoFeatures",
     "KroneckerSum",
