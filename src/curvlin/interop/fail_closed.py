@@ -95,6 +95,14 @@ _MENDS = {
 class FailClosed(LinearOperator):  # type: ignore[misc]
     """Base of the adapters; see the module docstring."""
 
+    __array_ufunc__ = None  # NumPy leaves `array * op` to us instead of making an object array
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} is not turned into an array silently; use to_dense().numpy(), or to_scipy() of "
+            "the curvlin operator"
+        )
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = {name for base in cls.__mro__ if base not in LinearOperator.__mro__ for name in vars(base)}

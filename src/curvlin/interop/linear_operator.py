@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from linear_operator.operators import LinearOperator, RootLinearOperator, ZeroLi
 from torch import Tensor
 
 from curvlin._random import standard_normal
-from curvlin._tree import Structure, build
+from curvlin._tree import Structure, build, is_concrete
 from curvlin.covariance import Covariance
 from curvlin.errors import InexactPathError
 from curvlin.interop.fail_closed import FailClosed, refused
@@ -298,8 +299,8 @@ class CurvlinLinearOperator(_Adapter):
         """A multiple by a positive number, or by one for each element of the batch ``(..., 1, 1)``."""
         if isinstance(other, ZeroLinearOperator):
             return other
-        if isinstance(other, LinearOperator):
-            raise refused(type(self), f"mul (entry by entry) with a {other.__class__.__name__}")
+        if not isinstance(other, (Real, Tensor)):
+            raise refused(type(self), f"mul (entry by entry) with a {type(other).__name__}")
         if isinstance(other, Tensor) and other.numel() > 1 and other.shape[-2:] != (1, 1):
             raise refused(type(self), f"mul (entry by entry) with a tensor of shape {tuple(other.shape)}")
         if isinstance(other, Tensor):
@@ -307,9 +308,15 @@ class CurvlinLinearOperator(_Adapter):
         return self._mul_constant(other)
 
     def _mul_constant(self, other: float | Tensor) -> CurvlinLinearOperator:
-        C = self._whole()
-        scaled = C.operator / other if C.inverted else C.operator * other
-        return CurvlinLinearOperator.of(Covariance(scaled, inverted=C.inverted))
+        C, c = self.covariance, torch.as_tensor(other, dtype=self.dtype, device=self.device)
+        if is_concrete(c) and not bool((c > 0).all()):
+            raise ValueError(
+                f"the scale of an operator must be positive, found {float(c.detach().min()):.3e}"
+            )
+        scaled = Covariance(C.operator / c if C.inverted else C.operator * c, inverted=C.inverted)
+        batch = torch.broadcast_shapes(self.batch_shape, c.shape)
+        result: CurvlinLinearOperator = CurvlinLinearOperator.of(scaled)._expand_batch(batch)
+        return result
 
     def __add__(self, other: Any) -> CurvlinLinearOperator:
         from curvlin.interop.ingestion import operator_of_sum

@@ -108,7 +108,7 @@ def from_scipy(matrix: Any, *, max_size: int = 2048) -> PrecisionOperator | Cova
         raise ValueError(f"matrix must be square, found shape {matrix.shape}")
     if isinstance(matrix, np.ndarray):
         return Dense(_tensor(matrix))
-    return _from_sparse(sparse.csr_array(matrix), max_size)
+    return _from_sparse(sparse.csr_array(matrix, copy=True), max_size)
 
 
 def _from_sparse(matrix: Any, max_size: int) -> PrecisionOperator:
