@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
+import pkgutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -93,47 +97,46 @@ def close(found: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
 @pytest.fixture
 def no_approximation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes every iterative, stochastic, low-rank or jittered algorithm of linear_operator an error."""
-    import gpytorch  # noqa: F401  so that its copies of the names are found
-    from linear_operator import utils
-    from linear_operator.functions import (
-        _diagonalization,
-        _inv_quad,
-        _inv_quad_logdet,
-        _matmul,
-        _pivoted_cholesky,
-        _root_decomposition,
-        _solve,
-        _sqrt_inv_matmul,
-    )
-    from linear_operator.utils import cholesky, contour_integral_quad, lanczos, minres
+    for owner, name in _approximations():
+        monkeypatch.setattr(owner, name, _forbidden)
 
-    functions = [
+
+def _forbidden(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("an approximation of linear_operator ran")
+
+
+@functools.cache
+def _approximations() -> list[tuple[Any, str]]:
+    """Where linear_operator and gpytorch hold them: modules with a copy of the function, and autograd functions."""
+    import gpytorch  # noqa: F401
+    from linear_operator import functions, utils
+    from linear_operator.utils import cholesky, contour_integral_quad, lanczos, minres, stochastic_lq
+
+    targets = [
         utils.linear_cg,
         lanczos.lanczos_tridiag,
         lanczos.lanczos_tridiag_to_diag,
         cholesky.psd_safe_cholesky,
-        contour_integral_quad,
-        getattr(contour_integral_quad, "contour_integral_quad", contour_integral_quad),
-        getattr(minres, "minres", minres),
+        contour_integral_quad.contour_integral_quad,
+        minres.minres,
+        stochastic_lq.StochasticLQ,
     ]
-
-    def forbidden(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("an approximation of linear_operator ran")
-
-    for module in [
-        m for name, m in sys.modules.items() if name.split(".")[0] in ("linear_operator", "gpytorch")
-    ]:
-        for name, value in list(vars(module).items()):
-            if callable(value) and any(value is f for f in functions):
-                monkeypatch.setattr(module, name, forbidden)
-    for cls in (
-        _diagonalization.Diagonalization,
-        _inv_quad.InvQuad,
-        _inv_quad_logdet.InvQuadLogdet,
-        _matmul.Matmul,
-        _pivoted_cholesky.PivotedCholesky,
-        _root_decomposition.RootDecomposition,
-        _solve.Solve,
-        _sqrt_inv_matmul.SqrtInvMatmul,
-    ):
-        monkeypatch.setattr(cls, "apply", forbidden)
+    found: list[tuple[Any, str]] = []
+    for module in [m for n, m in sys.modules.items() if n.split(".")[0] in ("linear_operator", "gpytorch")]:
+        for name, value in vars(module).items():
+            if any(value is target for target in targets):
+                found.append((module, name))
+    assert {name for _, name in found} >= {target.__name__ for target in targets}
+    classes = [
+        value
+        for module in (
+            importlib.import_module(m.name)
+            for m in pkgutil.iter_modules(functions.__path__, functions.__name__ + ".")
+        )
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, torch.autograd.Function)
+        and value.__module__ == module.__name__
+    ]
+    assert len(classes) >= 8
+    return [*found, *((cls, "apply") for cls in classes)]
