@@ -109,17 +109,20 @@ def _forbidden(*args: Any, **kwargs: Any) -> Any:
 def _approximations() -> list[tuple[Any, str]]:
     """Where linear_operator and gpytorch hold them: modules with a copy of the function, and autograd functions."""
     import gpytorch  # noqa: F401
-    from linear_operator import functions, utils
-    from linear_operator.utils import cholesky, contour_integral_quad, lanczos, minres, stochastic_lq
+    from linear_operator import functions
 
+    # By module: linear_operator.utils hides some of its modules behind functions of the same name.
     targets = [
-        utils.linear_cg,
-        lanczos.lanczos_tridiag,
-        lanczos.lanczos_tridiag_to_diag,
-        cholesky.psd_safe_cholesky,
-        contour_integral_quad.contour_integral_quad,
-        minres.minres,
-        stochastic_lq.StochasticLQ,
+        getattr(importlib.import_module(f"linear_operator.utils.{module}"), name)
+        for module, names in {
+            "linear_cg": ["linear_cg"],
+            "lanczos": ["lanczos_tridiag", "lanczos_tridiag_to_diag"],
+            "cholesky": ["psd_safe_cholesky"],
+            "contour_integral_quad": ["contour_integral_quad"],
+            "minres": ["minres"],
+            "stochastic_lq": ["StochasticLQ"],
+        }.items()
+        for name in names
     ]
     found: list[tuple[Any, str]] = []
     for module in [m for n, m in sys.modules.items() if n.split(".")[0] in ("linear_operator", "gpytorch")]:
