@@ -1,9 +1,9 @@
 """Normals of 131,072 coordinates beside gpytorch's own, on the same numbers and in one run: ours / theirs.
 
-    python benchmarks/gpytorch.py [--repeats 5] [--threads 2] [--small]
+    python benchmarks/normals.py [--repeats 5] [--threads 2] [--small]
 
-The covariance is ``A (x) B + delta I`` with 512 x 512 and 256 x 256 factors, in the order in which gpytorch has an exact
-structured path for it. Each timing is the least of several, ours and theirs taking turns, on a distribution that is
+The covariance is ``A (x) B + delta I`` with 512 x 512 and 256 x 256 factors, added in the order for which gpytorch has
+an exact structured path. Each timing is the least of several, ours and theirs taking turns, on a distribution that is
 built anew and so factorised anew. Ours runs under `forbid_dense`: a tensor of more than 4 times the elements of the
 inputs and outputs is an error. gpytorch's entropy and divergence multiply out ``D x D`` matrices (137 GB here), and are
 run with ``--small`` only. "error" is relative to float64 closed forms; for samples it is the largest deviation of the
