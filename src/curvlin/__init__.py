@@ -5,7 +5,13 @@ Knows nothing of neural networks; `curvlin_nn` builds on it.
 
 from curvlin import algebra as _algebra  # fills the tables
 from curvlin.covariance import Covariance
-from curvlin.errors import NotClosedError, NotConvergedError, NotPositiveDefiniteError, StaleFactorError
+from curvlin.errors import (
+    InexactPathError,
+    NotClosedError,
+    NotConvergedError,
+    NotPositiveDefiniteError,
+    StaleFactorError,
+)
 from curvlin.features.base import FeatureOperator
 from curvlin.features.block import BlockFeatures
 from curvlin.features.dense import DenseFeatures
@@ -31,6 +37,7 @@ __all__ = [
     "Estimate",
     "FeatureOperator",
     "Gaussian",
+    "InexactPathError",
     "Isotropic",
     "IterativePrecision",
     "KhatriRaoFeatures",

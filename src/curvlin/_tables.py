@@ -21,6 +21,9 @@ CONGRUENCE: Table = {}
 TRACE_SOLVE: Table = {}
 """``(type(P), type(Q)) -> rule(P, Q, factors)`` for ``tr(P^-1 Q)``."""
 
+INVERSE: dict[type, Rule] = {}
+"""``type(P) -> rule(P)`` for the operator whose entries are those of ``P^-1``."""
+
 
 def register(table: Table, left: type, right: type) -> Callable[[RuleT], RuleT]:
     """Decorator that enters a rule; entering a second rule for a pair is an error, not an override."""
@@ -29,6 +32,18 @@ def register(table: Table, left: type, right: type) -> Callable[[RuleT], RuleT]:
         if (left, right) in table:
             raise ValueError(f"a rule for ({left.__name__}, {right.__name__}) is already registered")
         table[left, right] = rule
+        return rule
+
+    return enter
+
+
+def register_inverse(operator: type) -> Callable[[RuleT], RuleT]:
+    """Decorator that enters a rule into `INVERSE`."""
+
+    def enter(rule: RuleT) -> RuleT:
+        if operator in INVERSE:
+            raise ValueError(f"an inverse of {operator.__name__} is already registered")
+        INVERSE[operator] = rule
         return rule
 
     return enter

@@ -1,10 +1,10 @@
-"""Covariances: the inverse of a precision operator, held as that operator, or a matrix of any rank."""
+"""Covariances: the inverse of a precision operator, a structured operator, or a matrix of any rank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from curvlin._check import symmetric
 from curvlin._random import standard_normal
 from curvlin._tables import CONGRUENCE, lookup
 from curvlin._tree import Tree, needs_grad, static_field, tensor_field
+from curvlin.algebra.inverses import inverse_operator
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.features.base import FeatureOperator, same_features
 from curvlin.index import Index
@@ -24,10 +25,15 @@ from curvlin.precision.dense import Dense
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 
+    from curvlin.interop.linear_operator import CurvlinLinearOperator
+
 
 @dataclass(eq=False, repr=False, init=False)
 class Covariance(Tree):
     """``C = P^-1`` as an object: its product is a solve with P, its solve a product; nothing is inverted.
+
+    `Covariance.of(C)` holds C itself, a structured operator (a Kronecker kernel matrix with noise, for one) or a
+    matrix.
 
     Args:
         operator: P, the precision.
@@ -48,19 +54,24 @@ class Covariance(Tree):
         self.inverted = inverted
 
     @classmethod
-    def of(cls, matrix: Float[Tensor, "*batch D D"]) -> Covariance:
-        """The covariance with these entries; positive semidefinite, possibly singular.
+    def of(cls, matrix: Float[Tensor, "*batch D D"] | PrecisionOperator) -> Covariance:
+        """The covariance with these entries.
 
-        Rank is decided in the scale of correlations: an eigenvalue within ``D eps`` of the largest is zero,
-        with eps that of the dtype in which the entries were given. ``solve``, ``logdet``, ``inv_quad`` and
-        ``inverse`` of a singular one raise.
+        A structured operator keeps its structure: every product, solve, determinant and draw is the operator's,
+        and it has to be positive definite where it is solved or drawn from.
+
+        A tensor, or a `Dense`, may be singular. Its rank is decided in the scale of correlations: an eigenvalue
+        within ``D eps`` of the largest is zero, with eps that of the dtype in which the entries were given.
+        ``solve``, ``logdet``, ``inv_quad`` and ``inverse`` of a singular one raise.
 
         Args:
-            matrix: ``(*batch, D, D)``, symmetric to rounding.
+            matrix: ``(*batch, D, D)``, symmetric to rounding, or an operator whose entries are meant.
 
         Raises:
-            TypeError, ValueError: if it is not a finite symmetric floating matrix.
+            TypeError, ValueError: if it is neither an operator nor a finite symmetric floating matrix.
         """
+        if isinstance(matrix, PrecisionOperator):
+            return cls(matrix, inverted=False)
         return cls(Dense(symmetric("matrix", matrix)), inverted=False)
 
     # -- shape -----------------------------------------------------------------------------------------------
@@ -77,7 +88,7 @@ class Covariance(Tree):
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        kind = f"{type(self.operator).__name__}^-1" if self.inverted else "dense"
+        kind = f"{type(self.operator).__name__}{'^-1' if self.inverted else ''}"
         return f"Covariance({shape}, {kind}, dtype={self.dtype}, device={self.device})"
 
     # -- products, solves, determinants ----------------------------------------------------------------------
@@ -149,16 +160,21 @@ class Covariance(Tree):
         return ((dense + dense.mT) / 2).expand(self.shape)
 
     def inverse(self) -> PrecisionOperator:
-        """The precision: the operator that this inverts, or a new `Dense` for a matrix.
+        """The precision: the operator that this inverts, or one with the entries of ``C^-1``.
 
         Raises:
-            NotPositiveDefiniteError: if C is a singular matrix.
+            NotPositiveDefiniteError: if C is singular.
+            NotClosedError: if C is an operator whose inverse has no structure of ours.
         """
-        if self.inverted:
-            return self.operator
-        C = self._regular()
-        inverse = C.solve(torch.eye(self.size, dtype=self.dtype, device=self.device))
-        return Dense((inverse + inverse.mT) / 2)
+        return self.operator if self.inverted else inverse_operator(self._regular())
+
+    def _entries(self) -> PrecisionOperator:
+        """The operator whose entries are those of C.
+
+        Raises:
+            NotClosedError: if C is the inverse of an operator and has no structure of ours.
+        """
+        return inverse_operator(self.operator) if self.inverted else self.operator
 
     def congruence(self, Phi: Tensor | FeatureOperator, *, joint: bool = False) -> Tensor:
         """``Phi C Phi^T``, with the shapes of `PrecisionOperator.inv_congruence`.
@@ -189,7 +205,10 @@ class Covariance(Tree):
     def _matrix_congruence(self, Phi: FeatureOperator, joint: bool) -> Tensor:
         same_features("Phi", Phi, self.size, next(self._tensors())[0], self.batch_shape)
         Phi = Phi.to(torch.float64)
-        products, rows = Phi._matmul(self.operator.to_dense().double()), Phi.to_dense()
+        C = self.operator.to(torch.float64)
+        if not isinstance(C, Dense):
+            return _operator_congruence(Phi, C, joint)
+        products, rows = Phi._matmul(C.to_dense()), Phi.to_dense()
         if not joint:
             return _symmetrised(products @ rows.mT)
         K = _symmetrised(products.flatten(-3, -2) @ rows.flatten(-3, -2).mT)
@@ -233,9 +252,13 @@ class Covariance(Tree):
     def _is_regular(self) -> bool:
         """Whether every eigenvalue of the correlations exceeds rounding.
 
+        Structured operators say so themselves, where they are factorised.
+
         Raises:
             NotPositiveDefiniteError: if one is negative beyond rounding.
         """
+        if not isinstance(self.operator, Dense):
+            return True
         K, _ = self._correlations()
         eye = torch.eye(self.size, dtype=K.dtype, device=K.device)
         # The Frobenius norm bounds the largest eigenvalue: a Cholesky factor is proof at a tenth of the cost.
@@ -295,13 +318,40 @@ class Covariance(Tree):
         """The covariance of the coordinates `index`, in that order."""
         if self.inverted:
             return Covariance(self.operator.marginal(index, max_size=max_size))
-        return Covariance(self.operator.conditional(index), inverted=False)
+        return Covariance(self.operator.conditional(index, max_size=max_size), inverted=False)
 
     def to_scipy(self) -> ScipyLinearOperator:
         """A `scipy.sparse.linalg.LinearOperator` whose product is ``C @ x`` (no batch, CPU)."""
         from curvlin.interop.scipy import to_scipy
 
         return to_scipy(self)
+
+    def to_linear_operator(self, as_: Literal["covariance", "precision"]) -> CurvlinLinearOperator:
+        """A `linear_operator.LinearOperator` of C ("covariance") or of ``C^-1`` ("precision").
+
+        See `PrecisionOperator.to_linear_operator`.
+        """
+        from curvlin.interop.linear_operator import to_linear_operator
+
+        return to_linear_operator(self, as_)
+
+
+def _operator_congruence(Phi: FeatureOperator, C: PrecisionOperator, joint: bool) -> Tensor:
+    """``Phi C Phi^T`` from products with C, as many rows at a time as take the memory of C."""
+    width = max(1, sum(t.numel() for t, _ in C._tensors()) // (C.size * Phi.n_rows))
+    products = []
+    for n in range(0, Phi.n_samples, width):
+        rows = Phi[n : n + width].to_dense()
+        product = C._matmul(rows.flatten(-3, -2).mT)  # (..., D, n R)
+        if joint:
+            K = Phi._matmul(product)  # (..., N, R, n R)
+            products.append(K.unflatten(-1, rows.shape[-3:-1]))
+        else:
+            products.append(rows @ product.mT.reshape(*product.shape[:-2], *rows.shape[-3:]).mT)
+    if not joint:
+        return _symmetrised(torch.cat(products, dim=-3))
+    K = torch.cat(products, dim=-2)
+    return (K + K.movedim((-4, -3), (-2, -1))) / 2
 
 
 def _symmetrised(K: Tensor) -> Tensor:

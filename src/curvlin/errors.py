@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["NotClosedError", "NotConvergedError", "NotPositiveDefiniteError", "StaleFactorError"]
+__all__ = [
+    "InexactPathError",
+    "NotClosedError",
+    "NotConvergedError",
+    "NotPositiveDefiniteError",
+    "StaleFactorError",
+]
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -32,6 +38,10 @@ class NotPositiveDefiniteError(ValueError):
 
 class NotClosedError(TypeError):
     """No exact structured result exists for the operation; nothing approximate is put in its place."""
+
+
+class InexactPathError(NotClosedError):
+    """Another library asked an adapter for something that it would itself approximate or multiply out."""
 
 
 class NotConvergedError(RuntimeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,14 +18,17 @@ from curvlin._random import standard_normal
 from curvlin._tree import common_shape, hide_from_compiler
 from curvlin.algebra.divergence import shape_divergence
 from curvlin.covariance import Covariance, precision_quad
-from curvlin.errors import NotClosedError
 from curvlin.features.base import FeatureOperator, same_features
 from curvlin.index import Index, as_index
 from curvlin.numerics.implicit import graft
 from curvlin.observation import observation_noise
 from curvlin.precision.base import PrecisionOperator, exact_operator
-from curvlin.precision.dense import Dense
 from curvlin.precision.low_rank import Woodbury
+
+if TYPE_CHECKING:
+    from torch.distributions import MultivariateNormal
+
+    from curvlin.interop.gpytorch import StructuredMVN
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -81,7 +84,8 @@ class Gaussian(Distribution):
         if isinstance(covariance, PrecisionOperator):
             raise TypeError(
                 f"covariance must be a matrix or a Covariance, found the precision "
-                f"{type(covariance).__name__}; use Gaussian(mean, precision)"
+                f"{type(covariance).__name__}; use Gaussian(mean, precision), or Covariance.of(operator) if "
+                "the operator is the covariance itself"
             )
         if not isinstance(covariance, Covariance):
             covariance = Covariance.of(covariance)
@@ -354,31 +358,23 @@ class Gaussian(Distribution):
         mean = self._mean + shift.squeeze(-1).to(self._mean.dtype)
         return Gaussian(mean, updated), evidence.to(self._mean.dtype)
 
-    def to_gpytorch(self, *, max_size: int = 2048) -> Any:
-        """A `gpytorch.distributions.MultivariateNormal` with a dense Cholesky factor, exact at every size.
+    def to_gpytorch(self) -> StructuredMVN:
+        """A `gpytorch.distributions.MultivariateNormal` of the same structure, exact at every size."""
+        from curvlin.interop.gpytorch import StructuredMVN
 
-        Args:
-            max_size: the most coordinates for which a dense factor may be made.
+        return StructuredMVN.of(self)
+
+    @classmethod
+    def from_gpytorch(cls, mvn: MultivariateNormal) -> Gaussian:
+        """A multivariate normal of gpytorch (or torch) whose covariance has a structure of ours.
 
         Raises:
-            NotClosedError: if there are more.
-            NotPositiveDefiniteError: if the Gaussian is degenerate.
+            NotClosedError: if its covariance has another structure.
+            TypeError: if it is no multivariate normal over vectors.
         """
-        size = self._mean.shape[-1]
-        if size > max_size:
-            raise NotClosedError(
-                f"to_gpytorch makes a dense covariance, and {size} coordinates exceed max_size={max_size}; "
-                "take a marginal, or raise max_size"
-            )
-        from gpytorch.distributions import MultivariateNormal
-        from linear_operator.operators import CholLinearOperator, TriangularLinearOperator
+        from curvlin.interop.gpytorch import as_gaussian
 
-        # A Cholesky factor, because gpytorch handles a plain matrix of more than 800 rows stochastically.
-        covariance = Dense(self._covariance.to_dense())
-        P, factors = Covariance(covariance, inverted=False)._regular()._factored()
-        eye = torch.eye(size, dtype=torch.float64, device=self._mean.device)
-        lower = P._root_matvec(eye, factors).tril().to(self._mean.dtype)
-        return MultivariateNormal(self._mean, CholLinearOperator(TriangularLinearOperator(lower)))
+        return as_gaussian(mvn)
 
 
 @register_kl(Gaussian, Gaussian)  # type: ignore[untyped-decorator]

@@ -1,5 +1,5 @@
-"""The tables of the algebra: sums, congruences and trace-solves, filled on import."""
+"""The tables of the algebra: sums, congruences, trace-solves and inverses, filled on import."""
 
-from curvlin.algebra import congruence, sums, traces
+from curvlin.algebra import congruence, inverses, sums, traces
 
-__all__ = ["congruence", "sums", "traces"]
+__all__ = ["congruence", "inverses", "sums", "traces"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from curvlin.covariance import Covariance
     from curvlin.features.base import FeatureOperator
     from curvlin.index import Index
+    from curvlin.interop.linear_operator import CurvlinLinearOperator
 
 OperatorT = TypeVar("OperatorT", bound="PrecisionOperator")
 
@@ -426,6 +427,21 @@ class PrecisionOperator(Tree, ABC):
 
         return to_scipy(self)
 
+    def to_linear_operator(self, as_: Literal["precision", "covariance"]) -> CurvlinLinearOperator:
+        """A `linear_operator.LinearOperator` of P or of its inverse, exact or refusing: for gpytorch and BoTorch.
+
+        Args:
+            as_: which matrix the result stands for: P itself ("precision"), or ``P^-1`` ("covariance"), which is
+                what gpytorch's distributions take. There is no default, because a precision in the place of a
+                covariance would go unnoticed.
+
+        Raises:
+            ValueError: if `as_` is neither.
+        """
+        from curvlin.interop.linear_operator import to_linear_operator
+
+        return to_linear_operator(self, as_)
+
     def factor(self: OperatorT, dtype: torch.dtype | None = None) -> OperatorT:
         """The same operator with its factorisation kept, for callers that ask it more than one question.
 
@@ -489,7 +505,7 @@ class PrecisionOperator(Tree, ABC):
         full = broadcastable(name, x.shape[:-1], batch)
         x = x.double().expand(*full, x.shape[-1])
         n_sample = len(full) - len(batch)
-        sample = full[:n_sample]
+        sample, batch = full[:n_sample], full[n_sample:]
         # (*sample, *batch, D) -> (*batch, D, prod(sample)): samples become columns, as every hook takes them.
         X = x.reshape(math.prod(sample), *batch, x.shape[-1]).movedim(0, -1)
 

@@ -291,10 +291,13 @@ def _raises(what: str, expected: type[Exception], call: Callable[[], Any], names
 
 @law(18)
 def adapters(case: Case) -> Iterator[Measurement]:
-    """The SciPy adapter multiplies as the operator does, and the inverse is a perfect preconditioner."""
+    """Adapters answer as the operator does: linear_operator's exactly, SciPy's as a perfect preconditioner too."""
     from scipy.sparse.linalg import LinearOperator, cg
 
-    if case.batch_shape or case.dtype != torch.float64:
+    if case.batch_shape:  # broadcast beforehand, which may round otherwise
+        return
+    yield from _linear_operator(case)
+    if case.dtype != torch.float64:
         return
     P = case.operator
     A = P.to_scipy()
@@ -319,3 +322,21 @@ def adapters(case: Case) -> Iterator[Measurement]:
             f"cg preconditioned by the inverse ends after one step ({len(steps)}, residual {float(gap):.1e})",
             info == 0 and len(steps) <= 1,
         )
+
+
+def _linear_operator(case: Case) -> Iterator[Measurement]:
+    """The same methods on the same tensors, hence the same bits."""
+    P, X = case.operator, right_hand_sides(case)["random"].to(case.dtype)
+    A, C = P.to_linear_operator("precision"), P.to_linear_operator("covariance")
+    yield claim("linear_operator: shape", A.shape == C.shape == P.shape)
+    for name, found, expected in (
+        ("precision @", A @ X, P @ X),
+        ("precision, solve", A.solve(X), P.solve(X)),
+        ("precision, logdet", A.logdet(), P.logdet()),
+        ("precision, diagonal", A.diagonal(), P.diagonal()),
+        ("covariance @", C @ X, P.solve(X)),
+        ("covariance, solve", C.solve(X), P @ X),
+        ("covariance, logdet", C.logdet(), -P.logdet()),
+        ("covariance, diagonal", C.diagonal(), P.inverse_diagonal()),
+    ):
+        yield differing(f"linear_operator: {name}", found, expected)

@@ -1,0 +1,113 @@
+"""The table of inverses that are operators of their own: what `Covariance` needs where entries of C are added up.
+
+    P                                P^-1
+    Isotropic, Diagonal, Dense       the same
+    BlockDiag                        block by block
+    A (x) B                          A^-1 (x) B^-1
+    other Kronecker, one basis       SpectralKronecker, if no derivative flows into the factors
+    Z + s U U^T                      Z^-1 - s V V^T, V = Z^-1 U L^-T, L L^T = I + s U^T Z^-1 U
+
+Solves, determinants and samples of a covariance need none of this: they are those of P, read the other way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvlin._tables import INVERSE, register_inverse
+from curvlin.errors import NotClosedError
+from curvlin.precision.base import PrecisionOperator
+from curvlin.precision.block_diag import BlockDiag
+from curvlin.precision.dense import Dense
+from curvlin.precision.diagonal import Diagonal, Isotropic
+from curvlin.precision.kronecker import KroneckerSum, spectral_form
+from curvlin.precision.low_rank import Woodbury
+from curvlin.precision.spectral import SpectralKronecker
+
+
+def inverse_operator(P: PrecisionOperator) -> PrecisionOperator:
+    """The operator whose entries are those of ``P^-1``.
+
+    Raises:
+        NotClosedError: if the inverse has no structure of ours.
+        NotPositiveDefiniteError: if P is singular.
+    """
+    for base in type(P).__mro__:
+        if (rule := INVERSE.get(base)) is not None:
+            result: PrecisionOperator = rule(P)
+            return result
+    raise _refused(P, "its inverse has no structure of ours")
+
+
+def _refused(P: PrecisionOperator, why: str) -> NotClosedError:
+    return NotClosedError(
+        f"the inverse of this {type(P).__name__} is no operator of its own: {why}; keep it as P.inverse(), or use "
+        "Dense(P.inverse().to_dense()) if D^2 entries are affordable"
+    )
+
+
+@register_inverse(Isotropic)
+def _isotropic(P: Isotropic) -> Isotropic:
+    P._factored()  # which refuses what is not positive
+    return P._with(value=1 / P.value)
+
+
+@register_inverse(Diagonal)
+def _diagonal(P: Diagonal) -> Diagonal:
+    return Diagonal(P.inverse_diagonal())
+
+
+@register_inverse(Dense)
+def _dense(P: Dense) -> Dense:
+    return Dense(_inverse_matrix(P.matrix))
+
+
+@register_inverse(BlockDiag)
+def _block_diag(P: BlockDiag) -> BlockDiag:
+    return P.with_blocks([inverse_operator(block) for block in P.blocks])
+
+
+@register_inverse(SpectralKronecker)
+def _spectral(P: SpectralKronecker) -> SpectralKronecker:
+    P._factored()
+    return P.with_eigenvalues(1 / P.eigenvalues)
+
+
+@register_inverse(KroneckerSum)
+def _kronecker(P: KroneckerSum) -> KroneckerSum | SpectralKronecker:
+    if len(P.terms) == 1 and P.shift is None:
+        left, right = (None if M is None else _inverse_matrix(M) for M in P.terms[0])
+        return KroneckerSum([(left, right)], sizes=P.sizes)
+    if not P.orthogonal:
+        raise _refused(P, "the basis of two general terms is not orthogonal")
+    if P._factors_need_grad():
+        raise _refused(P, "derivatives flow into its factors, and an eigenbasis is a constant")
+    Q, factors = P._factored()
+    X, Y, d = spectral_form(Q, factors)
+    eyes = [torch.eye(n, dtype=torch.float64, device=P.device) for n in P.sizes]
+    bases = [eye if basis is None else basis for basis, eye in zip((X, Y), eyes, strict=True)]
+    batch = torch.broadcast_shapes(d.shape[:-2], *(basis.shape[:-2] for basis in bases))
+    return SpectralKronecker(bases[0], bases[1], (1 / d).expand(*batch, *P.sizes)).to(P.dtype)
+
+
+@register_inverse(Woodbury)
+def _woodbury(P: Woodbury) -> Woodbury:
+    if P.core is not None or not isinstance(P.U, Tensor):
+        raise _refused(P, "it has a core, or features in the place of U")
+    base = inverse_operator(P.base if P.weight is None else P.base / P.weight)
+    U = P.U.double()
+    solved = base.to(torch.float64)._matmul(U)
+    gram = P.sign * (U.mT @ solved)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    inner, factors = Dense(eye + (gram + gram.mT) / 2)._factored()
+    columns = inner._root_solve(solved.mT, factors).mT
+    changed = Woodbury(base, columns.to(P.dtype))._with(sign=-P.sign)
+    result: Woodbury = changed if P.weight is None else changed / P.weight
+    return result
+
+
+def _inverse_matrix(M: Tensor) -> Tensor:
+    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    inverse = Dense(M).solve(eye.expand(M.shape))
+    return (inverse + inverse.mT) / 2
