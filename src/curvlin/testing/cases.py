@@ -65,8 +65,9 @@ class Recipe:
     base: Assembly | None = None
     # Whether variances must be right per entry however small the leverage leaves them (diagonal bases).
     splits_leverage: bool = False
-    # A downdate whose base is an update: it is solved in coordinates whitened by that.
-    downdates_an_update: bool = False
+    # Whether quadratic forms, roots and determinants lose the condition of a root of the base: in a downdate of an
+    # update, and in an update with as many columns as rows over a base that is not diagonal.
+    whitening_costs: bool = False
     # Positive semidefinite but not definite, by construction.
     singular: bool = False
     # Whether samples and roots have derivatives; where not, asking for one is refused by name. None: it may be.

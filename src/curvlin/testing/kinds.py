@@ -549,6 +549,7 @@ def _woodbury_updated(draw: Draw) -> Recipe:
         lambda xp, *t: inner.assemble(xp, *t[:-1]) + t[-1] @ t[-1].T,
         draw.spec.size,
         base=lambda xp, *t: base(xp, *t[:-1]),
+        whitening_costs=_rank(draw.spec.size) + 1 >= draw.spec.size,
     )
 
 
@@ -565,7 +566,7 @@ def _woodbury_downdated(draw: Draw) -> Recipe:
         lambda xp, *t: inner.assemble(xp, *t[:-1]) - t[-1] @ t[-1].T,
         spec.size,
         base=lambda xp, *t: base(xp, *t[:-1]) - t[-1] @ t[-1].T,
-        downdates_an_update=True,
+        whitening_costs=True,
     )
 
 

@@ -15,7 +15,7 @@ from curvlin.features.khatri_rao import KhatriRaoFeatures
 from curvlin.precision.base import PrecisionOperator
 from curvlin.testing.cases import Case
 from curvlin.testing.kinds import Spec
-from curvlin.testing.laws._law import Measurement, claim, norms, product, quadratic, worst_counted
+from curvlin.testing.laws._law import Measurement, claim, norms, product, whitened, worst_counted
 
 
 def features(case: Case) -> Iterator[Measurement]:
@@ -34,7 +34,7 @@ def _layouts(case: Case, name: str, Phi: FeatureOperator, Psi: FeatureOperator) 
     energies = (rows.mT * solved).sum(-2)
     size = (energies.unsqueeze(-1) * energies.unsqueeze(-2)).sqrt()
     # Besides the perturbation of P, a contraction in the storage dtype rounds sums of D products.
-    limit = quadratic(case) * case.norm[..., None, None] * length.unsqueeze(-1) * length.unsqueeze(-2)
+    limit = whitened(case) * case.norm[..., None, None] * length.unsqueeze(-1) * length.unsqueeze(-2)
     limit = limit + product(case) * size
     if case.recipe.base is not None:
         # What the base explains, less what the low rank part takes away: rounding of the former.
@@ -67,7 +67,7 @@ def _layouts(case: Case, name: str, Phi: FeatureOperator, Psi: FeatureOperator) 
     truth = rows @ across
     yield claim(f"shape of {name}, cross", cross.shape == (*truth.shape[:-2], N, R, N, R))
     size = norms(rows.mT).unsqueeze(-1) * norms(across).unsqueeze(-2)
-    limit = quadratic(case) * case.norm[..., None, None] * length.unsqueeze(-1) * norms(across).unsqueeze(-2)
+    limit = whitened(case) * case.norm[..., None, None] * length.unsqueeze(-1) * norms(across).unsqueeze(-2)
     gap = (cross.reshape(truth.shape) - truth).abs()
     yield from worst_counted(f"{name}, cross", gap, limit + product(case) * size, size)
 

@@ -134,9 +134,9 @@ def backward(case: Case) -> float:
     return CONSTANT * (roundings + case.size * EPS64)
 
 
-def quadratic(case: Case) -> float:
-    """`backward`, for quadratic forms, which lose the condition of a root in a downdate of an update."""
-    return backward(case) * (case.condition**0.5 if case.recipe.downdates_an_update else 1.0)
+def whitened(case: Case) -> float:
+    """`backward`, for what goes through coordinates in which an ill-conditioned base is the identity."""
+    return backward(case) * (case.condition**0.5 if case.recipe.whitening_costs else 1.0)
 
 
 def forward(case: Case) -> float:

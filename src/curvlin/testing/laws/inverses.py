@@ -24,7 +24,7 @@ from curvlin.testing.laws._law import (
     law,
     norms,
     product,
-    quadratic,
+    whitened,
     worst,
     worst_counted,
 )
@@ -57,7 +57,7 @@ def quadratic_form(case: Case) -> Iterator[Measurement]:
         yield claim(f"inv_quad >= 0, {kind}", bool((q >= 0).all()))
         exact, x = case.energy(B[..., :1])[..., 0], case.solution(B[..., :1])[..., 0]
         # A perturbation E of P moves q by x^T E x, which is tiny where x is, as for b in the range of P.
-        limit = quadratic(case) * (case.norm * x.square().sum(-1) + exact)
+        limit = whitened(case) * (case.norm * x.square().sum(-1) + exact)
         yield from worst_counted(f"inv_quad, {kind}", (q.double() - exact).abs(), limit, exact)
         against = (b.double() * P.solve(b.unsqueeze(-1)).squeeze(-1).double()).sum(-1)
         length = torch.linalg.vector_norm
@@ -115,7 +115,7 @@ def _logdet_limit(case: Case) -> Tensor:
     floor = case.size * EPS64 * values[..., -1:]
     trace = (values[..., -1:] / torch.maximum(values, floor)).sum(-1)
     logs = torch.maximum(values, floor).log().abs().sum(-1)
-    return backward(case) * trace + 2 * (eps(case) + EPS64) * logs
+    return whitened(case) * trace + 2 * (eps(case) + EPS64) * logs
 
 
 @law(8)

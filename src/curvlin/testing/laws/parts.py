@@ -23,8 +23,8 @@ from curvlin.testing.laws._law import (
     law,
     norms,
     product,
-    quadratic,
     spectral,
+    whitened,
     worst,
     worst_counted,
 )
@@ -170,14 +170,14 @@ def congruence(case: Case) -> Iterator[Measurement]:
     exact = J.double() @ XJ
     energies = exact.diagonal(dim1=-2, dim2=-1)
     size = _outer(energies, energies).sqrt()
-    limit = quadratic(case) * (norm * _outer(norms(XJ), norms(XJ)) + size)
+    limit = whitened(case) * (norm * _outer(norms(XJ), norms(XJ)) + size)
     yield from worst_counted("J P^-1 J^T", (full.double() - exact).abs(), limit, size)
     diagonal = P.inv_congruence_diagonal(J).double()
     limit = limit.diagonal(dim1=-2, dim2=-1)
     yield from worst_counted("diagonal of J P^-1 J^T", (diagonal - energies).abs(), limit, energies)
     cross, exact = P.inv_congruence(J, K).double(), J.double() @ XK
     size = _outer(norms(J.mT), norms(XK))
-    limit = quadratic(case) * (norm * _outer(norms(XJ), norms(XK)) + size)
+    limit = whitened(case) * (norm * _outer(norms(XJ), norms(XK)) + size)
     yield from worst_counted("J P^-1 K^T", (cross - exact).abs(), limit, size)
     yield from features(case)
     if forward(case) > UNCOUNTED or n == 1:

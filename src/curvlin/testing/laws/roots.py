@@ -16,6 +16,7 @@ from curvlin.testing.laws._law import (
     forward,
     law,
     spectral,
+    whitened,
     worst,
     worst_counted,
 )
@@ -27,7 +28,7 @@ def roots(case: Case) -> Iterator[Measurement]:
     P = case.operator.factor()
     # Rows of the result are R e_i, so that result^T result = sum_i R e_i e_i^T R^T.
     R = through(P.root_matvec, case)
-    yield worst("R R^T = P", spectral(R.mT @ R - case.matrix), backward(case) * case.norm)
+    yield worst("R R^T = P", spectral(R.mT @ R - case.matrix), whitened(case) * case.norm)
     F = through(P.unwhiten, case)
     identity = torch.eye(case.size, dtype=torch.float64)
     gap = spectral(F @ case.matrix @ F.mT - identity)
