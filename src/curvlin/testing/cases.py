@@ -333,7 +333,7 @@ def _change_of_a_base(P: PrecisionOperator, build: Callable[..., PrecisionOperat
     return {
         "base": base,
         "splits_leverage": isinstance(P.base, (Diagonal, Isotropic)) and isinstance(P.U, Tensor),
-        "downdates_an_update": P.sign < 0 and isinstance(P.base, Woodbury),
+        "whitening_costs": P.sign < 0 and isinstance(P.base, Woodbury),
     }
 
 
