@@ -126,7 +126,7 @@ def test_every_kind_passes_as_an_operator_of_which_nothing_is_known(kind: str) -
         )
         return make_case(kind, spec).operator
 
-    assert check_operator(make).holds
+    assert check_operator(make, sizes=(6, 4), large=192).holds
 
 
 # -- shrinking ----------------------------------------------------------------------------------------------------
