@@ -15,8 +15,8 @@ from curvlin.testing.matrices import spd_matrix
 class Problem:
     """Tensors of a family, a right-hand side, and what a truth needs to know.
 
-    ``P = factor (sum_t left_t (x) right_t + shift I) + U U^T``, with ``blockdiag(blocks)`` or ``diag(d)`` in the place of
-    the Kronecker terms where there are any.
+    ``P = factor (sum_t left_t (x) right_t + shift I) + U U^T``, with ``blockdiag(blocks)`` or ``diag(d)`` in the
+    place of the Kronecker terms where there are any.
     """
 
     family: str

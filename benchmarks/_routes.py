@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from _families import Problem
 from torch import Tensor
 
+from _families import Problem
 from curvlin import BlockDiag, Dense, Diagonal, Isotropic, KroneckerSum, PrecisionOperator
 
 warnings.filterwarnings("ignore")

@@ -1,7 +1,7 @@
 """The exact answers of a problem: its closed form in 50 digits, rounded once.
 
-Kronecker terms go through the basis that diagonalises both of them, low rank through the k x k capacitance, blocks one by
-one. Only the whitening that judges samples is float64, from the same bases.
+Kronecker terms go through the basis that diagonalises both of them, low rank through the k x k capacitance, blocks one
+by one. Only the whitening that judges samples is float64, from the same bases.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import mpmath
 import numpy as np
 import torch
-from _families import Problem
 from torch import Tensor
+
+from _families import Problem
 
 DIGITS = 50
 Exact = Any  # an object array of mpmath numbers

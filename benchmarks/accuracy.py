@@ -3,10 +3,10 @@
     python benchmarks/accuracy.py [--write docs/evidence.md] [--quick]
 
 Every answer is compared with the closed form in 50 digits (`_truth.py`). Errors of solve, inv_quad and gradients are
-relative in norm (the worst input tensor counts), of the inverse diagonal in the worst entry, of logdet absolute; that of
-samples is the largest relative error of their variance in any direction, from the linear map that makes them and not from
-draws. A failure is shown as the name of the exception. `--write` puts the tables between the markers of a page. Takes about
-five minutes; CoLA is measured where it is installed.
+relative in norm (the worst input tensor counts), of the inverse diagonal in the worst entry, of logdet absolute; that
+of samples is the largest relative error of their variance in any direction, from the linear map that makes them and not
+from draws. A failure is shown as the name of the exception. `--write` puts the tables between the markers of a page.
+Takes about four minutes of processor time; CoLA is measured where it is installed.
 """
 
 from __future__ import annotations

@@ -141,16 +141,22 @@ def test_tables_are_written_between_their_markers(accuracy, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- accuracy: x -->\nold\n<!-- /accuracy: x -->\nb\n")
     accuracy.write(page, {"x": "| new |"})
-    assert (
-        page.read_text() == "a\n<!-- accuracy: x -->\n\n| new |\n\n<!-- /accuracy: x -->\nb\n"
-    )
+    assert page.read_text() == "a\n<!-- accuracy: x -->\n\n| new |\n\n<!-- /accuracy: x -->\nb\n"
     with pytest.raises(SystemExit, match="markers of 'y'"):
         accuracy.write(page, {"y": ""})
 
 
 def test_page_holds_every_table_of_the_script(accuracy):
     text = (BENCHMARKS.parent / "docs" / "evidence.md").read_text()
-    for name in ("versions", "summary", "condition_solve", "condition_logdet", "scale_solve", "scale_logdet", "everything"):
+    for name in (
+        "versions",
+        "summary",
+        "condition_solve",
+        "condition_logdet",
+        "scale_solve",
+        "scale_logdet",
+        "everything",
+    ):
         assert text.count(f"<!-- accuracy: {name} -->") == text.count(f"<!-- /accuracy: {name} -->") == 1
     for family in families():
         assert f'"{family}"' in text
