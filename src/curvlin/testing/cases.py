@@ -330,10 +330,12 @@ def _change_of_a_base(P: PrecisionOperator, build: Callable[..., PrecisionOperat
             operator = operator.base
         return operator.to_dense() if xp is TORCH else _objects(operator.to_dense())
 
+    diagonal = isinstance(P.base, (Diagonal, Isotropic))
     return {
         "base": base,
-        "splits_leverage": isinstance(P.base, (Diagonal, Isotropic)) and isinstance(P.U, Tensor),
-        "whitening_costs": P.sign < 0 and isinstance(P.base, Woodbury),
+        "splits_leverage": diagonal and isinstance(P.U, Tensor),
+        "whitening_costs": (P.sign < 0 and isinstance(P.base, Woodbury))
+        or (not diagonal and P.rank >= P.size),
     }
 
 
