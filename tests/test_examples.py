@@ -39,6 +39,7 @@ def test_page_shows_what_the_example_prints(example, capsys, name):
     example(name).main()
     printed = capsys.readouterr().out
     page = (ROOT / "docs" / "examples" / f"{name}.md").read_text()
+    assert f'--8<-- "examples/{name}.py"' in page  # the code itself
     (shown,) = re.findall(r"^```text\n(.*?)^```", page, re.S | re.M)
     assert re.sub(r"[-\d.]+|\s+", " ", shown).split() == re.sub(r"[-\d.]+|\s+", " ", printed).split()
     close(torch.tensor(numbers(shown)), torch.tensor(numbers(printed)), rtol=0.02, atol=0.002)
