@@ -37,7 +37,8 @@ from curvlin import (
 )
 from curvlin.interop.fail_closed import STRUCTURAL
 from curvlin.interop.indexing import Rectangle
-from curvlin.interop.linear_operator import CurvlinLinearOperator, RootFactor
+from curvlin.interop.linear_operator import CurvlinLinearOperator
+from curvlin.interop.root_factor import RootFactor
 from curvlin.testing import forbid_dense
 
 pytestmark = pytest.mark.usefixtures("no_approximation")

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from curvlin.covariance import Covariance
 from curvlin.errors import NotClosedError
-from curvlin.interop.linear_operator import CurvlinLinearOperator, RootFactor
+from curvlin.interop.linear_operator import CurvlinLinearOperator
+from curvlin.interop.root_factor import RootFactor
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.dense import Dense

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal
 
@@ -11,11 +10,13 @@ from linear_operator.operators import LinearOperator, RootLinearOperator, ZeroLi
 from torch import Tensor
 
 from curvlin._random import standard_normal
-from curvlin._tree import Structure, build, is_concrete
+from curvlin._tree import is_concrete
 from curvlin.covariance import Covariance
 from curvlin.errors import InexactPathError
-from curvlin.interop.fail_closed import FailClosed, refused
+from curvlin.interop.adapter import Adapter, flipped
+from curvlin.interop.fail_closed import refused
 from curvlin.interop.indexing import coordinates, entries_at, is_principal, rectangle
+from curvlin.interop.root_factor import RootFactor
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.diagonal import Diagonal, Isotropic
@@ -24,9 +25,6 @@ from curvlin.precision.low_rank import Woodbury
 from curvlin.precision.spectral import SpectralKronecker
 
 Meaning = Literal["precision", "covariance"]
-
-MAX_DENSE = 2048
-"""Rows up to which an adapter becomes a dense matrix, because `linear_operator` asks for one unasked."""
 
 
 def to_linear_operator(operator: PrecisionOperator | Covariance, as_: Meaning) -> CurvlinLinearOperator:
@@ -45,122 +43,7 @@ def to_linear_operator(operator: PrecisionOperator | Covariance, as_: Meaning) -
     return CurvlinLinearOperator.of(covariance if as_ == "covariance" else flipped(covariance))
 
 
-def flipped(C: Covariance) -> Covariance:
-    """The matrix ``C^-1``, held by the same operator."""
-    return Covariance(C.operator, inverted=not C.inverted)
-
-
-class _Adapter(FailClosed):
-    """What the matrix and its root have in common: the tensors, each with the whole batch, and how to read them.
-
-    Args:
-        *tensors: of the `Covariance` that is stood for, in pytree order.
-        spec: what is left of it without them.
-    """
-
-    def __init__(self, *tensors: Tensor, spec: Structure) -> None:
-        super().__init__(*tensors, spec=spec)
-        self._spec = spec
-
-    def _whole(self) -> Covariance:
-        result: Covariance = build(self._spec, self._args)
-        return result
-
-    @property
-    def covariance(self) -> Covariance:
-        """The matrix as a `Covariance` on the tensors held here; a batch that only repeats it is left out."""
-        whole = self._whole()
-        repeated = min(_repeated(t, t.ndim - own) for t, own in whole._tensors())
-        return whole._map(lambda t, _: t[(0,) * repeated]) if repeated else whole
-
-    def _rebuilt(self, C: Covariance) -> Any:
-        return type(self).of(C)
-
-    @classmethod
-    def of(cls, C: Covariance) -> Any:
-        """The adapter of a covariance."""
-        batch = C.batch_shape
-        tensors = [
-            # A tensor that has the batch already stays the one it is, so that `requires_grad_` reaches it.
-            t if t.shape[: t.ndim - own] == batch else t.expand(*batch, *t.shape[t.ndim - own :])
-            for t, own in C._tensors()
-        ]
-        return cls(*tensors, spec=C._structure())
-
-    def _size(self) -> torch.Size:
-        return self._whole().shape
-
-    def evaluate_kernel(self) -> Any:
-        """Itself: nothing is lazy here."""
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Tensor.to`, with what `PrecisionOperator.to` checks."""
-        return self._rebuilt(self._whole().to(*args, **kwargs))
-
-    def type(self, dtype: torch.dtype) -> Any:
-        """As `to`."""
-        return self.to(dtype=dtype)
-
-    def _expand_batch(self, batch_shape: torch.Size | list[int]) -> Any:
-        return self._rebuilt(self._whole().expand(torch.Size(batch_shape)))
-
-    def repeat(self, *sizes: Any) -> Any:
-        """Copies along batch dimensions, as views wherever one operator is repeated."""
-        counts = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-        if len(counts) < self.dim() or tuple(counts[-2:]) != (1, 1):
-            raise ValueError(
-                f"sizes must be one count for each of {self.dim()} dimensions and end in (1, 1), found {counts}"
-            )
-        batch = (1,) * (len(counts) - self.dim()) + tuple(self.batch_shape)
-
-        def repeated(t: Tensor, own: int) -> Tensor:
-            t = t.reshape(*batch, *t.shape[t.ndim - own :])
-            if all(1 in pair for pair in zip(batch, counts[:-2], strict=True)):
-                return t.expand(
-                    *(b * c for b, c in zip(batch, counts[:-2], strict=True)), *t.shape[len(batch) :]
-                )
-            return t.repeat(*counts[:-2], *(1,) * own)
-
-        return self._rebuilt(self._whole()._map(repeated))
-
-    def matmul(self, other: Tensor) -> Tensor:
-        """The product with a tensor; 1-D is a vector."""
-        if not isinstance(other, Tensor):
-            raise refused(type(self), f"matmul with a {type(other).__name__}")
-        if other.ndim == 1:
-            product: Tensor = self._matmul(other.unsqueeze(-1)).squeeze(-1)
-            return product
-        return self._matmul(other)
-
-    def _t_matmul(self, rhs: Tensor) -> Tensor:
-        product: Tensor = self._transpose_nonbatch().matmul(rhs)
-        return product
-
-    def to_dense(self, max_size: int = MAX_DENSE) -> Tensor:
-        """The matrix.
-
-        Args:
-            max_size: the most rows for which it is made, because much of `linear_operator` calls this unasked.
-
-        Raises:
-            InexactPathError: if there are more.
-        """
-        size = self.shape[-1]
-        if size > max_size:
-            raise InexactPathError(
-                f"{type(self).__name__}.to_dense of {size} rows exceeds max_size={max_size}; use to_dense(max_size) "
-                "or covariance.to_dense() if that is meant"
-            )
-        return self._dense()
-
-    def _broadcast(self, value: Tensor, own: int) -> Tensor:
-        """A result with the whole batch, repeated dimensions included."""
-        batch = torch.broadcast_shapes(self.batch_shape, value.shape[: value.ndim - own])
-        return value.expand(*batch, *value.shape[value.ndim - own :])
-
-
-class CurvlinLinearOperator(_Adapter):
+class CurvlinLinearOperator(Adapter):
     """A `LinearOperator` whose every operation is exact at every size, or raises `InexactPathError`.
 
     Made by `PrecisionOperator.to_linear_operator` and `Covariance.to_linear_operator`. It stands for a matrix; all of
@@ -341,70 +224,6 @@ class CurvlinLinearOperator(_Adapter):
         """``A + B B^T``; what is asked about roots makes no difference."""
         updated = self.covariance._entries().update(low_rank_mat)
         return CurvlinLinearOperator.of(Covariance.of(updated))
-
-
-class RootFactor(_Adapter):
-    """F with ``F F^T = A``, or its transpose; square, and not triangular.
-
-    Args:
-        *tensors: as of the adapter of A.
-        spec: likewise.
-        transposed: whether it stands for ``F^T``.
-    """
-
-    def __init__(self, *tensors: Tensor, spec: Structure, transposed: bool) -> None:
-        LinearOperator.__init__(self, *tensors, spec=spec, transposed=transposed)
-        self._spec, self._transposed = spec, transposed
-
-    def _rebuilt(self, C: Covariance) -> RootFactor:
-        plain = CurvlinLinearOperator.of(C)
-        return RootFactor(*plain._args, spec=plain._spec, transposed=self._transposed)
-
-    def _matmul(self, rhs: Tensor) -> Tensor:
-        C = self.covariance
-        apply: Callable[[Tensor], Tensor] = C.colour
-        if self._transposed:  # the transpose of R^-T is R^-1, and that of R is R^T
-            apply = C.operator.root_solve if C.inverted else C.operator.whiten
-        rhs = rhs.expand(*torch.broadcast_shapes(C.batch_shape, rhs.shape[:-2]), *rhs.shape[-2:])
-        return self._broadcast(apply(rhs.movedim(-1, 0)).movedim(0, -1), 2)
-
-    def _transpose_nonbatch(self) -> RootFactor:
-        return RootFactor(*self._args, spec=self._spec, transposed=not self._transposed)
-
-    def squared(self) -> Covariance:
-        """A, whose root this is.
-
-        Raises:
-            InexactPathError: for the transpose, ``F^T F`` being another matrix.
-        """
-        if self._transposed:
-            raise refused(type(self), "squared of a transpose")
-        return self._whole()
-
-    def inverse(self) -> RootFactor:
-        """``F^-1``: the transpose of the root of ``A^-1``."""
-        inverse = flipped(self._whole())
-        return RootFactor(*self._args, spec=inverse._structure(), transposed=not self._transposed)
-
-    def _dense(self) -> Tensor:
-        eye = torch.eye(self.shape[-1], dtype=self.dtype, device=self.device)
-        return self._matmul(eye)
-
-    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> LinearOperator:
-        rows, columns = (coordinates(i, self.shape[-1], self.device) for i in (row_index, col_index))
-        if rows is not None or columns is not None:
-            raise refused(type(self), "[...] of rows or columns")
-        return RootFactor(
-            *(t[batch_indices] for t in self._args), spec=self._spec, transposed=self._transposed
-        )
-
-
-def _repeated(t: Tensor, n_batch: int) -> int:
-    """How many leading batch dimensions hold one element, or views of one."""
-    count = 0
-    while count < n_batch and (t.shape[count] == 1 or (t.stride(count) == 0 and t.shape[count] > 0)):
-        count += 1
-    return count
 
 
 def _has_symmetric_root(P: PrecisionOperator) -> bool:
