@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor
@@ -344,3 +345,33 @@ def test_gradients_follow_an_edit_in_place() -> None:
     value.backward()
     assert float(value.detach()) == pytest.approx(float(torch.tensor([2.0, 4.0]).log().sum()))
     torch.testing.assert_close(d.grad, torch.tensor([0.5, 0.25], dtype=f64))
+
+
+# -- gradients where the right-hand side lies in the range of U ------------------------------------------------------
+
+
+@pytest.mark.parametrize("log10cond", [6.0, 10.0])
+def test_gradients_in_the_range_of_the_update_are_as_good_as_dense_ones(log10cond: float) -> None:
+    """``d(b^T P^-1 b) = -2 x t^T`` in U with ``t = U^T x``, small beside ``|U| |x|`` there; truth in 50 digits."""
+    size, rank = 16, 3
+    d = torch.logspace(0, -log10cond, size, dtype=torch.float64)
+    ours, dense = [], []
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        U = torch.randn(size, rank, dtype=torch.float64, generator=generator).requires_grad_()
+        b = U.detach() @ torch.randn(rank, dtype=torch.float64, generator=generator)
+        with mpmath.workdps(50):
+            columns = mpmath.matrix(U.tolist())
+            x = mpmath.lu_solve(
+                mpmath.diag([mpmath.mpf(v) for v in d.tolist()]) + columns * columns.T, b.tolist()
+            )
+            product = -2 * x * (columns.T * x).T
+            truth = torch.tensor(
+                [[float(product[i, j]) for j in range(rank)] for i in range(size)], dtype=torch.float64
+            )
+        lower = torch.linalg.cholesky(torch.diag(d) + U @ U.mT)
+        plain = torch.linalg.solve_triangular(lower, b[:, None], upper=False).square().sum()
+        for value, errors in ((LowRankPlusDiag(d, U).inv_quad(b), ours), (plain, dense)):
+            (gradient,) = torch.autograd.grad(value, U)
+            errors.append(float((gradient - truth).norm() / truth.norm()))
+    assert sum(ours) < 1.5 * sum(dense)

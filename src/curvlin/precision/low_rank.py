@@ -223,7 +223,9 @@ class Woodbury(ImplicitLogdetOperator):
 
     def _energy_of(self, solution: Tensor, X: Tensor, factors: Any) -> Tensor:
         """With ``U^T P^-1 X`` from its own k equations where they are good: it is small beside ``|U| |P^-1 X|``."""
-        if not low_rank_solves.has_safe_gram(self, factors):
+        if not isinstance(factors, LowRankFactors) or (
+            self.sign < 0 and not low_rank_solves.has_safe_gram(self, factors)
+        ):
             return self._energy(solution)
         with torch.no_grad():
             c = self._over_weight(low_rank_solves.coefficients(self._unweighted(), X, factors), 2)

@@ -53,26 +53,27 @@ def inv_quad(P: Woodbury, X: Tensor, factors: LowRankFactors) -> Tensor:
 
 
 def inv_quad_and_solution(P: Woodbury, X: Tensor, factors: LowRankFactors) -> tuple[Tensor, Tensor]:
-    """``x^T P^-1 x`` of each column, and ``P^-1 X`` from the same k equations, for an update."""
+    """``x^T P^-1 x`` of each column, and ``P^-1 X``, from the same k equations where they are good, for an update."""
     quad, rest = _minimum(P, X, factors)
-    return quad, P.base._solve(rest, factors.base)
+    # The rest cancels where X lies near the range of U; a solve of its own does not.
+    return quad, P.base._solve(rest, factors.base) if has_safe_gram(P, factors) else solve(P, X, factors)
 
 
 def _minimum(P: Woodbury, X: Tensor, factors: LowRankFactors) -> tuple[Tensor, Tensor]:
     """The minimum over t, and ``X - U t`` there."""
     t = coefficients(P, X, factors)
     rest = X - P._spread(t)
-    if not has_safe_gram(P, factors):
-        for _ in range(2):
-            missing = P._collect(P.base._solve(rest, factors.base)) - t
-            t = t + over_capacitance(missing, factors)
-            rest = X - P._spread(t)
     return P.base._inv_quad(rest, factors.base) + t.square().sum(-2), rest
 
 
 def coefficients(P: Woodbury, X: Tensor, factors: LowRankFactors) -> Tensor:
-    """``U^T P^-1 X = H^-1 U^T Z^-1 X`` with ``H = I + s U^T Z^-1 U``."""
-    return over_capacitance(P._collect(P.base._solve(X, factors.base)), factors)
+    """``t = U^T P^-1 X = H^-1 U^T Z^-1 X`` with ``H = I + s U^T Z^-1 U``, small beside ``|U| |P^-1 X|``."""
+    t = over_capacitance(P._collect(P.base._solve(X, factors.base)), factors)
+    if P.sign > 0 and not has_safe_gram(P, factors):
+        for _ in range(2):  # t = U^T Z^-1 (X - U t) at the minimum
+            rest = X - P._spread(t)
+            t = t + over_capacitance(P._collect(P.base._solve(rest, factors.base)) - t, factors)
+    return t
 
 
 def has_safe_gram(P: Woodbury, factors: Any) -> bool:
