@@ -270,6 +270,8 @@ class PrecisionOperator(Tree, ABC):
         from curvlin.index import as_index
 
         indices = as_index(index, self.size, self.device)
+        if len(indices) == self.size:  # nothing is integrated out
+            return self.conditional(indices, max_size=max_size)
         structured = self._marginal(indices, max_size)
         if structured is not None:
             return structured

@@ -20,9 +20,11 @@ from curvlin.testing.cases import Case, right_hand_sides
 from curvlin.testing.guard import FACTOR, DenseTensorError, forbid_dense
 from curvlin.testing.laws._law import (
     CONSTANT,
+    UNCOUNTED,
     Measurement,
     claim,
     differing,
+    forward,
     law,
     norms,
     product,
@@ -82,10 +84,12 @@ def storage(case: Case) -> Iterator[Measurement]:
         yield claim(f"dtype of {name}", answer.dtype == case.dtype)
         yield claim(f"device of {name}", answer.device == P.device)
         yield claim(f"shape of {name}", answer.shape == torch.Size(shapes.get(name, vector)))
-    index = torch.arange(case.size).flip(0)
+    index = torch.arange(max(1, case.size - 1)).flip(0)
+    made: Any
     for name, made in (
         ("2 * P", 2 * P),
-        ("marginal", P.marginal(index)),
+        # A dense marginal is an inverse of an inverse, which the condition may make singular.
+        *([("marginal", P.marginal(index))] if forward(case) <= UNCOUNTED else []),
         ("conditional", P.conditional(index)),
         ("inverse", P.inverse()),
         ("to_dense", P.to_dense()),
