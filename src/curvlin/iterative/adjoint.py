@@ -1,10 +1,12 @@
-"""Derivatives of solves and log-determinants that were not computed by differentiable operations.
+"""Derivatives of products, solves and log-determinants that were not computed by differentiable operations.
 
+    d(P x)        = P dx + dP x
     d(P^-1 b)     = P^-1 (db - dP x)
     d(log det P)  = tr(P^-1 dP) = E[w^T dP v],    w = P^-1 R z,  v = R^-T z,    E[v (R z)^T] = I
 
-A backward pass of a solve is a solve. Backward formulas are made of the same functions, so that second derivatives are
-those of the exact answer to the tolerance of the solves; a solve in a backward pass that does not converge raises.
+A product is asked for derivatives in the tensors of P only: in x it is P itself, which is symmetric. A backward pass of
+a solve is a solve. Backward formulas are made of the same functions, so that second derivatives are those of the
+exact answer to the tolerance of the solves; a solve in a backward pass that does not converge raises.
 """
 
 from __future__ import annotations
@@ -27,18 +29,33 @@ def solution(x: Tensor, B: Tensor, multiply: Multiply, solve: Solve, tensors: tu
     return result
 
 
-def log_determinant(
-    value: Tensor,
-    V: Tensor,
-    W: Tensor,
-    RZ: Tensor,
-    multiply: Multiply,
-    solve: Solve,
-    tensors: tuple[Tensor, ...],
-) -> Tensor:
-    """`value` with the derivative ``mean_i w_i^T dP v_i``; ``W`` is ``P^-1 RZ``."""
-    result: Tensor = _LogDet.apply(value, V, W, RZ, multiply, solve, *tensors)  # type: ignore[no-untyped-call]
+def product(X: Tensor, multiply: Multiply, tensors: tuple[Tensor, ...]) -> Tensor:
+    """``P X`` with its derivatives in X and in the tensors of P."""
+    result: Tensor = _Product.apply(X, multiply, *tensors)  # type: ignore[no-untyped-call]
     return result
+
+
+def log_determinant(
+    value: Tensor, V: Tensor, RZ: Tensor, multiply: Multiply, solve: Solve, tensors: tuple[Tensor, ...]
+) -> Tensor:
+    """`value` with the derivative ``mean_i w_i^T dP v_i``, ``W = P^-1 RZ``."""
+    result: Tensor = _LogDet.apply(value, V, RZ, multiply, solve, *tensors)  # type: ignore[no-untyped-call]
+    return result
+
+
+@hide_from_compiler
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, X: Tensor, multiply: Multiply, *tensors: Tensor) -> Tensor:
+        ctx.multiply = multiply
+        ctx.save_for_backward(X, *tensors)
+        return multiply(X, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        X, *tensors = ctx.saved_tensors
+        gX = product(g, ctx.multiply, tuple(tensors)) if ctx.needs_input_grad[0] else None
+        return gX, None, *_pull_back(ctx.multiply, X, tensors, g, ctx.needs_input_grad[2:])
 
 
 @hide_from_compiler
@@ -63,28 +80,20 @@ class _Solution(torch.autograd.Function):
 class _LogDet(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        value: Tensor,
-        V: Tensor,
-        W: Tensor,
-        RZ: Tensor,
-        multiply: Multiply,
-        solve: Solve,
-        *tensors: Tensor,
+        ctx: Any, value: Tensor, V: Tensor, RZ: Tensor, multiply: Multiply, solve: Solve, *tensors: Tensor
     ) -> Tensor:
         ctx.functions = multiply, solve
-        ctx.save_for_backward(V, W, RZ, *tensors)
+        ctx.save_for_backward(V, RZ, *tensors)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        V, W, RZ, *tensors = ctx.saved_tensors
+        V, RZ, *tensors = ctx.saved_tensors
         multiply, solve = ctx.functions
-        if torch.is_grad_enabled():  # W depends on P, for a second derivative
-            W = solution(solve(RZ), RZ, multiply, solve, tuple(tensors))
+        W = solution(solve(RZ), RZ, multiply, solve, tuple(tensors))
         cotangent = W * (g / V.shape[-1]).to(W.dtype)
-        gradients = _pull_back(multiply, V, tensors, cotangent, ctx.needs_input_grad[6:])
-        return None, None, None, None, None, None, *gradients
+        gradients = _pull_back(multiply, V, tensors, cotangent, ctx.needs_input_grad[5:])
+        return None, None, None, None, None, *gradients
 
 
 def _pull_back(

@@ -18,6 +18,9 @@ from curvlin.iterative.results import CONVERGED, ITERATION_LIMIT, STAGNATED, Sol
 
 LinearMap = Callable[[Tensor], Tensor]
 
+_ROUNDINGS = 100.0
+"""What is smaller than this many roundings of P is rounding."""
+
 
 @dataclass(frozen=True)
 class Whitening:
@@ -42,6 +45,8 @@ def solve(product: LinearMap, B: Tensor, whitening: Whitening | None, settings: 
     """``P X = B`` to ``|B - P X| <= rtol |B|`` in every column, ``(D, K)``."""
     run, rtol = METHODS[settings.method], settings.rtol
     lengths = torch.linalg.vector_norm(B, dim=0, dtype=torch.float64)
+    if not bool(torch.isfinite(lengths).all()):
+        raise ValueError("the right-hand side must be finite, found NaN or Inf")
     B = B / torch.where(lengths > 0, lengths, 1.0).to(B.dtype)  # squares of any scale are representable now
     X, residual, left = torch.zeros_like(B), B, norms(B)
     iterations, ended = 0, CONVERGED
@@ -61,8 +66,6 @@ def solve(product: LinearMap, B: Tensor, whitening: Whitening | None, settings: 
             X_now = X + step * scale.to(B.dtype)
             residual_now = B - product(X_now)
             left_now = norms(residual_now)
-            if not bool(torch.isfinite(left_now).all()):
-                raise ValueError("the product returned NaN or Inf")
             if iterations >= settings.max_iterations:
                 ended = ITERATION_LIMIT
             elif bool((left_now > 0.5 * left).logical_and(left_now > rtol).any()):
@@ -121,39 +124,46 @@ def minres(
 ) -> tuple[Tensor, int]:
     """MINRES from zero, in coordinates whitened by the preconditioner (Paige & Saunders 1975).
 
-    Smallest residual at every iteration, in the whitened norm; also for singular and indefinite P.
+    Smallest residual at every iteration, in the whitened norm; also for singular and indefinite P. A column stops where
+    it has converged, or where ``|P r|`` is beneath the root of rounding: without a solution, steps beyond that go off
+    along the null space.
     """
     apply = product if whitening is None else whitened(product, whitening)
     y = B if whitening is None else whitening.root_solve(B)
+    dtype, eps = y.dtype, torch.finfo(y.dtype).eps
+    rounding = _ROUNDINGS * eps
     beta1 = norms(y)
-    beta, previous_beta = beta1, torch.ones_like(beta1)
+    beta, previous_beta, size = beta1, torch.ones_like(beta1), torch.zeros_like(beta1)
     r1 = r2 = y
     dbar, epsilon, phibar = torch.zeros_like(beta), torch.zeros_like(beta), beta1
     cs, sn = -torch.ones_like(beta), torch.zeros_like(beta)
     w = w2 = x = torch.zeros_like(y)
+    done = beta1 == 0
     iteration = 0
     for iteration in range(1, max_iterations + 1):
-        v = y * safe_inverse(beta).to(y.dtype)
+        v = y * torch.where(done, 0.0, safe_inverse(beta)).to(dtype)
         y = apply(v)
         if iteration > 1:
-            y = y - (beta / previous_beta).to(y.dtype) * r1
+            y = y - (beta / previous_beta).to(dtype) * r1
         alpha = dot(v, y)
-        y = y - (alpha * safe_inverse(beta)).to(y.dtype) * r2
+        y = y - (alpha * safe_inverse(beta)).to(dtype) * r2
         r1, r2 = r2, y
         previous_beta, beta = torch.where(beta > 0, beta, 1.0), norms(y)
+        size = torch.maximum(size, alpha.abs() + beta)  # of P along the space so far
         # One more rotation turns the tridiagonal matrix triangular.
         old_epsilon, delta, gbar = epsilon, cs * dbar + sn * alpha, sn * dbar - cs * alpha
         epsilon, dbar = sn * beta, -cs * beta
         gamma = torch.hypot(gbar, beta)
+        done = done | (gamma <= rounding * size) | (torch.hypot(gbar, dbar) <= eps**0.5 * size)
         cs, sn = gbar * safe_inverse(gamma), beta * safe_inverse(gamma)
         phi, phibar = cs * phibar, sn * phibar
         w1, w2 = w2, w
-        w = v - old_epsilon.to(y.dtype) * w1 - delta.to(y.dtype) * w2
-        w = w * safe_inverse(gamma).to(y.dtype)
-        x = x + phi.to(y.dtype) * w
+        w = v - old_epsilon.to(dtype) * w1 - delta.to(dtype) * w2
+        w = w * safe_inverse(gamma).to(dtype)
+        x = torch.where(done, x, x + phi.to(dtype) * w)
         progress.update()
-        # An exhausted Krylov space (beta = 0) has nothing more to give.
-        if bool(((phibar <= rtol * beta1) | (beta <= torch.finfo(y.dtype).eps * gamma)).all()):
+        done = done | (phibar <= rtol * beta1) | (beta <= rounding * size)
+        if bool(done.all()):
             break
     return (x if whitening is None else whitening.unwhiten(x)), iteration
 

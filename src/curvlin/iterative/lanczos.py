@@ -57,16 +57,15 @@ def block_lanczos(product: LinearMap, Z: Tensor) -> Iterator[KrylovSpace]:
         ValueError: if the product is not symmetric, or not finite.
     """
     Q, C = _orthonormal(Z, _ROUNDINGS * torch.finfo(Z.dtype).eps * float(torch.linalg.matrix_norm(Z)))
-    blocks: list[Tensor] = [Q]
+    blocks, largest = [Q], 0.0
     T = torch.zeros(0, 0, dtype=torch.float64, device=Z.device)
     coupling = torch.zeros(Q.shape[-1], 0, dtype=torch.float64, device=Z.device)
     while True:
         W = product(blocks[-1])
         size = float(torch.linalg.matrix_norm(W))
-        if size != size or size == float("inf"):
-            raise ValueError("the product returned NaN or Inf")
+        largest = max(largest, size)
         alpha = (blocks[-1].mT @ W).double()
-        _refuse_asymmetry(alpha, size, W.dtype)
+        _refuse_asymmetry(alpha, largest, W.dtype)
         T = _bordered(T, coupling, (alpha + alpha.mT) / 2)
         W = _projected_out(blocks, W)
         Q, coupling = _orthonormal(W, _ROUNDINGS * torch.finfo(W.dtype).eps * size)
@@ -81,29 +80,45 @@ def block_lanczos(product: LinearMap, Z: Tensor) -> Iterator[KrylovSpace]:
 
 
 def inverse_root(product: LinearMap, Z: Tensor, settings: Settings) -> Solution:
-    """``S^-1/2 Z`` in the Krylov space of Z, until a step changes no column by more than `rtol` of its length.
+    """``S^-1/2 Z`` in the Krylov space of Z, until no column may change by more than `rtol` of its length.
+
+    What is left is judged from the last changes, as if they went on to fall at the same rate.
 
     Raises:
         NotPositiveDefiniteError: if a Ritz value, hence an eigenvalue, is not positive.
     """
+    if Z.shape[-1] == 0:
+        return Solution(Z, norms(Z), 0, CONVERGED)
     before, ended = Z, ITERATION_LIMIT
+    changes: list[Tensor] = []
     with bar(settings.progress_bar, "lanczos") as progress:
         for step, space in enumerate(block_lanczos(product, Z), start=1):
             roots = space.apply(_inverse_root)
-            change = norms(roots - before) / norms(roots)
+            changes.append(norms(roots - before) / norms(roots))
+            left = torch.zeros_like(changes[-1]) if space.exhausted else remaining(changes)
             progress.update()
-            if space.exhausted or (step > 1 and bool((change <= settings.rtol).all())):
+            if bool((left <= settings.rtol).all()):
                 ended = CONVERGED
             if ended == CONVERGED or step >= settings.max_iterations:
                 break
             before = roots
-    return Solution(roots, torch.zeros_like(change) if space.exhausted else change, step, ended)
+    return Solution(roots, left, step, ended)
+
+
+def remaining(changes: list[Tensor]) -> Tensor:
+    """What a sequence that converges geometrically still has to go, from the rate of its last changes."""
+    steps = min(4, len(changes) - 1)
+    if steps == 0:
+        return torch.full_like(changes[-1], float("inf"))
+    first, last = changes[-1 - steps], changes[-1]
+    ratio = (last / torch.where(first > 0, first, 1.0)).pow(1 / steps).clamp(max=1 - 1e-3)
+    return last * torch.clamp(ratio / (1 - ratio), min=1.0)
 
 
 def _inverse_root(theta: Tensor) -> Tensor:
     if bool(theta.min() <= 0):
         raise NotPositiveDefiniteError(
-            "IterativePrecision (whitened by its preconditioner)", float(theta.min())
+            "IterativePrecision (in units of its preconditioner, if any)", float(theta.min())
         )
     return theta.rsqrt()
 

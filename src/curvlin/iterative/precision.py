@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +83,8 @@ class IterativePrecision:
         root_size: int | None = None,
         preconditioner: PrecisionOperator | None = None,
     ) -> None:
+        if not isinstance(parameters, (list, tuple)):
+            raise TypeError(f"parameters must be a tuple of tensors, found {type(parameters).__name__}")
         like = None if dtype is None and device is None else torch.empty(0, dtype=dtype, device=device)
         self._set(product_of(source, tuple(parameters), size, like, root, root_size), preconditioner)
 
@@ -141,7 +144,7 @@ class IterativePrecision:
         return self._of(self._product, preconditioner)
 
     def __add__(self, other: Any) -> IterativePrecision:
-        """The sum with anything that could be a source; without a preconditioner, which was one for P alone."""
+        """The sum with another, or with an exact or feature operator; without P's preconditioner, which was its own."""
         if isinstance(other, int) and other == 0:  # where the builtin sum() starts
             return self
         if isinstance(other, (IterativePrecision, PrecisionOperator, FeatureOperator)):
@@ -152,8 +155,9 @@ class IterativePrecision:
 
     def __mul__(self, c: float | Tensor) -> IterativePrecision:
         """``c P`` for a positive number c, preconditioned by ``c M``."""
-        if not isinstance(c, (int, float, Tensor)):
+        if not isinstance(c, (Real, Tensor)):
             return NotImplemented
+        c = c if isinstance(c, Tensor) else float(c)
         c = torch.as_tensor(c, dtype=self.dtype, device=self.device)
         floating("the scale of an operator", c)
         if c.ndim > 0 or not bool(c > 0):
@@ -168,7 +172,7 @@ class IterativePrecision:
     def __matmul__(self, X: Float[Tensor, D * K]) -> Float[Tensor, D * K]:
         """``P X`` for a vector or for columns; differentiable as the source is."""
         X, was_vector = self._columns("X", X)
-        product = self._product.multiply(X, *self._product.tensors)
+        product = self._live_product(X)
         return product.squeeze(-1) if was_vector else product
 
     def solve(
@@ -241,21 +245,22 @@ class IterativePrecision:
             shifts: numbers s >= 0 for which ``log det(P + s M)`` is estimated from the same products, with M the
                 preconditioner (the identity without one); `Estimate.value` has their shape.
             max_steps: products with all probes, at most.
-            rtol: of the solves that second derivatives need; see `solve`.
+            rtol: of the solve that a derivative needs; see `solve`.
             generator: source of randomness; None is torch's default generator.
             progress_bar: show one.
 
         Returns:
-            The estimate in float64; it has derivatives (each an estimate from the same probes) without `shifts`.
+            The estimate in float64. Without `shifts` it has derivatives: unbiased estimates from the same probes, by a
+            solve in the backward pass (also where the value is exact).
 
         Raises:
             NotPositiveDefiniteError: if P is seen not to be positive definite.
         """
-        probes = _at_least("probes", probes, 2)
+        probes = _at_least("probes", probes, 4)
         max_steps = positive_integer("max_steps", max_steps)
         s = torch.as_tensor(0.0 if shifts is None else shifts, dtype=torch.float64, device=self.device)
-        if not bool((s >= 0).all()):
-            raise ValueError(f"shifts must be non-negative numbers, found {s.min().item()}")
+        if s.numel() == 0 or not bool(((s >= 0) & torch.isfinite(s)).all()) or s.requires_grad:
+            raise ValueError(f"shifts must be finite numbers of at least 0, without grad, found {s.tolist()}")
         Z = random_signs((self.size, probes), generator, self._like)
         M = self._preconditioner
         live = shifts is None and self._needs_grad()
@@ -270,12 +275,10 @@ class IterativePrecision:
             )
             if not live:
                 return result
-            W, V, RZ = found.space.apply(torch.reciprocal), Z, Z
-            if M is not None:
-                W, V, RZ = M.unwhiten(W.mT).mT, M.unwhiten(Z.mT).mT, M.root_matvec(Z.mT).mT
+            V, RZ = (Z, Z) if M is None else (M.unwhiten(Z.mT).mT, M.root_matvec(Z.mT).mT)
         inverse = self._inverse(self._settings("cg", rtol, MAX_ITERATIONS, progress_bar))
         value = adjoint.log_determinant(
-            result.value, V, W, RZ, self._product.multiply, inverse, self._product.tensors
+            result.value, V, RZ, self._product.multiply, inverse, self._product.tensors
         )
         return replace(result, value=value)
 
@@ -324,6 +327,8 @@ class IterativePrecision:
             raise TypeError(f"Q must be a PrecisionOperator or IterativePrecision, found {type(Q).__name__}")
         if Q.shape != self.shape:
             raise ValueError(f"Q must have shape {tuple(self.shape)}, found {tuple(Q.shape)}")
+        if Q.dtype != self.dtype:
+            raise TypeError(f"Q must have dtype {self.dtype}, found {Q.dtype}; convert it with .to()")
         inverse = self._inverse(self._settings("cg", rtol, max_iterations, progress_bar))
         M = self._preconditioner
         rule = None if M is None else lookup(TRACE_SOLVE, type(M), type(Q))
@@ -424,7 +429,10 @@ class IterativePrecision:
             generator: source of randomness; None is torch's default generator.
         """
         rank = positive_integer("rank", rank)
-        probes = _at_least("probes", probes, 2)
+        probes = _at_least("probes", probes, 4)
+        for name, value in (("oversampling", oversampling), ("power_iterations", power_iterations)):
+            if value != 0:
+                positive_integer(name, value)
         if rank > self.size:
             raise ValueError(f"rank must be at most {self.size}, found {rank}")
         with torch.no_grad():
@@ -482,6 +490,10 @@ class IterativePrecision:
         """``P^-1 X`` without derivatives; raises where it does not converge."""
         return lambda X: self._solve(X, settings).require()
 
+    def _live_product(self, X: Tensor) -> Tensor:
+        """``P X`` with derivatives."""
+        return adjoint.product(X, self._product.multiply, self._product.tensors)
+
     def _live_solve(self, X: Tensor, settings: Settings) -> Solution:
         """`_solve` with derivatives."""
         x = self._solve(X, settings)
@@ -508,7 +520,7 @@ class IterativePrecision:
     ) -> Estimate:
         if method not in traces.TRACES:
             raise ValueError(f"method must be one of {sorted(traces.TRACES)}, found {method!r}")
-        products = _at_least("products", products, traces.LEAST[method])
+        products = _at_least("products", products, min(self.size, traces.LEAST[method]))
         with torch.no_grad():
             if products >= self.size:
                 diagonal = traces.exact_diagonal(A, self.size, self._like)
@@ -520,7 +532,7 @@ class IterativePrecision:
     def _diagonal(
         self, A: Callable[[Tensor], Tensor], products: int, generator: torch.Generator | None
     ) -> Estimate:
-        products = _at_least("products", products, traces.LEAST["xdiag"])
+        products = _at_least("products", products, min(self.size, traces.LEAST["xdiag"]))
         with torch.no_grad():
             if products >= self.size:
                 return traces.exact_diagonal(A, self.size, self._like)
@@ -537,7 +549,9 @@ class IterativePrecision:
 
 def _at_least(name: str, value: int, least: int) -> int:
     if positive_integer(name, value) < least:
-        raise ValueError(f"{name} must be at least {least}, found {value}: fewer have no standard error")
+        raise ValueError(
+            f"{name} must be at least {least}, found {value}: fewer samples of signs may be equal by chance"
+        )
     return value
 
 

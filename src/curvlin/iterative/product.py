@@ -105,9 +105,13 @@ class Product:
         return sum(parts[1:], parts[0])
 
     def __call__(self, X: Tensor) -> Tensor:
-        """``P X``, a function of X alone."""
+        """``P X``, a function of X alone.
+
+        Raises:
+            ValueError: if it is not finite.
+        """
         with torch.no_grad():
-            return self.multiply(X, *(t.detach() for t in self.tensors))
+            return floating("the product with source", self.multiply(X, *(t.detach() for t in self.tensors)))
 
     def coloured(self, noise: Callable[[int], Tensor]) -> Tensor:
         """``sum_i L_i z_i``, whose covariance is P, for ``noise(size) -> z`` of shape ``(size, K)``.
@@ -191,7 +195,7 @@ def of_matrix(matrix: Tensor) -> Term:
 
 def of_scipy(matrix: Any) -> Term:
     """A symmetric sparse matrix of SciPy, whose products on the CPU are several times faster than torch's."""
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
         raise ValueError(f"source must be one square matrix, found shape {matrix.shape}")
     if matrix.dtype not in (np.float32, np.float64):
         raise TypeError(f"source must have a floating dtype, found {matrix.dtype}")
@@ -222,23 +226,27 @@ def of_function(
     if like is None:
         floats = [t for t in parameters if t.is_floating_point()]
         like = (floats[0].detach() if floats else torch.empty(0)).new_empty(0)
-    expected = like
 
     def multiply(X: Tensor, *tensors: Tensor) -> Tensor:
+        # A copy, for functions that return the same buffer each time.
         product = function(X, *tensors)
         if not isinstance(product, Tensor) or product.shape != X.shape or product.dtype != X.dtype:
-            found = (
-                f"{product.dtype} of shape {tuple(product.shape)}"
-                if isinstance(product, Tensor)
-                else type(product).__name__
-            )
             raise ValueError(
-                f"the product of {X.dtype} of shape {tuple(X.shape)} must be like it, found {found}"
+                f"the product of {X.dtype} of shape {tuple(X.shape)} must be like it, found {_described(product)}"
             )
-        return product
+        return product.clone()
+
+    def coloured(Z: Tensor, *tensors: Tensor) -> Tensor:
+        assert root is not None
+        draws = root(Z, *tensors)
+        if not isinstance(draws, Tensor) or draws.shape != (size, Z.shape[-1]) or draws.dtype != Z.dtype:
+            raise ValueError(
+                f"root must map {tuple(Z.shape)} to {(size, Z.shape[-1])} in {Z.dtype}, found {_described(draws)}"
+            )
+        return draws
 
     noise = size if root_size is None else positive_integer("root_size", root_size)
-    return _tried(Term(multiply, tuple(parameters), expected, size, root, noise))
+    return _tried(Term(multiply, tuple(parameters), like, size, None if root is None else coloured, noise))
 
 
 def product_of(
@@ -249,9 +257,30 @@ def product_of(
     root: Function | None = None,
     root_size: int | None = None,
 ) -> Product:
-    """The product with whatever was given."""
+    """The product with whatever was given.
+
+    Raises:
+        TypeError: for what belongs to a function, beside something else.
+        ValueError: for one root beside several functions.
+    """
+    functions = sum(map(_is_function, source)) if isinstance(source, (list, tuple)) else _is_function(source)
+    own = {
+        "parameters": parameters,
+        "size": size,
+        "dtype or device": like,
+        "root": root,
+        "root_size": root_size,
+    }
+    for name, value in own.items():
+        if functions == 0 and value is not None and value != ():
+            raise TypeError(f"{name} must be left out, found it beside a source that is not a function")
+    if functions > 1 and root is not None:
+        raise ValueError(
+            f"root must belong to one function, found {functions}; make each an IterativePrecision with its own root"
+        )
     if isinstance(source, (list, tuple)):
-        parts = [product_of(part, parameters, size, like, root, root_size) for part in source]
+        given = parameters, size, like, root, root_size
+        parts = [product_of(part, *(given if _is_function(part) else ())) for part in source]
         return Product(tuple(term for part in parts for term in part.terms))
     if isinstance(known := getattr(source, "_product", None), Product):  # an IterativePrecision
         return known
@@ -282,6 +311,17 @@ def _term_of(
     )
 
 
+def _is_function(source: Any) -> bool:
+    known = PrecisionOperator, FeatureOperator, Tensor
+    return callable(source) and not isinstance(source, known) and not hasattr(source, "_product")
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
 def _tried(term: Term) -> Term:
     """The term, after one product with two fixed vectors.
 
@@ -291,8 +331,11 @@ def _tried(term: Term) -> Term:
     """
     position = torch.arange(1, term.size + 1, dtype=torch.float64, device=term.like.device)
     X = torch.stack([torch.cos(0.7 * position), torch.cos(1.3 * position)], dim=-1).to(term.like.dtype)
+    given = X.clone()
     with torch.enable_grad():
         product = term.multiply(X, *(t.detach() for t in term.tensors))
+    if not torch.equal(X, given):
+        raise ValueError("source must leave its argument as it is, found one that changes it")
     if product.requires_grad:
         raise ValueError(
             "source closes over tensors that require grad; pass them as parameters=(...), or detach them"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.iterative.krylov import LinearMap, bar
-from curvlin.iterative.lanczos import KrylovSpace, block_lanczos
+from curvlin.iterative.lanczos import KrylovSpace, block_lanczos, remaining
 from curvlin.iterative.results import Estimate, estimate
 
 ENOUGH = 0.01
@@ -38,7 +38,7 @@ def log_quadrature(S: LinearMap, Z: Tensor, shifts: Tensor, max_steps: int, prog
     Raises:
         NotPositiveDefiniteError: if a Ritz value, hence an eigenvalue, is negative.
     """
-    history: list[Tensor] = []
+    mean, changes = shifts, [shifts]
     products, look = 0, 1
     with bar(progress_bar, "log-determinant") as progress:
         for step, space in enumerate(block_lanczos(S, Z), start=1):
@@ -49,8 +49,9 @@ def log_quadrature(S: LinearMap, Z: Tensor, shifts: Tensor, max_steps: int, prog
                 continue
             look = step + max(1, step // 8)  # each look decomposes T again
             samples = _forms(space, shifts)
-            history.append(samples.mean(-1))
-            left = torch.zeros_like(history[-1]) if space.exhausted else _remaining(history)
+            before, mean = mean, samples.mean(-1)
+            changes = [*changes, (mean - before).abs()] if step > 1 else [mean.abs()]
+            left = torch.zeros_like(mean) if space.exhausted else remaining(changes)
             found = estimate(samples, products, float(left.max()))
             if last or bool((left <= ENOUGH * found.standard_error).all()):
                 break
@@ -64,14 +65,5 @@ def _forms(space: KrylovSpace, shifts: Tensor) -> Tensor:
     theta, along = space.spectrum()
     lowest = float(theta.min() + shifts.min())
     if lowest <= 0:
-        raise NotPositiveDefiniteError("IterativePrecision (in units of its preconditioner)", lowest)
+        raise NotPositiveDefiniteError("IterativePrecision (in units of its preconditioner, if any)", lowest)
     return (theta + shifts.unsqueeze(-1)).log() @ along.square()
-
-
-def _remaining(history: list[Tensor]) -> Tensor:
-    """What a sequence that converges geometrically still has to go, from its last changes."""
-    if len(history) < 3:
-        return torch.full_like(history[-1], float("inf"))
-    before, now = (history[-2] - history[-3]).abs(), (history[-1] - history[-2]).abs()
-    ratio = (now / torch.where(before > 0, before, 1.0)).clamp(max=1 - 1e-3)
-    return now * torch.clamp(ratio / (1 - ratio), min=1.0)

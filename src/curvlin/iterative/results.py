@@ -27,7 +27,8 @@ class Solution:
 
     Attributes:
         value: x, differentiable; whatever `converged` says.
-        residual: ``|b - P x| / |b|`` of each column, computed from x itself and not carried along.
+        residual: ``|b - P x| / |b|`` of each column, computed from x itself and not carried along; of draws by
+            "lanczos", what is left of their change, relative to each draw.
         iterations: how many were made.
         ended: "converged", "iteration limit" or "stagnated" (rounding keeps the residual where it is).
     """
@@ -62,7 +63,8 @@ class Estimate:
 
     Attributes:
         value: the mean of the samples.
-        standard_error: of `value`, estimated from their spread; 0 where the answer is exact.
+        standard_error: of `value`, estimated from their spread; 0 where nothing was left to chance. Solves that the
+            samples took are as good as their `rtol`.
         degrees_of_freedom: of the standard error.
         products: matrix-vector products that were spent, with the matrix whose trace or diagonal this is.
         truncation: what a deterministic part of the method (the quadrature of `logdet`) may still change the

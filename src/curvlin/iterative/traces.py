@@ -40,11 +40,10 @@ def hutchinson(A: LinearMap, size: int, products: int, generator: Generator, lik
 def hutch_plus_plus(A: LinearMap, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
     """``tr(Q^T A Q)`` on a sketched range, and Hutchinson's estimate of the rest; a third of the products each."""
     k = products // 3
-    Q = _range(A(random_signs((size, k), generator, like)))
+    Q: Tensor = torch.linalg.qr(A(random_signs((size, k), generator, like))).Q
     known = dot(Q, A(Q)).sum()
-    Z = random_signs((size, products - 2 * k), generator, like)
-    Z = Z - Q @ (Q.mT @ Z)
-    return estimate(dot(Z, A(Z)), products).plus(known)
+    rest = _deflated(A, Q, random_signs((size, products - 2 * k), generator, like))
+    return estimate(dot(*rest), products).plus(known)
 
 
 def xtrace(A: LinearMap, size: int, products: int, generator: Generator, like: Tensor) -> Estimate:
@@ -54,7 +53,8 @@ def xtrace(A: LinearMap, size: int, products: int, generator: Generator, like: T
     Y, Q, R, Z = _sketch(A, Omega)
     H, W = (Q.mT @ Z).double(), (Q.mT @ Omega).double()
     if (left_out := _LeftOut.of(R)) is None:
-        return _exact(H.trace(), 2 * k)
+        rest = _deflated(A, Q, random_signs((size, k), generator, like))
+        return estimate(dot(*rest), 3 * k).plus(H.trace())
     S = left_out.S
     kept = (W - S * (S * W).sum(0)).to(like.dtype)
     U, AU = Omega - Q @ kept, Y - Z @ kept
@@ -77,7 +77,9 @@ def xdiag(A: LinearMap, size: int, products: int, generator: Generator, like: Te
     _, Q, R, Z = _sketch(A, Omega)
     known = (Q * Z).sum(-1, dtype=torch.float64)
     if (left_out := _LeftOut.of(R)) is None:
-        return _exact(known, 2 * k)
+        signs = random_signs((size, k), generator, like)
+        image = A(signs)
+        return estimate((signs * (image - Q @ (Q.mT @ image))).double(), 3 * k).plus(known)
     S, rho, g = left_out.S, left_out.rho, left_out.g
     a, b = (Q @ S.to(like.dtype)).double(), (Z @ S.to(like.dtype)).double()
     c = Omega * (S * R.double()).sum(0)
@@ -108,13 +110,14 @@ TRACES: dict[str, Callable[..., Estimate]] = {
     "hutch++": hutch_plus_plus,
     "hutchinson": hutchinson,
 }
-LEAST = {"xtrace": 4, "hutch++": 5, "hutchinson": 2, "xdiag": 4}
-"""The fewest products that leave two samples for a standard error."""
+LEAST = {"xtrace": 8, "hutch++": 12, "hutchinson": 4, "xdiag": 8}
+"""The fewest products: four samples of random signs are seldom equal by chance."""
 
 
-def _range(Y: Tensor) -> Tensor:
-    Q: Tensor = torch.linalg.qr(Y).Q
-    return Q
+def _deflated(A: LinearMap, Q: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+    """``(I - Q Q^T) Z`` and its image."""
+    Z = Z - Q @ (Q.mT @ Z)
+    return Z, A(Z)
 
 
 def _sketch(A: LinearMap, Omega: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,7 +142,7 @@ class _LeftOut:
 
     @classmethod
     def of(cls, R: Tensor) -> _LeftOut | None:
-        """None if R is singular: then more vectors would not have added to the range of the sketch."""
+        """None if R is singular to rounding: a vector is then dependent on the others, or beneath their noise."""
         pivots = R.diagonal().abs()
         if bool(pivots.min() <= len(R) * torch.finfo(R.dtype).eps * pivots.max()):
             return None

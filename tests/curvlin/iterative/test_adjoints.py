@@ -65,14 +65,9 @@ def test_gradients_equal_those_of_the_dense_solve() -> None:
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-11)
 
 
-def test_the_gradient_of_a_log_determinant_is_exact_where_the_space_is() -> None:
-    """With as many orthogonal probes as rows the estimate of the gradient has no noise left; second order too."""
+def test_gradients_of_a_log_determinant_are_unbiased() -> None:
+    """Over many seeds they scatter around the truth."""
     L, d, _ = inputs()
-
-    def value(L: Tensor, d: Tensor, probes: int) -> Tensor:
-        return by_function(L, d).logdet(probes, generator=torch.Generator().manual_seed(0), **TIGHT).value
-
-    # Over many seeds the gradient estimates scatter around the truth.
     exact = torch.autograd.grad(torch.logdet(assembled(L, d)), (L, d))
     for preconditioner in (None, Dense(near(assembled(L, d).detach()))):
         found: list[list[Tensor]] = [[], []]
@@ -131,5 +126,44 @@ def test_lanczos_draws_refuse_derivatives_and_traces_have_none() -> None:
     L, d, _ = inputs()
     with pytest.raises(NotClosedError, match="perturb"):
         by_function(L, d).sample((2,), method="lanczos")
-    assert not by_function(L, d).trace(4).value.requires_grad
+    assert not by_function(L, d).trace(6).value.requires_grad
     assert not by_function(L, d).low_rank(2).U.requires_grad
+
+
+def test_gradients_of_a_log_determinant_do_not_depend_on_the_quadrature() -> None:
+    A = problem("decay", 60)
+    c = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    P = IterativePrecision(lambda X, c: A @ X + c * X, (c,), size=60)
+    found = [
+        torch.autograd.grad(P.logdet(8, generator=torch.Generator().manual_seed(0), max_steps=k).value, c)[0]
+        for k in (1, 50)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("ask", ["product", "solve", "inv_quad"])
+@pytest.mark.parametrize("kind", ["sparse", "NumPy"])
+def test_terms_outside_of_autograd_have_derivatives_in_the_right_hand_side(kind: str, ask: str) -> None:
+    """A sparse matrix, or a function that goes through NumPy, is symmetric: its derivative is itself."""
+    A = problem("flat", SIZE)
+    d = torch.linspace(1, 2, SIZE, dtype=torch.float64).requires_grad_()
+    x = torch.randn(SIZE, dtype=torch.float64).requires_grad_()
+
+    def outside() -> IterativePrecision:
+        if kind == "sparse":
+            return IterativePrecision(A.to_sparse())
+        return IterativePrecision(
+            lambda X: torch.from_numpy(A.numpy() @ X.detach().numpy()), size=SIZE, dtype=torch.float64
+        )
+
+    def answer(d: Tensor, x: Tensor) -> Tensor:
+        P = outside() + Diagonal(d)
+        value: Tensor = {
+            "product": lambda: P @ x,
+            "solve": lambda: P.solve(x, **TIGHT).value,
+            "inv_quad": lambda: P.inv_quad(x, **TIGHT).value,
+        }[ask]()
+        return value
+
+    assert gradcheck(answer, (d, x), atol=1e-6)
+    assert gradgradcheck(answer, (d, x), atol=1e-5)

@@ -162,6 +162,31 @@ def test_minres_says_that_an_inconsistent_singular_system_is_not_solved() -> Non
     assert not solution.converged and float(solution.residual) == pytest.approx(1.0)
 
 
+def test_minres_stops_each_column_where_its_krylov_space_ends() -> None:
+    """The least-squares residual for what has no solution, and the solution beside it for what has one."""
+    values = torch.cat([torch.zeros(10, dtype=torch.float64), torch.linspace(1, 2, 30, dtype=torch.float64)])
+    A = symmetric(values)
+    b = torch.randn(40, dtype=torch.float64)
+    both = torch.stack([A @ b, b], dim=-1)
+    solution = IterativePrecision(A).solve(both, method="minres")
+    least = torch.linalg.vector_norm(b - A @ torch.linalg.pinv(A, hermitian=True) @ b) / b.norm()
+    assert float(solution.residual[0]) < 2e-8 and not solution.converged
+    assert float(solution.residual[1]) == pytest.approx(float(least), rel=1e-3)
+
+
+@pytest.mark.parametrize("rtol", [1e-2, 1e-4, 1e-8])
+def test_lanczos_draws_are_as_near_as_they_say(rtol: float) -> None:
+    A = symmetric(torch.logspace(0, -4, 200, dtype=torch.float64))
+    theta, V = torch.linalg.eigh(A)
+    for seed in range(5):
+        z = torch.randn(200, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        exact = V @ (theta.rsqrt() * (V.mT @ z))
+        draw = IterativePrecision(A).sample(
+            (), torch.Generator().manual_seed(seed), method="lanczos", rtol=rtol
+        )
+        assert float((draw.require() - exact).norm() / exact.norm()) < 5 * rtol
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_quadratic_form_has_twice_the_digits_of_the_solve(method: str) -> None:
     A = problem("flat", 50)

@@ -1,5 +1,7 @@
 """What an IterativePrecision may be made from, and what it refuses in one line."""
 
+import math
+
 import pytest
 import scipy.sparse
 import torch
@@ -65,6 +67,12 @@ def test_scipy_solves_with_it() -> None:
     x, info = cg(IterativePrecision(A).to_scipy(), d.numpy(), rtol=1e-12)
     assert info == 0
     torch.testing.assert_close(torch.from_numpy(x), torch.linalg.solve(A, d))
+
+
+def test_no_draws_are_no_error() -> None:
+    P = IterativePrecision([Dense(A), Diagonal(d)])
+    for method in ("perturb", "lanczos"):
+        assert P.sample((0, 2), method=method).require().shape == (0, 2, 8)
 
 
 def test_nothing_of_size_d_times_d_is_formed() -> None:
@@ -151,6 +159,53 @@ REFUSED = {
         TypeError,
         "IterativePrecision",
     ),
+    "function that changes its argument": (
+        lambda: IterativePrecision(lambda X: X.mul_(2.0), size=8, dtype=torch.float64),
+        ValueError,
+        "leave its argument",
+    ),
+    "NaN later": (
+        lambda: IterativePrecision(
+            lambda X: X * (1.0 if X.shape[-1] == 2 else float("nan")), size=8, dtype=torch.float64
+        ).trace(4, method="hutchinson"),
+        ValueError,
+        "must be finite",
+    ),
+    "NaN from a root": (
+        lambda: IterativePrecision(lambda X: X, size=8, dtype=torch.float64, root=lambda Z: Z / 0).sample(),
+        ValueError,
+        "must be finite",
+    ),
+    "shape of a root": (
+        lambda: IterativePrecision(lambda X: X, size=8, dtype=torch.float64, root=lambda Z: Z[:2]).sample(),
+        ValueError,
+        "root must map",
+    ),
+    "one root for two": (
+        lambda: IterativePrecision([lambda X: X, lambda X: 3 * X], size=8, root=lambda Z: Z),
+        ValueError,
+        "root must belong",
+    ),
+    "size beside a matrix": (lambda: IterativePrecision(A, size=7), TypeError, "size must be left out"),
+    "parameters beside a matrix": (
+        lambda: IterativePrecision(A, (d,)),
+        TypeError,
+        "parameters must be left out",
+    ),
+    "parameters not a tuple": (
+        lambda: IterativePrecision(lambda X: X, d, size=8),
+        TypeError,
+        "parameters must be a tuple",
+    ),
+    "empty sparse": (lambda: IterativePrecision(scipy.sparse.csr_array((0, 0))), ValueError, "square"),
+    "no shifts": (lambda: IterativePrecision(A).logdet(shifts=[]), ValueError, "shifts"),
+    "infinite shift": (lambda: IterativePrecision(A).logdet(shifts=[math.inf]), ValueError, "shifts"),
+    "oversampling": (lambda: IterativePrecision(A).low_rank(2, oversampling=-1), ValueError, "oversampling"),
+    "Q's dtype": (
+        lambda: IterativePrecision(A).trace_solve(Dense(A.float())),
+        TypeError,
+        "Q must have dtype",
+    ),
     "rows": (lambda: IterativePrecision(A).solve(ONES[:3]), ValueError, "X must have shape"),
     "dimensions": (
         lambda: IterativePrecision(A) @ torch.ones(8, 2, 2, dtype=torch.float64),
@@ -161,7 +216,7 @@ REFUSED = {
     "method": (lambda: IterativePrecision(A).solve(ONES, method="gmres"), ValueError, "method"),
     "rtol": (lambda: IterativePrecision(A).solve(ONES, rtol=0.0), ValueError, "rtol"),
     "iterations": (lambda: IterativePrecision(A).solve(ONES, max_iterations=0), ValueError, "max_iterations"),
-    "probes": (lambda: IterativePrecision(A).logdet(1), ValueError, "probes"),
+    "probes": (lambda: IterativePrecision(A).logdet(3), ValueError, "probes"),
     "shifts": (lambda: IterativePrecision(A).logdet(shifts=[-1.0]), ValueError, "shifts"),
     "products": (lambda: IterativePrecision(A).trace(3), ValueError, "products"),
     "trace method": (lambda: IterativePrecision(A).trace(method="x"), ValueError, "method"),
