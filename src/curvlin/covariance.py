@@ -140,6 +140,7 @@ class Covariance(Tree):
     def _inv_quad_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x^T C^-1 x`` and ``log det C`` in float64, from one factorisation."""
         if not self.inverted:
+            self.operator._check_right_hand_side("x", x)  # before x takes the dtype of the factors
             C, factors = self._regular()._factored()
             X, restore = C._vectors("x", x.double())
             return restore(C._inv_quad(X, factors).unsqueeze(-2)).squeeze(-1), C._logdet(factors)

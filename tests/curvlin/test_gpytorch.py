@@ -442,6 +442,16 @@ OURS = StructuredMVN(MEAN, P)
         "too many indices": (lambda: OURS[1, 2], IndexError, "at most 1 entries"),
         "a new axis": (lambda: OURS[None], IndexError, "unsqueeze"),
         "a dimension too far": (lambda: OURS.unsqueeze(3), IndexError, "dim must lie in -1 .. 0"),
+        "a coordinate too far": (lambda: OURS[[-13]], IndexError, r"lie in -12 \.\. 11, found -13"),
+        "a mask of another size": (lambda: OURS[MEAN[:5] == 0], IndexError, r"shape \(12,\), found \(5,\)"),
+        "pairs of batch and event": (
+            lambda: OURS.expand([3])[torch.tensor([0, 1]), torch.tensor([2, 3])],
+            IndexError,
+            "one after the other",
+        ),
+        "another mean": (lambda: setattr(OURS, "loc", MEAN + 1), AttributeError, "make StructuredMVN"),
+        "negative noise": (lambda: OURS.add_jitter(-1.0), ValueError, "at least 0, found -1.0"),
+        "noise that is no number": (lambda: OURS.add_jitter(math.nan), ValueError, "found nan"),
         "a repeated coordinate": (lambda: OURS[[1, 1]], ValueError, "each coordinate once"),
         "a value of another size": (lambda: OURS.log_prob(MEAN[:5]), ValueError, "value must have shape"),
         "torch's own methods": (lambda: OURS._unbroadcasted_scale_tril, InexactPathError, "scale_tril"),
@@ -458,6 +468,69 @@ def test_bad_input_is_refused_in_one_line(
     with pytest.raises(error, match=message) as info:
         call()
     assert "\n" not in str(info.value)
+
+
+def test_validate_args_is_kept() -> None:
+    mvn = StructuredMVN(MEAN.expand(2, 12), Covariance.of(P), validate_args=True)
+    bad = torch.full((12,), math.nan, dtype=F64)
+    made = [mvn, mvn[0], mvn[..., 0:3], mvn * 2, mvn / 2, mvn + 1.0, mvn.unsqueeze(0), mvn.add_jitter(0.1)]
+    for law in (*made, mvn.expand([4, 2]), copy.deepcopy(mvn)):
+        with pytest.raises(ValueError, match="within the support"):
+            law.log_prob(bad[: law.event_shape[0]])
+    with pytest.raises(ValueError, match="value must be finite"):  # which is asked with or without
+        StructuredMVN(MEAN, P).log_prob(bad)
+
+
+def test_a_mean_that_cannot_be_assigned_stays_the_mean() -> None:
+    mvn = StructuredMVN(MEAN, P)
+    with pytest.raises(AttributeError):
+        mvn.loc = MEAN + 1
+    assert mvn.loc is mvn.mean is mvn.gaussian.mean
+    close(mvn.loc, MEAN)
+
+
+def test_no_noise_is_the_same_law() -> None:
+    mvn = StructuredMVN(MEAN, KINDS["two terms"](12, ()))  # of which no other noise is closed
+    close(mvn.add_jitter(0.0).variance, mvn.variance)
+
+
+class AdapterKernel(gpytorch.kernels.RBFKernel):  # type: ignore[misc]
+    """A kernel that returns our adapter where gpytorch expects its own matrices."""
+
+    def forward(self, x1: Tensor, x2: Tensor, **kwargs: Any) -> Any:
+        return Dense(super().forward(x1, x2, **kwargs)).to_linear_operator("precision")
+
+
+class Regression(gpytorch.models.ExactGP):  # type: ignore[misc]
+    def __init__(self, x: Tensor, y: Tensor, ours: str) -> None:
+        super().__init__(x, y, gpytorch.likelihoods.GaussianLikelihood().to(F64))
+        kernel = AdapterKernel() if ours == "kernel" else gpytorch.kernels.RBFKernel()
+        self.kernel, self.ours = kernel.to(F64), ours
+
+    def forward(self, x: Tensor) -> MultivariateNormal:
+        mean = torch.zeros_like(x[:, 0])
+        if self.ours == "kernel":
+            return MultivariateNormal(mean, self.kernel(x))
+        return StructuredMVN(mean, Covariance.of(self.kernel(x).to_dense()))
+
+
+def test_an_exact_gp_trains_on_our_distribution_and_not_on_a_kernel_that_is_our_adapter() -> None:
+    x = torch.linspace(0, 1, 20, dtype=F64)[:, None]
+    y = torch.sin(6 * x[:, 0])
+
+    def gradient(ours: str) -> Tensor:
+        model = Regression(x, y, ours).train()
+        evidence = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)(model(x), y)
+        evidence.backward()
+        return torch.stack([p.grad.squeeze() for p in model.parameters()])
+
+    raw = torch.zeros(2, dtype=F64, requires_grad=True)  # of the noise and the lengthscale
+    scale = torch.nn.functional.softplus(raw)
+    C = torch.exp(-((x - x.mT) ** 2) / (2 * scale[1] ** 2)) + (scale[0] + 1e-4) * torch.eye(20, dtype=F64)
+    (Dense_(torch.zeros(20, dtype=F64), C).log_prob(y) / 20).backward()
+    close(gradient("distribution"), raw.grad)
+    with pytest.raises(InexactPathError, match="on the left of"):
+        gradient("kernel")
 
 
 # -- no matrix of D x D -----------------------------------------------------------------------------------------

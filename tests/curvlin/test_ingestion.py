@@ -219,6 +219,15 @@ def test_f1_f6_the_order_of_operands_does_not_matter() -> None:
             ),
             "no exact structured form",
         ),
+        "minus a root": (lambda: diag(()) - root(()), "negative multiple of a LowRankRoot.*downdate"),
+        "a rectangle": (
+            lambda: Diagonal(positive(5, 12)).to_linear_operator("precision")[[0, 1], :][:, [0, 1]],
+            "structure of a Rectangle",
+        ),
+        "the root of ours": (
+            lambda: Diagonal(positive(5, 12)).to_linear_operator("precision").root_decomposition().root,
+            "structure of a RootFactor",
+        ),
         "low rank alone": (lambda: root(()), "singular.*add a diagonal"),
         "triangular": (lambda: theirs.TriangularLinearOperator(torch.eye(3)), "structure of a Triangular"),
         "triangular Kronecker": (
@@ -238,6 +247,12 @@ def test_f1_f6_the_order_of_operands_does_not_matter() -> None:
 def test_any_other_structure_is_refused_by_name(make: Callable[[], LinearOperator], message: str) -> None:
     with pytest.raises(NotClosedError, match=message):
         from_linear_operator(make(), "precision")
+
+
+def test_a_root_is_no_summand() -> None:
+    ours = Diagonal(positive(5, 12)).to_linear_operator("precision")
+    with pytest.raises(NotClosedError, match="structure of a RootFactor"):
+        ours + ours.root_decomposition().root
 
 
 def test_the_meaning_has_to_be_known() -> None:

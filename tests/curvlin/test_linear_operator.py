@@ -51,13 +51,13 @@ each_batch = pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
 # read what it does, then override it, prove it structural, or leave it refused.
 
 _OVERRIDDEN = """
-    __add__ __torch_function__ _diagonal _expand_batch _get_indices _getitem _matmul _mul_constant _size _solve
-    _t_matmul _transpose_nonbatch add_diagonal add_low_rank diagonal evaluate_kernel inv_quad inv_quad_logdet inverse
-    logdet matmul mul repeat root_decomposition root_inv_decomposition solve sqrt_inv_matmul to to_dense type
+    __add__ __getitem__ __torch_function__ _diagonal _expand_batch _get_indices _getitem _matmul _mul_constant _size
+    _solve _t_matmul _transpose_nonbatch add_diagonal add_low_rank diagonal evaluate_kernel inv_quad inv_quad_logdet
+    inverse logdet matmul mul repeat root_decomposition root_inv_decomposition solve sqrt_inv_matmul to to_dense type
     zero_mean_mvn_samples
 """
 _TAKEN_AS_THEY_ARE = """
-    T __dict__ __getitem__ __matmul__ __module__ __mul__ __radd__ __rmatmul__ __rmul__ __truediv__ __weakref__
+    T __dict__ __matmul__ __module__ __mul__ __radd__ __rmatmul__ __rmul__ __truediv__ __weakref__
     _approx_diagonal _args _check_args _check_size _kwargs _permute_batch _set_requires_grad _unsqueeze_batch add
     add_jitter batch_dim batch_shape clone cpu cuda detach detach_ device dim div double dtype expand float half
     is_square mT matrix_shape ndim ndimension numel numpy permute requires_grad requires_grad_ reshape rmatmul shape
@@ -211,6 +211,115 @@ def test_parts_are_those_of_the_matrix(kind: str, as_: Any, batch: tuple[int, ..
             close(op[:2].to_dense(), M[:2])
             close(op[torch.tensor([-1, 0])].to_dense(), M[torch.tensor([-1, 0])])
             close(op[-1, ..., 2:5, 2:5].to_dense(), M[-1, ..., 2:5, 2:5])
+
+
+MASK = torch.arange(12) % 3 == 0
+
+
+@pytest.mark.parametrize("as_", MEANINGS)
+@pytest.mark.parametrize(
+    "index",
+    [
+        (MASK, MASK),
+        (MASK, slice(None)),
+        (slice(None), MASK.numpy()),
+        (MASK.tolist(), [1, -1, 3, 5]),
+        (range(2, 7), slice(None)),
+        (slice(None), np.array([3, -2])),
+        (np.array([3, -2], dtype=np.int32), slice(1, None)),
+        (np.int64(4), slice(None)),
+        (-1, slice(None)),
+        (slice(None), -12),
+        (-1, -1),
+        (torch.tensor(-3), [0, 5]),
+        ([], slice(None)),
+        (slice(0, 0), slice(None)),
+        ([[0, 1], [-1, 2]], [[3], [-3]]),
+    ],
+    ids=str,
+)
+def test_every_form_of_an_index_means_what_it_does_in_numpy(as_: Any, index: Any) -> None:
+    for batch in ((), (2, 3)):
+        P = KINDS["blocks"](12, batch)
+        found = P.to_linear_operator(as_)[(..., *index)]
+        found = found if isinstance(found, Tensor) else found.to_dense()
+        plain = (
+            i
+            if isinstance(i, slice)
+            else np.asarray(i, dtype=None if len(np.shape(i)) == 0 or len(i) else int)
+            for i in index
+        )
+        expected = torch.from_numpy(np.array(dense(P, as_).numpy()[(..., *plain)]))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (([-13], slice(None)), r"index must lie in -12 \.\. 11, found -13"),
+        ((slice(None), torch.tensor([0, 12])), "found 12"),
+        ((12, 0), "found 12"),
+        ((MASK[:5], slice(None)), r"mask must have shape \(12,\), found \(5,\)"),
+        ((True, 0), r"mask must have shape \(12,\), found \(\)"),
+        (None, "must not hold None; use unsqueeze"),
+        ((0, 0, 0), "at most 2 entries"),
+        (
+            (torch.tensor([0, 1], dtype=torch.uint8), slice(None)),
+            r"found torch.uint8; convert it with .long\(\)",
+        ),
+        (([0.0], slice(None)), "signed integers"),
+        (("a", 0), "found a str"),
+        (([0, 1], [0, 1, 2]), "must broadcast"),
+        (([[0, 1]], slice(None)), r"one dimension, found shape \(1, 2\)"),
+    ],
+    ids=str,
+)
+def test_any_other_index_is_refused_in_one_line(index: Any, message: str) -> None:
+    with pytest.raises(IndexError, match=message) as info:
+        OP[index]
+    assert "\n" not in str(info.value)
+
+
+def test_entries_are_asked_for_by_integers_in_range() -> None:
+    for bad in (MASK, torch.tensor([-13]), torch.tensor([12])):
+        with pytest.raises(IndexError, match="index must"):
+            OP._get_indices(bad, bad)
+
+
+def test_alpha_scales_the_second_operand() -> None:
+    A = OP.to_dense()
+    tensor = spd(31, 12)
+    for add in (torch.add, torch.Tensor.add):
+        close(add(tensor, OP, alpha=3.0).to_dense(), tensor + 3 * A)
+        close(add(tensor, OP).to_dense(), tensor + A)
+        with pytest.raises(ValueError, match="scale of an operator must be positive"):
+            add(tensor, OP, alpha=-1.0)
+    close(torch.add(OP, tensor, alpha=3.0).to_dense(), A + 3 * tensor)
+    for left, right in ((tensor, OP), (OP, tensor)):
+        with pytest.raises(InexactPathError, match="downdate"):
+            torch.sub(left, right, alpha=3.0)
+
+
+@each_kind
+@each_meaning
+def test_a_right_hand_side_of_another_dtype_is_refused(kind: str, as_: Any) -> None:
+    op = KINDS[kind](12, ()).to_linear_operator(as_)
+    for dtype in (torch.complex128, torch.float32):
+        x = randn(1, 12, 2).to(dtype)
+        for call in (op.inv_quad, op.inv_quad_logdet):
+            with pytest.raises(TypeError, match=r"float|complex"):
+                call(x)
+
+
+def test_zeros_and_factors_broadcast_over_the_batch() -> None:
+    A = OP.to_dense()
+    total = OP + ZeroLinearOperator(3, 12, 12, dtype=F64)
+    assert total.shape == (3, 12, 12)
+    close(total.to_dense(), A.expand(3, 12, 12))
+    assert (OP * ZeroLinearOperator(3, 12, 12, dtype=F64)).shape == (3, 12, 12)
+    for factor in (torch.tensor([[[2.0]]], dtype=F64), positive(32, 3, 1, 1)):
+        assert (OP * factor).shape == (A * factor).shape
+        close((OP * factor).to_dense(), A * factor)
 
 
 @each_kind
@@ -440,16 +549,16 @@ def test_numpy_makes_no_object_array() -> None:
     close(torch.from_numpy(OP.numpy()), OP.to_dense())
 
 
-def test_expressions_that_upstream_builds_around_ours_multiply_but_are_not_approximated() -> None:
-    """F1: a sum whose left operand is theirs is their class; it is refused before it could iterate."""
+def test_expressions_that_upstream_builds_around_ours_are_refused_at_every_operation() -> None:
+    """F1: a sum whose left operand is theirs is their class; it is refused before it could iterate, at @ too."""
     d = positive(1, 900)
     ours = KINDS["shifted"](900, ()).to_linear_operator("precision")
     X = randn(2, 900, 2)
     for theirs in (DiagLinearOperator(d) + ours, DenseLinearOperator(torch.diag(d)) + ours):
         if isinstance(theirs, CurvlinLinearOperator):
             continue
-        close(theirs._matmul(X), ours @ X + d[:, None] * X)
         for call in (
+            lambda t=theirs: t @ X,
             lambda t=theirs: t.solve(X),
             lambda t=theirs: t.logdet(),
             lambda t=theirs: t.inv_quad_logdet(X, logdet=True),

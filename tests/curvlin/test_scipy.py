@@ -38,6 +38,19 @@ def test_it_multiplies_as_the_matrix(kind: str, as_: str) -> None:
 
 
 @each_kind
+def test_it_multiplies_complex_vectors(kind: str) -> None:
+    P = KINDS[kind](12, ())
+    Z = torch.complex(randn(1, 12, 3), randn(2, 12, 3))
+    expected = P.to_dense().to(Z.dtype) @ Z
+    close(torch.view_as_real(torch.from_numpy(P.to_scipy() @ Z.numpy())), torch.view_as_real(expected))
+    found = torch.from_numpy(P.to_scipy().matvec(Z[:, 0].numpy()))
+    close(torch.view_as_real(found), torch.view_as_real(expected[:, 0].contiguous()))
+    for other in (object, "U8", "datetime64[s]"):
+        with pytest.raises(TypeError, match="must hold numbers, found dtype"):
+            P.to_scipy()._matmat(np.zeros((12, 1), dtype=other))
+
+
+@each_kind
 def test_its_solvers_find_the_solution(kind: str) -> None:
     P = KINDS[kind](12, ())
     b = randn(2, 12)

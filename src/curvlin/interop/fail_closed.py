@@ -14,17 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from linear_operator.operators import _linear_operator as upstream
 from linear_operator.operators._linear_operator import LinearOperator
+from torch import Tensor
 
 from curvlin.errors import InexactPathError
+from curvlin.interop.subscripts import resolved
 
 STRUCTURAL = frozenset(
     [
         # shapes, dtypes and the tensors that are held
         *(
             "__dict__",
-            "__getitem__",
             "__module__",
             "__weakref__",
             "_args",
@@ -91,6 +93,8 @@ _MENDS = {
     "_sum_batch": "add the operators of the batch with +",
 }
 
+_ADDITIONS = (torch.add, torch.Tensor.add)
+
 
 class FailClosed(LinearOperator):  # type: ignore[misc]
     """Base of the adapters; see the module docstring."""
@@ -102,6 +106,10 @@ class FailClosed(LinearOperator):  # type: ignore[misc]
             f"{type(self).__name__} is not turned into an array silently; use to_dense().numpy(), or to_scipy() of "
             "the curvlin operator"
         )
+
+    def __getitem__(self, index: Any) -> LinearOperator | Tensor:
+        """A part of the matrix; tensors for rows and columns together are pairs of them, as in torch."""
+        return super().__getitem__(tuple(resolved(index, self.shape, self.device)))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -122,6 +130,11 @@ class FailClosed(LinearOperator):  # type: ignore[misc]
         known = upstream._HANDLED_FUNCTIONS, upstream._HANDLED_SECOND_ARG_FUNCTIONS
         if not any(func in functions for functions in known):
             raise refused(cls, f"torch.{func.__name__}")
+        alpha = (kwargs or {}).get("alpha", 1)
+        if func in _ADDITIONS and isinstance(args[0], Tensor) and alpha != 1:
+            return (
+                args[1].mul(alpha) + args[0]
+            )  # upstream swaps the operands, and alpha would scale the tensor
         return super().__torch_function__(func, types, args, kwargs)
 
 

@@ -15,12 +15,13 @@ from torch.distributions import MultivariateNormal as TorchMultivariateNormal
 from torch.distributions import kl_divergence
 from torch.distributions.kl import register_kl
 
+from curvlin._tree import is_concrete
 from curvlin.covariance import Covariance
 from curvlin.errors import InexactPathError
 from curvlin.gaussian import Gaussian
-from curvlin.interop.indexing import coordinates
 from curvlin.interop.ingestion import from_linear_operator
 from curvlin.interop.linear_operator import CurvlinLinearOperator
+from curvlin.interop.subscripts import coordinates, resolved
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
@@ -63,6 +64,22 @@ class StructuredMVN(MultivariateNormal):  # type: ignore[misc]
         self._gaussian = gaussian
         whole = gaussian.covariance.expand(gaussian.batch_shape)
         MultivariateNormal.__init__(self, gaussian.mean, CurvlinLinearOperator.of(whole), validate_args)
+        self._validate_args = validate_args  # gpytorch sets False for every LinearOperator
+
+    def _alike(self, mean: Tensor, held: Covariance) -> StructuredMVN:
+        return type(self)(mean, held, self._validate_args)
+
+    @property
+    def loc(self) -> Float[Tensor, "*batch D"]:
+        """The mean, which cannot be assigned: densities and draws are those of `gaussian`."""
+        return self._gaussian.mean
+
+    @loc.setter
+    def loc(self, value: Tensor) -> None:
+        if value is not self._gaussian.mean:  # which is what gpytorch's constructor assigns
+            raise AttributeError(
+                "loc of a StructuredMVN cannot be assigned; make StructuredMVN(mean, mvn.gaussian.covariance)"
+            )
 
     @property
     def gaussian(self) -> Gaussian:
@@ -173,8 +190,16 @@ class StructuredMVN(MultivariateNormal):  # type: ignore[misc]
 
         An integer in the last place, where there is a batch, gives one coordinate of each of its elements: a
         distribution over the last batch dimension with independent coordinates, as in gpytorch.
+
+        Raises:
+            IndexError: for tensors in the batch and in the last place together, and what torch refuses.
         """
-        *batch, last = _complete(index, self.loc.ndim)
+        *batch, last = resolved(index, self.loc.shape, self.loc.device)
+        if isinstance(last, Tensor) and any(isinstance(i, Tensor) for i in batch):
+            raise IndexError(
+                "index must not hold tensors for the batch and the event together, which are pairs in torch and no "
+                "law; index one after the other, mvn[i][..., j]"
+            )
         C, mean = self._gaussian.covariance, self.loc
         if any(isinstance(i, Tensor) or i != slice(None) for i in batch):
             C = C.expand(self.batch_shape)._map(lambda t, own: t[(*batch, *(slice(None),) * own)])
@@ -185,15 +210,17 @@ class StructuredMVN(MultivariateNormal):  # type: ignore[misc]
                     f"index must leave a dimension for the event, found {index!r}; use a slice of length one"
                 )
             variance = C.diagonal().expand(mean.shape)
-            return type(self)(mean[..., last], Covariance.of(Diagonal(variance[..., last])))
+            return self._alike(mean[..., last], Covariance.of(Diagonal(variance[..., last])))
         chosen = coordinates(last, mean.shape[-1], mean.device)
         if chosen is not None:
             mean, C = mean[..., chosen], C.marginal(chosen)
-        return type(self)(mean, C)
+        return self._alike(mean, C)
 
     def expand(self, batch_size: Sequence[int], _instance: Any = None) -> StructuredMVN:
         """The same distribution with a larger batch, nothing copied and nothing factorised twice."""
-        return self.of(self._gaussian.expand(torch.Size(batch_size)))
+        new = type(self).__new__(type(self))
+        new._hold(self._gaussian.expand(torch.Size(batch_size)), self._validate_args)
+        return new
 
     def unsqueeze(self, dim: int) -> StructuredMVN:
         """The batch with a dimension of one element inserted; a negative `dim` counts from its end."""
@@ -202,19 +229,25 @@ class StructuredMVN(MultivariateNormal):  # type: ignore[misc]
             raise IndexError(f"dim must lie in {-n - 1} .. {n}, found {dim}")
         dim = dim % (n + 1)
         whole = self._gaussian.covariance.expand(self.batch_shape)
-        return type(self)(self.loc.unsqueeze(dim), whole._map(lambda t, _: t.unsqueeze(dim)))
+        return self._alike(self.loc.unsqueeze(dim), whole._map(lambda t, _: t.unsqueeze(dim)))
 
     def add_jitter(self, noise: float = 1e-4) -> StructuredMVN:
-        """Independent noise of variance `noise` on every coordinate.
+        """Independent noise of variance `noise` on every coordinate; of variance 0, the same distribution.
 
         Raises:
+            ValueError: if `noise` is negative or not finite.
             NotClosedError: if the covariance is held by a precision whose inverse has no structure of ours.
         """
         value = torch.as_tensor(noise, dtype=self.loc.dtype, device=self.loc.device)
+        if is_concrete(value):
+            if not bool((value.isfinite() & (value >= 0)).all()):
+                raise ValueError(f"noise must be finite and at least 0, found {noise}")
+            if not value.requires_grad and not bool(value.any()):
+                return self
         return self._plus(self.loc, Covariance.of(Isotropic(value, self.loc.shape[-1])))
 
     def _plus(self, mean: Tensor, C: Covariance) -> StructuredMVN:
-        return type(self)(mean, Covariance.of(self._gaussian.covariance._entries() + C._entries()))
+        return self._alike(mean, Covariance.of(self._gaussian.covariance._entries() + C._entries()))
 
     def __add__(self, other: Any) -> StructuredMVN:
         """The law of the sum with an independent normal, or with a number."""
@@ -223,7 +256,7 @@ class StructuredMVN(MultivariateNormal):  # type: ignore[misc]
             return self._plus(self.loc + theirs.mean, theirs.covariance)
         if not isinstance(other, Real):
             return NotImplemented
-        return self.of(Gaussian.from_covariance(self.loc + float(other), self._gaussian.covariance))
+        return self._alike(self.loc + float(other), self._gaussian.covariance)
 
     def __radd__(self, other: Any) -> StructuredMVN:
         return self if isinstance(other, Real) and other == 0 else self.__add__(other)
@@ -240,29 +273,12 @@ class StructuredMVN(MultivariateNormal):  # type: ignore[misc]
             )
         C, square = self._gaussian.covariance, float(other) ** 2
         scaled = C.operator / square if C.inverted else C.operator * square
-        return type(self)(self.loc * float(other), Covariance(scaled, inverted=C.inverted))
+        return self._alike(self.loc * float(other), Covariance(scaled, inverted=C.inverted))
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> StructuredMVN:
         return self * (1.0 / other) if isinstance(other, Real) else NotImplemented
-
-
-def _complete(index: Any, ndim: int) -> list[Any]:
-    """An index with one entry for each of `ndim` dimensions."""
-    parts = [
-        torch.tensor(i) if isinstance(i, (list, range)) else i
-        for i in (index if isinstance(index, tuple) else (index,))
-    ]
-    if any(i is None for i in parts):
-        raise IndexError("index must not hold None; use unsqueeze")
-    dots = [n for n, i in enumerate(parts) if i is Ellipsis]
-    if len(dots) > 1 or len(parts) - len(dots) > ndim:
-        raise IndexError(f"index must have at most {ndim} entries and one ellipsis, found {index!r}")
-    place = dots[0] if dots else len(parts)
-    missing = ndim - (len(parts) - len(dots))
-    parts[place : place + len(dots)] = [slice(None)] * missing
-    return parts
 
 
 def _gaussian(mean: Tensor, held: Any) -> Gaussian:

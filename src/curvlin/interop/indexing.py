@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvlin.errors import InexactPathError
 from curvlin.interop.fail_closed import FailClosed
+from curvlin.interop.subscripts import from_the_front
 
 MAX_SIZE = 2048
 """Columns of a matrix up to which they are multiplied out, as in `PrecisionOperator.marginal`."""
@@ -57,17 +58,6 @@ class Rectangle(FailClosed):
         return self.to_dense()[(*batch_indices, row_index, col_index)]
 
 
-def coordinates(index: Any, size: int, device: torch.device) -> Tensor | None:
-    """An index of one matrix dimension as coordinates, or None where it is the whole dimension."""
-    if isinstance(index, slice):
-        chosen = torch.arange(size, device=device)[index]
-        return None if len(chosen) == size else chosen
-    chosen = torch.as_tensor(index, device=device)
-    if chosen.dtype == torch.bool:
-        return chosen.nonzero().squeeze(-1)
-    return torch.where(chosen < 0, chosen + size, chosen)
-
-
 def is_principal(rows: Tensor | None, columns: Tensor | None) -> bool:
     """Whether rows and columns are the same coordinates, each once."""
     if rows is None or columns is None or not torch.equal(rows, columns):
@@ -86,9 +76,8 @@ def rectangle(op: Any, rows: Tensor | None, columns: Tensor | None) -> Rectangle
 
 def entries_at(op: Any, rows: Tensor, columns: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
     """Single entries ``A[*batch, rows, columns]``, indices broadcast against each other."""
+    rows, columns = (from_the_front(i, op.shape[-1]) for i in (rows, columns))
     rows, columns, *batch_indices = torch.broadcast_tensors(rows, columns, *batch)
-    size = op.shape[-1]
-    rows, columns = (torch.where(i < 0, i + size, i) for i in (rows, columns))
     if torch.equal(rows, columns):
         diagonal: Tensor = op.diagonal()
         return diagonal[(*batch_indices, rows)]

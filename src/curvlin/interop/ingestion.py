@@ -26,6 +26,7 @@ from linear_operator import operators as theirs
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from curvlin._tree import is_concrete
 from curvlin.covariance import Covariance
 from curvlin.errors import NotClosedError
 from curvlin.interop.linear_operator import CurvlinLinearOperator
@@ -74,7 +75,9 @@ def entries(matrix: Matrix) -> PrecisionOperator:
         return Dense(matrix)
     rule = _RULES.get(type(matrix))
     if rule is None and type(matrix).evaluate_kernel is not LinearOperator.evaluate_kernel:
-        return entries(matrix.evaluate_kernel())  # a kernel that gpytorch has not evaluated yet
+        evaluated = matrix.evaluate_kernel()
+        if evaluated is not matrix:
+            return entries(evaluated)  # a kernel that gpytorch had not evaluated yet
     if rule is None:
         raise NotClosedError(
             f"no operator of ours has the structure of a {type(matrix).__name__}; supported are "
@@ -90,6 +93,12 @@ def operator_of_sum(parts: list[Any]) -> PrecisionOperator:
     roots: list[Tensor] = []
     for part, scale in (pair for p in parts for pair in _flat(p, None)):
         if type(part) in _ROOTS and not isinstance(part.root, RootFactor):
+            if scale is not None and is_concrete(scale) and bool((scale < 0).any()):
+                raise NotClosedError(
+                    f"a sum must have no negative multiple of a {type(part).__name__}, found "
+                    f"{float(scale.detach().min()):.3e}; subtract with P.downdate(U), which says whether the result "
+                    "is definite"
+                )
             U = part.root.to_dense()
             roots.append(U if scale is None else U * scale.sqrt()[..., None, None])
         elif type(part) is not theirs.ZeroLinearOperator:

@@ -15,8 +15,9 @@ from curvlin.covariance import Covariance
 from curvlin.errors import InexactPathError
 from curvlin.interop.adapter import Adapter, flipped
 from curvlin.interop.fail_closed import refused
-from curvlin.interop.indexing import coordinates, entries_at, is_principal, rectangle
+from curvlin.interop.indexing import entries_at, is_principal, rectangle
 from curvlin.interop.root_factor import RootFactor
+from curvlin.interop.subscripts import coordinates
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
 from curvlin.precision.diagonal import Diagonal, Isotropic
@@ -181,13 +182,14 @@ class CurvlinLinearOperator(Adapter):
     def mul(self, other: Any) -> CurvlinLinearOperator:
         """A multiple by a positive number, or by one for each element of the batch ``(..., 1, 1)``."""
         if isinstance(other, ZeroLinearOperator):
-            return other
+            return other.expand(torch.broadcast_shapes(self.shape, other.shape))
         if not isinstance(other, (Real, Tensor)):
             raise refused(type(self), f"mul (entry by entry) with a {type(other).__name__}")
-        if isinstance(other, Tensor) and other.numel() > 1 and other.shape[-2:] != (1, 1):
+        per_element = isinstance(other, Tensor) and (other.numel() == 1 or other.shape[-2:] == (1, 1))
+        if isinstance(other, Tensor) and not per_element:
             raise refused(type(self), f"mul (entry by entry) with a tensor of shape {tuple(other.shape)}")
         if isinstance(other, Tensor):
-            other = other.reshape(()) if other.numel() == 1 else other[..., 0, 0]
+            other = other[..., 0, 0] if other.ndim >= 2 else other.reshape(())
         return self._mul_constant(other)
 
     def _mul_constant(self, other: float | Tensor) -> CurvlinLinearOperator:
@@ -204,8 +206,10 @@ class CurvlinLinearOperator(Adapter):
     def __add__(self, other: Any) -> CurvlinLinearOperator:
         from curvlin.interop.ingestion import operator_of_sum
 
-        if isinstance(other, ZeroLinearOperator) or (isinstance(other, (int, float)) and other == 0):
+        if isinstance(other, (int, float)) and other == 0:
             return self
+        if isinstance(other, ZeroLinearOperator):
+            return self._expand_batch(torch.broadcast_shapes(self.shape, other.shape)[:-2])
         if not isinstance(other, (Tensor, LinearOperator)):
             raise refused(type(self), f"+ with a {type(other).__name__}")
         total = Covariance.of(operator_of_sum([self, other]))

@@ -13,7 +13,7 @@ from curvlin._tree import Structure
 from curvlin.covariance import Covariance
 from curvlin.interop.adapter import Adapter, flipped, whole_batch
 from curvlin.interop.fail_closed import refused
-from curvlin.interop.indexing import coordinates
+from curvlin.interop.subscripts import coordinates
 
 
 class RootFactor(Adapter):

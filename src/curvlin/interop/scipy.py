@@ -32,6 +32,12 @@ class ScipyOperator(LinearOperator):  # type: ignore[misc]
         super().__init__(dtype=dtype, shape=(operator.size, operator.size))
 
     def _matmat(self, X: Array) -> Array:
+        if X.dtype.kind not in "biufc":
+            raise TypeError(
+                f"the right-hand side must hold numbers, found dtype {X.dtype}; convert it with .astype"
+            )
+        if X.dtype.kind == "c":
+            return self._matmat(X.real) + 1j * self._matmat(X.imag)
         # SciPy passes whatever dtype and layout its algorithms work in.
         columns: Tensor = torch.as_tensor(np.ascontiguousarray(X)).to(self.operator.dtype)
         with torch.no_grad():
