@@ -15,20 +15,33 @@ from tqdm import tqdm
 
 from curvlin.errors import NotPositiveDefiniteError
 from curvlin.iterative.results import CONVERGED, ITERATION_LIMIT, STAGNATED, Solution
+from curvlin.precision.base import PrecisionOperator
 
 LinearMap = Callable[[Tensor], Tensor]
 
-_ROUNDINGS = 100.0
+ROUNDINGS = 100.0
 """What is smaller than this many roundings of P is rounding."""
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """A preconditioner ``M = R R^T`` by what the methods ask of it."""
+    """A preconditioner ``M = R R^T`` as maps of columns: ``M^-1``, ``R``, ``R^-1`` and ``R^-T``."""
 
     solve: LinearMap
+    root_matvec: LinearMap
     root_solve: LinearMap
     unwhiten: LinearMap
+
+    @classmethod
+    def by(cls, M: PrecisionOperator | None) -> Whitening:
+        """That of an operator; of the identity for None."""
+        if M is None:
+            return cls(_itself, _itself, _itself, _itself)
+        return cls(M.solve, *(_by_columns(root) for root in (M.root_matvec, M.root_solve, M.unwhiten)))
+
+    def whitened(self, product: LinearMap) -> LinearMap:
+        """``R^-1 P R^-T``, whose spectrum is that of ``M^-1 P``."""
+        return lambda Z: self.root_solve(product(self.unwhiten(Z)))
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class Settings:
     progress_bar: bool
 
 
-def solve(product: LinearMap, B: Tensor, whitening: Whitening | None, settings: Settings) -> Solution:
+def solve(product: LinearMap, B: Tensor, whitening: Whitening, settings: Settings) -> Solution:
     """``P X = B`` to ``|B - P X| <= rtol |B|`` in every column, ``(D, K)``."""
     run, rtol = METHODS[settings.method], settings.rtol
     lengths = torch.linalg.vector_norm(B, dim=0, dtype=torch.float64)
@@ -81,7 +94,7 @@ def solve(product: LinearMap, B: Tensor, whitening: Whitening | None, settings: 
 def conjugate_gradients(
     product: LinearMap,
     B: Tensor,
-    whitening: Whitening | None,
+    whitening: Whitening,
     rtol: Tensor,
     max_iterations: int,
     progress: tqdm[None],
@@ -92,14 +105,15 @@ def conjugate_gradients(
         NotPositiveDefiniteError: if a direction of negative curvature is met.
     """
     X, R = torch.zeros_like(B), B.clone()
-    Z = R if whitening is None else whitening.solve(R)
+    Z = whitening.solve(R)
     direction, rho = Z.clone(), dot(R, Z)
     active = norms(R) > rtol
     for iteration in range(1, max_iterations + 1):
         image = product(direction)
         curvature = dot(direction, image)
         if bool((active & ~(curvature > 0)).any()):
-            refuse_negative(curvature / dot(direction, direction), active)
+            quotients = curvature / dot(direction, direction)
+            raise NotPositiveDefiniteError("IterativePrecision", float(quotients[active].min()))
         alpha = torch.where(active, rho / torch.where(active, curvature, 1.0), 0.0).to(B.dtype)
         X.addcmul_(direction, alpha)
         R.addcmul_(image, alpha, value=-1)
@@ -107,7 +121,7 @@ def conjugate_gradients(
         active = norms(R) > rtol
         if not bool(active.any()):
             return X, iteration
-        Z = R if whitening is None else whitening.solve(R)
+        Z = whitening.solve(R)
         rho, previous = dot(R, Z), rho
         beta = torch.where(active, rho / torch.where(previous > 0, previous, 1.0), 0.0).to(B.dtype)
         direction.mul_(beta).add_(Z)
@@ -117,7 +131,7 @@ def conjugate_gradients(
 def minres(
     product: LinearMap,
     B: Tensor,
-    whitening: Whitening | None,
+    whitening: Whitening,
     rtol: Tensor,
     max_iterations: int,
     progress: tqdm[None],
@@ -128,10 +142,9 @@ def minres(
     it has converged, or where ``|P r|`` is beneath the root of rounding: without a solution, steps beyond that go off
     along the null space.
     """
-    apply = product if whitening is None else whitened(product, whitening)
-    y = B if whitening is None else whitening.root_solve(B)
+    apply, y = whitening.whitened(product), whitening.root_solve(B)
     dtype, eps = y.dtype, torch.finfo(y.dtype).eps
-    rounding = _ROUNDINGS * eps
+    rounding = ROUNDINGS * eps
     beta1 = norms(y)
     beta, previous_beta, size = beta1, torch.ones_like(beta1), torch.zeros_like(beta1)
     r1 = r2 = y
@@ -165,20 +178,10 @@ def minres(
         done = done | (phibar <= rtol * beta1) | (beta <= rounding * size)
         if bool(done.all()):
             break
-    return (x if whitening is None else whitening.unwhiten(x)), iteration
+    return whitening.unwhiten(x), iteration
 
 
 METHODS = {"cg": conjugate_gradients, "minres": minres}
-
-
-def whitened(product: LinearMap, whitening: Whitening) -> LinearMap:
-    """``R^-1 P R^-T``, whose spectrum is that of ``M^-1 P``."""
-    return lambda z: whitening.root_solve(product(whitening.unwhiten(z)))
-
-
-def refuse_negative(values: Tensor, where: Tensor) -> None:
-    """Raise for the smallest of the Rayleigh quotients `values` that are not positive."""
-    raise NotPositiveDefiniteError("IterativePrecision", float(values[where].min()))
 
 
 def dot(X: Tensor, Y: Tensor) -> Tensor:
@@ -199,3 +202,11 @@ def safe_inverse(t: Tensor) -> Tensor:
 def bar(shown: bool, what: str) -> tqdm[None]:
     """A progress bar that counts products with a block."""
     return tqdm(disable=not shown, desc=what, unit=" products")
+
+
+def _itself(X: Tensor) -> Tensor:
+    return X
+
+
+def _by_columns(by_rows: LinearMap) -> LinearMap:
+    return lambda X: by_rows(X.mT).mT

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from curvlin.errors import NotPositiveDefiniteError
-from curvlin.iterative.krylov import LinearMap, Settings, bar, norms
+from curvlin.iterative.krylov import ROUNDINGS, LinearMap, Settings, bar, norms
 from curvlin.iterative.results import CONVERGED, ITERATION_LIMIT, Solution
-
-_ROUNDINGS = 100.0
-"""A direction shorter than this many roundings of the block it is left of is not a new one."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +34,15 @@ class KrylovSpace:
     C: Tensor
     exhausted: bool
 
-    def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Ritz values, and the coordinates of Z along Ritz vectors: ``(m,)`` and ``(m, b)``."""
+    def spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz values ``(m,)``, their vectors in Q ``(m, m)``, and the coordinates of Z along those ``(m, b)``."""
         theta, V = torch.linalg.eigh(self.T)
-        return theta, V[: len(self.C)].mT @ self.C
+        return theta, V, V[: len(self.C)].mT @ self.C
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``f(S) Z``, ``(D, b)``."""
-        theta, V = torch.linalg.eigh(self.T)
-        coordinates = V @ (function(theta).unsqueeze(-1) * (V[: len(self.C)].mT @ self.C))
+        theta, V, along = self.spectrum()
+        coordinates = V @ (function(theta).unsqueeze(-1) * along)
         parts = coordinates.to(self.blocks[0].dtype).split([Q.shape[-1] for Q in self.blocks])
         return torch.stack([Q @ c for Q, c in zip(self.blocks, parts, strict=True)]).sum(0)
 
@@ -56,7 +53,7 @@ def block_lanczos(product: LinearMap, Z: Tensor) -> Iterator[KrylovSpace]:
     Raises:
         ValueError: if the product is not symmetric, or not finite.
     """
-    Q, C = _orthonormal(Z, _ROUNDINGS * torch.finfo(Z.dtype).eps * float(torch.linalg.matrix_norm(Z)))
+    Q, C = _orthonormal(Z, ROUNDINGS * torch.finfo(Z.dtype).eps * float(torch.linalg.matrix_norm(Z)))
     blocks, largest = [Q], 0.0
     T = torch.zeros(0, 0, dtype=torch.float64, device=Z.device)
     coupling = torch.zeros(Q.shape[-1], 0, dtype=torch.float64, device=Z.device)
@@ -68,7 +65,7 @@ def block_lanczos(product: LinearMap, Z: Tensor) -> Iterator[KrylovSpace]:
         _refuse_asymmetry(alpha, largest, W.dtype)
         T = _bordered(T, coupling, (alpha + alpha.mT) / 2)
         W = _projected_out(blocks, W)
-        Q, coupling = _orthonormal(W, _ROUNDINGS * torch.finfo(W.dtype).eps * size)
+        Q, coupling = _orthonormal(W, ROUNDINGS * torch.finfo(W.dtype).eps * size)
         exhausted = Q.shape[-1] == 0
         yield KrylovSpace(tuple(blocks), T, C, exhausted)
         if exhausted:
@@ -93,7 +90,7 @@ def inverse_root(product: LinearMap, Z: Tensor, settings: Settings) -> Solution:
     changes: list[Tensor] = []
     with bar(settings.progress_bar, "lanczos") as progress:
         for step, space in enumerate(block_lanczos(product, Z), start=1):
-            roots = space.apply(_inverse_root)
+            roots = space.apply(lambda theta: positive(theta).rsqrt())
             changes.append(norms(roots - before) / norms(roots))
             left = torch.zeros_like(changes[-1]) if space.exhausted else remaining(changes)
             progress.update()
@@ -115,12 +112,13 @@ def remaining(changes: list[Tensor]) -> Tensor:
     return last * torch.clamp(ratio / (1 - ratio), min=1.0)
 
 
-def _inverse_root(theta: Tensor) -> Tensor:
+def positive(theta: Tensor) -> Tensor:
+    """Ritz values, refused if one is not positive: the least eigenvalue is no larger."""
     if bool(theta.min() <= 0):
         raise NotPositiveDefiniteError(
             "IterativePrecision (in units of its preconditioner, if any)", float(theta.min())
         )
-    return theta.rsqrt()
+    return theta
 
 
 def _bordered(T: Tensor, coupling: Tensor, alpha: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from curvlin.iterative.lanczos import inverse_root
 from curvlin.iterative.nystrom import nystrom
 from curvlin.iterative.product import Function, Product, product_of
 from curvlin.iterative.quadrature import log_quadrature
-from curvlin.iterative.results import Estimate, LowRankApproximation, Solution
+from curvlin.iterative.results import Estimate, LowRankApproximation, Solution, exactly
 from curvlin.precision.base import PrecisionOperator, exact_operator
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class IterativePrecision:
             same_kind("preconditioner", next(preconditioner._tensors())[0], product.like)
             preconditioner = preconditioner.detach().factor()
         self._product, self._preconditioner = product, preconditioner
+        self._whitening = Whitening.by(preconditioner)
 
     @classmethod
     def _of(cls, product: Product, preconditioner: PrecisionOperator | None = None) -> IterativePrecision:
@@ -265,17 +266,17 @@ class IterativePrecision:
         M = self._preconditioner
         live = shifts is None and self._needs_grad()
         with torch.no_grad():
-            S = self._whitened()
+            S = self._whitening.whitened(self._product)
             found = log_quadrature(S, Z, s.flatten(), max_steps, progress_bar)
             known = 0.0 if M is None else _asked(M, lambda M, factors: M._logdet(factors))
             result = replace(
-                found.estimate,
-                value=found.estimate.value.reshape(s.shape) + known,
-                standard_error=found.estimate.standard_error.reshape(s.shape),
+                found,
+                value=found.value.reshape(s.shape) + known,
+                standard_error=found.standard_error.reshape(s.shape),
             )
             if not live:
                 return result
-            V, RZ = (Z, Z) if M is None else (M.unwhiten(Z.mT).mT, M.root_matvec(Z.mT).mT)
+            V, RZ = self._whitening.unwhiten(Z), self._whitening.root_matvec(Z)
         inverse = self._inverse(self._settings("cg", rtol, MAX_ITERATIONS, progress_bar))
         value = adjoint.log_determinant(
             result.value, V, RZ, self._product.multiply, inverse, self._product.tensors
@@ -462,17 +463,6 @@ class IterativePrecision:
     def _needs_grad(self) -> bool:
         return any(needs_grad(t) for t in self._product.tensors)
 
-    def _whitening(self) -> Whitening:
-        M = self._preconditioner
-        assert M is not None
-        return Whitening(M.solve, lambda X: M.root_solve(X.mT).mT, lambda X: M.unwhiten(X.mT).mT)
-
-    def _whitened(self) -> Callable[[Tensor], Tensor]:
-        """``R^-1 P R^-T``, or P without a preconditioner."""
-        if self._preconditioner is None:
-            return self._product
-        return krylov.whitened(self._product, self._whitening())
-
     def _settings(self, method: str, rtol: float | None, max_iterations: int, progress_bar: bool) -> Settings:
         if method not in krylov.METHODS:
             raise ValueError(f"method must be one of {sorted(krylov.METHODS)}, found {method!r}")
@@ -482,9 +472,8 @@ class IterativePrecision:
         return Settings(method, rtol, positive_integer("max_iterations", max_iterations), progress_bar)
 
     def _solve(self, X: Tensor, settings: Settings) -> Solution:
-        whitening = None if self._preconditioner is None else self._whitening()
         with torch.no_grad():
-            return krylov.solve(self._product, X.detach(), whitening, settings)
+            return krylov.solve(self._product, X.detach(), self._whitening, settings)
 
     def _inverse(self, settings: Settings) -> Callable[[Tensor], Tensor]:
         """``P^-1 X`` without derivatives; raises where it does not converge."""
@@ -510,10 +499,9 @@ class IterativePrecision:
             raise NotClosedError(
                 'draws by method="lanczos" have no derivatives; use method="perturb", or draw under torch.no_grad()'
             )
-        M = self._preconditioner
         with torch.no_grad():
-            draws = inverse_root(self._whitened(), Z, settings)
-            return draws if M is None else replace(draws, value=M.unwhiten(draws.value.mT).mT)
+            draws = inverse_root(self._whitening.whitened(self._product), Z, settings)
+            return replace(draws, value=self._whitening.unwhiten(draws.value))
 
     def _trace(
         self, A: Callable[[Tensor], Tensor], products: int, method: str, generator: torch.Generator | None
@@ -523,10 +511,7 @@ class IterativePrecision:
         products = _at_least("products", products, min(self.size, traces.LEAST[method]))
         with torch.no_grad():
             if products >= self.size:
-                diagonal = traces.exact_diagonal(A, self.size, self._like)
-                return replace(
-                    diagonal, value=diagonal.value.sum(), standard_error=diagonal.standard_error.sum()
-                )
+                return exactly(traces.exact_diagonal(A, self.size, self._like).value.sum(), self.size)
             return traces.TRACES[method](A, self.size, products, generator, self._like)
 
     def _diagonal(

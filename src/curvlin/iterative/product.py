@@ -175,10 +175,7 @@ def of_matrix(matrix: Tensor) -> Term:
         symmetric("source", matrix)
         _unbatched("source", matrix.shape[:-2])
         return Term(lambda X, A: A @ X, (matrix,), matrix.detach(), len(matrix))
-    if not matrix.is_floating_point():
-        raise TypeError(f"source must have a floating dtype, found {matrix.dtype}")
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"source must be one square matrix, found shape {tuple(matrix.shape)}")
+    _one_square(matrix.shape, matrix.dtype, matrix.is_floating_point())
     if matrix.requires_grad:
         raise TypeError(
             "a sparse source that requires grad is not supported; pass a function (X, values) -> P X and "
@@ -195,10 +192,7 @@ def of_matrix(matrix: Tensor) -> Term:
 
 def of_scipy(matrix: Any) -> Term:
     """A symmetric sparse matrix of SciPy, whose products on the CPU are several times faster than torch's."""
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
-        raise ValueError(f"source must be one square matrix, found shape {matrix.shape}")
-    if matrix.dtype not in (np.float32, np.float64):
-        raise TypeError(f"source must have a floating dtype, found {matrix.dtype}")
+    _one_square(matrix.shape, matrix.dtype, matrix.dtype in (np.float32, np.float64))
     rows = matrix.tocsr()
 
     def multiply(X: Tensor) -> Tensor:
@@ -228,13 +222,12 @@ def of_function(
         like = (floats[0].detach() if floats else torch.empty(0)).new_empty(0)
 
     def multiply(X: Tensor, *tensors: Tensor) -> Tensor:
-        # A copy, for functions that return the same buffer each time.
         product = function(X, *tensors)
         if not isinstance(product, Tensor) or product.shape != X.shape or product.dtype != X.dtype:
             raise ValueError(
                 f"the product of {X.dtype} of shape {tuple(X.shape)} must be like it, found {_described(product)}"
             )
-        return product.clone()
+        return product.clone()  # for functions that return the same buffer each time
 
     def coloured(Z: Tensor, *tensors: Tensor) -> Tensor:
         assert root is not None
@@ -349,6 +342,13 @@ def _tried(term: Term) -> Term:
             f"source must be symmetric, found x^T P y and y^T P x that differ by {gap / size:.1e}"
         )
     return term
+
+
+def _one_square(shape: Sequence[int], dtype: object, is_floating: bool) -> None:
+    if not is_floating:
+        raise TypeError(f"source must have a floating dtype, found {dtype}")
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ValueError(f"source must be one square matrix, found shape {tuple(shape)}")
 
 
 def _unbatched(name: str, batch: torch.Size) -> None:

@@ -107,3 +107,8 @@ def estimate(samples: Tensor, products: int, truncation: float = 0.0) -> Estimat
     n = samples.shape[-1]
     error = samples.std(-1) / n**0.5 if n > 1 else torch.full_like(samples[..., 0], float("inf"))
     return Estimate(samples.mean(-1), error, max(1, n - 1), products, truncation)
+
+
+def exactly(value: Tensor, products: int) -> Estimate:
+    """What nothing was left to chance in."""
+    return Estimate(value, torch.zeros_like(value), 1, products)

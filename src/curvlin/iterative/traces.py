@@ -26,7 +26,7 @@ from torch import Tensor
 
 from curvlin._random import random_signs, standard_normal
 from curvlin.iterative.krylov import LinearMap, dot
-from curvlin.iterative.results import Estimate, estimate
+from curvlin.iterative.results import Estimate, estimate, exactly
 
 Generator = torch.Generator | None
 
@@ -102,7 +102,7 @@ def exact_diagonal(A: LinearMap, size: int, like: Tensor) -> Estimate:
         at = rows, torch.arange(len(rows), device=like.device)
         columns[at] = 1.0
         diagonal.append(A(columns)[at].double())
-    return _exact(torch.cat(diagonal), size)
+    return exactly(torch.cat(diagonal), size)
 
 
 TRACES: dict[str, Callable[..., Estimate]] = {
@@ -169,7 +169,3 @@ def _mean(X: Tensor, shared: Tensor, products: int) -> Estimate:
     k = X.shape[-1]
     variance = X.var(-1) / k + (shared / (k * (k - 1))).clamp(min=0.0)
     return Estimate(X.mean(-1), variance.sqrt(), k - 1, products)
-
-
-def _exact(value: Tensor, products: int) -> Estimate:
-    return Estimate(value, torch.zeros_like(value), 1, products)
