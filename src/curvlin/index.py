@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -127,6 +128,13 @@ class IndexSet:
 
     def __repr__(self) -> str:
         return f"IndexSet(sizes={self.sizes}, consecutive={self.consecutive})"
+
+
+def identity_columns(index: Tensor, size: int, dtype: torch.dtype) -> Float[Tensor, "D k"]:
+    """The columns of the identity of `size` rows that `index` names, on its device."""
+    columns = torch.zeros(size, len(index), dtype=dtype, device=index.device)
+    columns[index, torch.arange(len(index), device=index.device)] = 1.0
+    return columns
 
 
 def _as_array(block: Index | NDArray[Any]) -> NDArray[Any]:

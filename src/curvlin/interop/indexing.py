@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvlin.errors import InexactPathError
+from curvlin.index import identity_columns
 from curvlin.interop.fail_closed import FailClosed
 from curvlin.interop.subscripts import from_the_front
 
@@ -92,7 +93,5 @@ def _columns(op: Any, index: Tensor) -> Tensor:
             f"{type(op).__name__}[...] of {index.numel()} rows or columns is a dense part, and the most is {MAX_SIZE}; "
             "choose the same rows and columns, or multiply with the columns that are needed"
         )
-    selection = torch.zeros(op.shape[-1], index.numel(), dtype=op.dtype, device=op.device)
-    selection[index, torch.arange(index.numel(), device=op.device)] = 1.0
-    columns: Tensor = op.matmul(selection)
+    columns: Tensor = op.matmul(identity_columns(index, op.shape[-1], op.dtype))
     return columns

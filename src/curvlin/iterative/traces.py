@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from curvlin._random import random_signs, standard_normal
+from curvlin.index import identity_columns
 from curvlin.iterative.krylov import LinearMap, dot
 from curvlin.iterative.results import Estimate, estimate, exactly
 
@@ -98,10 +99,8 @@ def exact_diagonal(A: LinearMap, size: int, like: Tensor) -> Estimate:
     parts = torch.arange(size, device=like.device).split(max(1, 2**22 // size))
     diagonal = []
     for rows in parts:
-        columns = torch.zeros(size, len(rows), dtype=like.dtype, device=like.device)
-        at = rows, torch.arange(len(rows), device=like.device)
-        columns[at] = 1.0
-        diagonal.append(A(columns)[at].double())
+        image = A(identity_columns(rows, size, like.dtype))
+        diagonal.append(image[rows, torch.arange(len(rows), device=like.device)].double())
     return exactly(torch.cat(diagonal), size)
 
 

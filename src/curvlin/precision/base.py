@@ -26,6 +26,7 @@ from curvlin._random import standard_normal
 from curvlin._tables import ADD, CONGRUENCE, TRACE_SOLVE, lookup
 from curvlin._tree import Tree, is_concrete
 from curvlin.errors import NotClosedError
+from curvlin.index import Index, as_index, identity_columns
 from curvlin.numerics.implicit import factorize
 from curvlin.precision.kept import Kept
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from curvlin.covariance import Covariance
     from curvlin.features.base import FeatureOperator
-    from curvlin.index import Index
     from curvlin.interop.linear_operator import CurvlinLinearOperator
 
 OperatorT = TypeVar("OperatorT", bound="PrecisionOperator")
@@ -267,8 +267,6 @@ class PrecisionOperator(Tree, ABC):
         Raises:
             NotClosedError: if the result would be a dense matrix of more than `max_size` rows.
         """
-        from curvlin.index import as_index
-
         indices = as_index(index, self.size, self.device)
         if len(indices) == self.size:  # nothing is integrated out
             return self.conditional(indices, max_size=max_size)
@@ -278,9 +276,7 @@ class PrecisionOperator(Tree, ABC):
         self._affordable("marginal", len(indices), max_size)
         # (S P^-1 S^T)^-1, with S the selection: k exact solves and a k x k inverse.
         P, factors = self._factored()
-        selection = torch.zeros(self.size, len(indices), dtype=torch.float64, device=self.device)
-        selection[indices, torch.arange(len(indices), device=self.device)] = 1.0
-        covariance = P._solve(selection, factors)[..., indices, :]
+        covariance = P._solve(identity_columns(indices, self.size, torch.float64), factors)[..., indices, :]
         return self._dense((covariance + covariance.mT) / 2, invert=True)
 
     def conditional(self, index: Index, *, max_size: int = 2048) -> PrecisionOperator:
@@ -291,16 +287,12 @@ class PrecisionOperator(Tree, ABC):
         Raises:
             NotClosedError: if the result would be a dense matrix of more than `max_size` rows.
         """
-        from curvlin.index import as_index
-
         indices = as_index(index, self.size, self.device)
         structured = self._conditional(indices, max_size)
         if structured is not None:
             return structured
         self._affordable("conditional", len(indices), max_size)
-        selection = torch.zeros(self.size, len(indices), dtype=self.dtype, device=self.device)
-        selection[indices, torch.arange(len(indices), device=self.device)] = 1.0
-        block = self._matmul(selection)[..., indices, :]
+        block = self._matmul(identity_columns(indices, self.size, self.dtype))[..., indices, :]
         return self._dense((block + block.mT) / 2, invert=False)
 
     def _affordable(self, what: str, size: int, max_size: int) -> None:

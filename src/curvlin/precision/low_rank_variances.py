@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from curvlin._tree import is_concrete
+from curvlin.index import identity_columns
 from curvlin.numerics.implicit import graft
 from curvlin.numerics.low_rank import LowRankFactors, leverage_split, leverages, root_of_middle
 from curvlin.precision.base import PrecisionOperator
@@ -50,8 +51,7 @@ def _accurate_inverse_diagonal(P: Woodbury, factors: LowRankFactors) -> Tensor:
         return result
     cancelled = (result < prior / 2).flatten(0, -2).any(0) if result.ndim > 1 else result < prior / 2
     for rows in cancelled.nonzero().squeeze(-1).split(P._width()):
-        selection = torch.zeros(P.size, len(rows), dtype=P.dtype, device=P.device)
-        selection[rows, torch.arange(len(rows), device=P.device)] = 1.0
+        selection = identity_columns(rows, P.size, P.dtype)
         result[..., rows] = P._inv_quad_value(selection, factors)
     return result
 
