@@ -143,3 +143,8 @@ def _approximations() -> list[tuple[Any, str]]:
     ]
     assert len(classes) >= 8
     return [*found, *((cls, "apply") for cls in classes)]
+
+
+each_kind = pytest.mark.parametrize("kind", list(KINDS))
+each_meaning = pytest.mark.parametrize("as_", MEANINGS)
+each_batch = pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)

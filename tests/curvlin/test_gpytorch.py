@@ -14,7 +14,21 @@ import gpytorch
 import pytest
 import torch
 from gpytorch.distributions import MultivariateNormal
-from interop_cases import F64, KINDS, MEANINGS, close, dense, no_approximation, positive, randn, spd  # noqa: F401
+from interop_cases import (  # noqa: F401
+    F64,
+    KINDS,
+    MEANINGS,
+    Batch,
+    close,
+    dense,
+    each_batch,
+    each_kind,
+    each_meaning,
+    no_approximation,
+    positive,
+    randn,
+    spd,
+)
 from linear_operator import operators as theirs
 from torch import Tensor
 from torch.distributions import MultivariateNormal as Dense_
@@ -37,10 +51,6 @@ from curvlin.interop.gpytorch import StructuredMVN
 from curvlin.testing import forbid_dense
 
 pytestmark = pytest.mark.usefixtures("no_approximation")
-each_kind = pytest.mark.parametrize("kind", list(KINDS))
-each_meaning = pytest.mark.parametrize("as_", MEANINGS)
-each_batch = pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
-Batch = tuple[int, ...]
 
 
 def held(P: PrecisionOperator, as_: str) -> PrecisionOperator | Covariance:

@@ -12,7 +12,20 @@ import linear_operator
 import numpy as np
 import pytest
 import torch
-from interop_cases import F64, KINDS, MEANINGS, close, dense, no_approximation, positive, randn, spd  # noqa: F401
+from interop_cases import (  # noqa: F401
+    F64,
+    KINDS,
+    MEANINGS,
+    close,
+    dense,
+    each_batch,
+    each_kind,
+    each_meaning,
+    no_approximation,
+    positive,
+    randn,
+    spd,
+)
 from linear_operator.operators import (
     ConstantDiagLinearOperator,
     DenseLinearOperator,
@@ -42,9 +55,6 @@ from curvlin.interop.root_factor import RootFactor
 from curvlin.testing import forbid_dense
 
 pytestmark = pytest.mark.usefixtures("no_approximation")
-each_kind = pytest.mark.parametrize("kind", list(KINDS))
-each_meaning = pytest.mark.parametrize("as_", MEANINGS)
-each_batch = pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
 
 # -- conformance ------------------------------------------------------------------------------------------------
 # Every attribute of LinearOperator is in one of these lists. A new one fails `test_every_attribute_is_classified`;

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from interop_cases import KINDS, close, dense, randn, spd
+from interop_cases import KINDS, close, dense, each_kind, randn, spd
 from scipy import sparse
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, eigsh, lobpcg, minres
 
 from curvlin import BlockDiag, Dense, Diagonal, NotClosedError
 from curvlin.interop.scipy import from_scipy, to_scipy
-
-each_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
 def distance(x: Any, y: torch.Tensor) -> float:

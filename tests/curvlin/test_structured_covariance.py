@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from interop_cases import F64, KINDS, close, positive, randn, spd
+from interop_cases import F64, KINDS, close, each_kind, positive, randn, spd
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from curvlin import (
@@ -25,8 +25,6 @@ from curvlin import (
 )
 from curvlin.algebra.inverses import inverse_operator
 from curvlin.testing import forbid_dense
-
-each_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
 @each_kind
