@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
-from curvlin_nn.capture import Recorder, last_layer
+from curvlin_nn.capture import Captures, Recorder, Recording, last_layer
+from curvlin_nn.capture.inputs import split_batch
 from curvlin_nn.capture.state import device_of, random_state_kept
+from curvlin_nn.columns import EXACT, Columns
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
@@ -52,7 +54,7 @@ class Accumulated:
         Raises:
             OutputError: if the number of outputs is not that of earlier batches.
         """
-        n_samples, n_outputs = outputs.shape
+        n_samples, n_outputs = len(outputs), outputs.shape[1:].numel()
         if self.n_outputs not in (0, n_outputs):
             raise OutputError(
                 f"model outputs on {where} must have {self.n_outputs} columns as before, found {n_outputs}"
@@ -85,6 +87,8 @@ def curvature(
     columns: str = "exact",
     subset_of_weights: Selection = "all",
     *,
+    n_columns: int = 1,
+    generator: torch.Generator | None = None,
     progress_bar: bool = False,
 ) -> PrecisionOperator:
     """The generalised Gauss-Newton matrix of the negative log-likelihood, summed over the data.
@@ -96,8 +100,11 @@ def curvature(
         likelihood: ``"classification"``, ``"regression"`` or a `Likelihood`.
         loader: batches ``(inputs, targets)``.
         hessian_structure: ``"full"``, ``"kron"``, ``"diag"`` or a `Structure` class.
-        columns: ``"exact"``.
+        columns: ``"exact"``; ``"mc"`` or ``"sketch"``, which are unbiased; ``"empirical"`` for the empirical Fisher
+            matrix instead.
         subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, or a predicate.
+        n_columns: how many for ``"mc"`` and ``"sketch"``, for each sample.
+        generator: source of randomness for these; None is torch's default generator.
         progress_bar: whether to show one.
 
     Returns:
@@ -109,8 +116,6 @@ def curvature(
         DataError: for a batch that cannot be used.
         OutputError: for outputs of the wrong shape, or not finite.
     """
-    if columns != "exact":
-        raise UnsupportedError(f"columns={columns!r} is not supported; expected 'exact'")
     factory = structures.resolve(hessian_structure)
     accumulated = accumulate(
         model,
@@ -118,6 +123,7 @@ def curvature(
         loader,
         subset_of_weights,
         [factory],
+        columns=Columns(columns, n_columns, generator),
         progress_bar=progress_bar,
     )
     dtype = next(iter(accumulated.space.tensors(model).values())).dtype
@@ -131,25 +137,28 @@ def accumulate(
     subset_of_weights: Selection,
     factories: Sequence[StructureFactory],
     *,
+    columns: Columns = EXACT,
     progress_bar: bool = False,
 ) -> Accumulated:
     """Send captures of all data through structures; several share the passes. See `curvature`."""
     device = device_of(model)
     with random_state_kept(device):  # loaders draw from the default generator
         accumulated = _first_pass(
-            model, likelihood, _batches(loader, device, progress_bar), subset_of_weights, factories
+            model, likelihood, _batches(loader, device, progress_bar), subset_of_weights, factories, columns
         )
         for pass_index in range(1, max(state.passes for state in accumulated.states)):
             unfinished = [state for state in accumulated.states if pass_index < state.passes]
             for state in unfinished:
                 state.begin(pass_index)
             n_data = 0
-            for index, (x, _) in enumerate(_batches(loader, device, progress_bar)):
-                recording = accumulated.recorder(x, f"batch {index}")
-                captures = recording.captures(likelihood.columns(recording.outputs))
-                n_data += captures.n_samples
-                for state in unfinished:
-                    state.update(captures)
+            for index, (x, targets) in enumerate(_batches(loader, device, progress_bar)):
+                where = f"batch {index}"
+                recording = accumulated.recorder(x, where)
+                targets = likelihood.check(recording.outputs, targets, where)
+                n_data += len(targets)
+                for captures in _captures(recording, likelihood, targets, columns):
+                    for state in unfinished:
+                        state.update(captures)
             if n_data != accumulated.n_data:
                 raise DataError(
                     f"pass {pass_index} over the loader yielded {n_data} samples, expected "
@@ -164,6 +173,7 @@ def _first_pass(
     batches: Iterator[tuple[Any, Tensor]],
     subset_of_weights: Selection,
     factories: Sequence[StructureFactory],
+    columns: Columns,
 ) -> Accumulated:
     accumulated: Accumulated | None = None
     for index, (x, targets) in enumerate(batches):
@@ -173,12 +183,23 @@ def _first_pass(
         recording = accumulated.recorder(x, where)
         targets = likelihood.check(recording.outputs, targets, where)
         accumulated = accumulated.with_batch(likelihood, recording.outputs, targets, where)
-        captures = recording.captures(likelihood.columns(recording.outputs))
-        for state in accumulated.states:
-            state.update(captures)
+        for captures in _captures(recording, likelihood, targets, columns):
+            for state in accumulated.states:
+                state.update(captures)
     if accumulated is None:
         raise DataError("the loader yielded no batch, expected at least one (inputs, targets)")
     return accumulated
+
+
+def _captures(
+    recording: Recording, likelihood: Likelihood, targets: Tensor, columns: Columns
+) -> Iterator[Captures]:
+    """What a batch says, some columns at a time."""
+    outputs = recording.outputs
+    weights = likelihood.weights(likelihood.terms(outputs), targets)
+    kept = None if weights is None else weights != 0
+    for index, some in enumerate(columns(likelihood, outputs, targets)):
+        yield replace(recording.captures(some, first=index == 0), kept=kept)
 
 
 def _started(recorder: Recorder, factories: Sequence[StructureFactory]) -> Accumulated:
@@ -198,10 +219,5 @@ def choose(model: nn.Module, subset_of_weights: Selection, x: Any, where: str) -
 
 def _batches(loader: Iterable[Any], device: torch.device, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
     for index, batch in enumerate(tqdm(loader, desc="curvature", disable=not progress_bar)):
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-            raise DataError(
-                f"batch {index} must be a pair (inputs, targets) with targets a tensor, found "
-                f"{type(batch).__name__}"
-            )
-        x, targets = batch
+        x, targets = split_batch(batch, f"batch {index}")
         yield x, targets.to(device)

@@ -98,7 +98,7 @@ def test_everything_is_as_it_was_after_a_failure_at_any_batch(bad, kind, warm):
                     labels = labels[:2]
             yield inputs, labels
 
-    expected = {"loader": OSError, "label": DataError, "nan": OutputError, "shape": DataError}[kind]
+    expected = {"loader": OSError, "label": DataError, "nan": DataError, "shape": DataError}[kind]
     torch.manual_seed(bad)
     before = state(model)
     with pytest.raises(expected, match="disk is gone" if kind == "loader" else f"batch {bad}"):

@@ -273,10 +273,12 @@ def test_two_structures_of_one_name_are_an_error():
         structures.register(type("Other", (Trace,), {"name": "kron"}))
 
 
-def test_columns_other_than_exact_are_refused():
+def test_columns_of_unknown_kind_are_refused():
     p = problem("mlp", "classification")
-    with pytest.raises(UnsupportedError, match="columns='mc' is not supported; expected 'exact'"):
-        curvature(p.model, p.likelihood, p.batches(), columns="mc")
+    with pytest.raises(
+        UnsupportedError, match="columns='all' is not supported; expected one of 'exact', 'mc'"
+    ):
+        curvature(p.model, p.likelihood, p.batches(), columns="all")
 
 
 def test_a_weight_used_differently_in_a_later_batch_is_refused():

@@ -4,8 +4,9 @@ One file per layer family; a new family is a new file that registers a `LayerRul
 """
 
 from curvlin_nn.capture import conv, linear
+from curvlin_nn.capture.blocks import Block, Captures, Place, partition
 from curvlin_nn.capture.last_layer import last_layer
-from curvlin_nn.capture.recorder import Block, Captures, Recorder, Recording
+from curvlin_nn.capture.recorder import Recorder, Recording
 from curvlin_nn.capture.rules import RULES, Call, LayerRule, Piece, register
 
 __all__ = [
@@ -15,10 +16,12 @@ __all__ = [
     "Captures",
     "LayerRule",
     "Piece",
+    "Place",
     "Recorder",
     "Recording",
     "conv",
     "last_layer",
     "linear",
+    "partition",
     "register",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from curvlin_nn.capture.graph import Graph, named_pieces
+from curvlin_nn.capture.inputs import map_tensors
+from curvlin_nn.capture.intercept import Use
 from curvlin_nn.capture.layout import Layout, candidates
+from curvlin_nn.capture.rules import Piece
 from curvlin_nn.errors import CouplingError, OutputError, StochasticModelError, UnsupportedUseError
 
 Possibilities = tuple[tuple[Layout, ...], ...]
@@ -25,23 +30,43 @@ _EXPECTED_INDEPENDENT = (
 
 
 def checked_outputs(outputs: Any, where: str) -> Tensor:
-    """What a model returned on `where`, if it is a finite tensor (N, C) with a graph.
+    """What a model returned on `where`, if it is a finite tensor with samples along axis 0 and a graph.
 
     Raises:
         OutputError: if it is not.
     """
     if not isinstance(outputs, Tensor):
-        raise OutputError(f"model outputs on {where} must be a tensor (N, C), found {type(outputs).__name__}")
-    if outputs.ndim != 2 or 0 in outputs.shape:
         raise OutputError(
-            f"model outputs on {where} must have shape (N, C) with N, C >= 1, found {tuple(outputs.shape)}; "
-            "wrap the model so that it returns one row of outputs per sample"
+            f"model outputs on {where} must be a tensor (N, ...), or have one under 'logits', found "
+            f"{type(outputs).__name__}"
+        )
+    if outputs.ndim == 0 or 0 in outputs.shape:
+        raise OutputError(
+            f"model outputs on {where} must have shape (N, ...) with at least one output for each sample, found "
+            f"{tuple(outputs.shape)}; wrap the model so that it returns one row of outputs per sample"
         )
     if not bool(torch.isfinite(outputs).all()):
         raise OutputError(f"model outputs on {where} must be finite, found NaN or Inf")
     if not outputs.requires_grad:
         raise OutputError(f"model outputs on {where} depend on none of the chosen parameters")
     return outputs
+
+
+def check_gradient(gradient: Tensor, use: Use, where: str) -> None:
+    """Whether the gradient of a layer's output, and the layer's input, are finite.
+
+    Raises:
+        OutputError: naming a parameter of the layer.
+    """
+    # A sum that is finite says that all terms are, at the cost of one pass and no mask; one that is not may overflow.
+    for what, tensor in (("gradient", gradient), ("input", use.call.input)):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach().sum())):
+            if bool(torch.isfinite(tensor.detach()).all()):
+                continue
+            name = next(iter(use.names.values()))
+            raise OutputError(
+                f"the {what} of the layer with parameter {name!r} on {where} must be finite, found NaN or Inf"
+            )
 
 
 def check_complete(graph: Graph, originals: Mapping[str, Tensor]) -> None:
@@ -74,9 +99,11 @@ def check_complete(graph: Graph, originals: Mapping[str, Tensor]) -> None:
     magnitude = {name: 0.0 for name in graph.leaves}  # of the terms, which may cancel in the sum
     for use, gradient in zip(graph.uses, graph.gradients(cotangent[None]), strict=True):
         for name, piece in named_pieces(use, gradient):
-            part = _total(piece.left, piece.right)
+            part = _total(piece)
             captured[name][piece.start : piece.start + len(part)] += part
-            magnitude[name] += float(_total(piece.left.abs(), _abs(piece.right)).max())
+            magnitude[name] += float(
+                _total(replace(piece, left=piece.left.abs(), right=_abs(piece.right))).max()
+            )
     tolerance = torch.finfo(cotangent.dtype).eps ** 0.5
     for name, truth in zip(graph.leaves, expected, strict=True):
         total = torch.zeros_like(captured[name]) if truth is None else truth.flatten()
@@ -140,7 +167,7 @@ def check_repeatable(outputs: Tensor, again: Tensor) -> None:
         )
 
 
-def check_independent(run: Callable[[Tensor], Tensor], x: Tensor, outputs: Tensor) -> None:
+def check_independent(run: Callable[[Any], Tensor], x: Any, outputs: Tensor) -> None:
     """A sample's outputs must stay when other samples take other values: those of their neighbours in the batch.
 
     Which samples are kept is chosen such that each sample is kept while any given other one is not. Gradients, which
@@ -149,9 +176,15 @@ def check_independent(run: Callable[[Tensor], Tensor], x: Tensor, outputs: Tenso
     Raises:
         CouplingError: if an output moves.
     """
-    others = x.roll(1, dims=0)
-    for kept in separating_sets(len(x)).to(x.device):
-        mixed = run(torch.where(kept.reshape(-1, *(1,) * (x.ndim - 1)), x, others))
+    n_samples = len(outputs)
+
+    def mix(t: Tensor, kept: Tensor) -> Tensor:
+        if t.shape[:1] != (n_samples,):
+            return t
+        return torch.where(kept.reshape(-1, *(1,) * (t.ndim - 1)), t, t.roll(1, dims=0))
+
+    for kept in separating_sets(n_samples).to(outputs.device):
+        mixed = run(map_tensors(functools.partial(mix, kept=kept), x))
         if mixed.shape != outputs.shape or not _close(outputs[kept], mixed[kept]):
             raise CouplingError(
                 f"the output for one sample changes when other samples of the batch do, {_EXPECTED_INDEPENDENT}"
@@ -185,12 +218,13 @@ def _owner(layout: Layout, positions: Tensor, n_samples: int) -> Tensor:
     return layout.owner(tuple(positions.shape), n_samples).to(positions.device)
 
 
-def _total(left: Tensor, right: Tensor | None) -> Tensor:
+def _total(piece: Piece) -> Tensor:
     """One column's outer products summed over all positions: a part of the parameter's gradient."""
-    left = left[0].flatten(0, -2)
-    if right is None:
+    left = piece.left[0].flatten(0, -2)
+    if piece.right is None:
         return left.sum(0)
-    return (left.mT @ right.detach().flatten(0, -2)).flatten()
+    total = left.mT @ piece.right.detach().flatten(0, -2)
+    return total.mT.flatten() if piece.transposed else total.flatten()
 
 
 def _abs(tensor: Tensor | None) -> Tensor | None:

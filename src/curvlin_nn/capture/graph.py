@@ -23,12 +23,14 @@ class Graph:
     Attributes:
         leaves: the chosen parameters as the graph's leaves, by name.
         uses: their uses, in order.
-        outputs: the model's outputs, with their graph.
+        outputs: the model's outputs with their graph, all of a sample's in one row.
+        shape: the shape that the outputs of one sample had.
     """
 
     leaves: dict[str, Tensor]
     uses: tuple[Use, ...]
     outputs: Float[Tensor, "N C"]
+    shape: torch.Size
 
     @property
     def signature(self) -> Signature:

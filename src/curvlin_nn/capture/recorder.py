@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvlin_nn.capture.blocks import Block, Captures, merged
 from curvlin_nn.capture.checks import (
     Possibilities,
     check_complete,
+    check_gradient,
     check_independent,
     check_repeatable,
     checked_outputs,
@@ -21,54 +23,12 @@ from curvlin_nn.capture.checks import (
     possible_layouts,
 )
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
+from curvlin_nn.capture.inputs import tensors_of
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
 from curvlin_nn.capture.state import capturing, device_of, forward, prepared, random_state
 from curvlin_nn.errors import StochasticModelError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
-
-Parts = dict[tuple[str, int], list[tuple[Tensor, Tensor | None]]]
-"""left and right of every use of a part, by parameter and start within it."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """A contiguous part of one parameter's per-sample Jacobian: rows ``sum_s left_s (x) right_s``.
-
-    Attributes:
-        parameter: the name of the parameter.
-        start: where the part begins in the flat vector of the parameter space.
-        left: ``(N, V, S, out)``.
-        right: ``(N, S, in)``; None stands for the number one, with S already summed (``S = in = 1``).
-    """
-
-    parameter: str
-    start: int
-    left: Float[Tensor, "N V S out"]
-    right: Float[Tensor, "N S in"] | None
-
-    @property
-    def size(self) -> int:
-        """The number of coordinates."""
-        return self.left.shape[-1] * (1 if self.right is None else self.right.shape[-1])
-
-    @property
-    def span(self) -> range:
-        """The coordinates."""
-        return range(self.start, self.start + self.size)
-
-
-@dataclass(frozen=True)
-class Captures:
-    """What one batch says about the chosen parameters, for given columns.
-
-    Attributes:
-        n_samples: N, the samples of the batch.
-        blocks: the parts of all chosen parameters in flat order, without gaps.
-    """
-
-    n_samples: int
-    blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True)
@@ -78,35 +38,52 @@ class Recording:
     _space: ParameterSpace
     _graph: Graph
     _layouts: tuple[Layout, ...]
+    _where: str
 
     @property
-    def outputs(self) -> Float[Tensor, "N C"]:
+    def outputs(self) -> Float[Tensor, N * C]:
         """The model's outputs, detached."""
-        return self._graph.outputs.detach()
+        return (
+            self._graph.outputs.detach()
+            .unflatten(1, self._graph.shape or (1,))
+            .reshape(-1, *self._graph.shape)
+        )
 
-    def captures(self, columns: Float[Tensor, "V N C"]) -> Captures:
-        """The rows ``column^T J`` of every sample and column; unit columns give the Jacobian itself."""
-        n_samples = len(self.outputs)
-        parts: Parts = {}
+    def captures(self, columns: Float[Tensor, "V N *C"], *, first: bool = True) -> Captures:
+        """The rows ``column^T J`` of every sample and column; unit columns give the Jacobian itself.
+
+        Args:
+            columns: one cotangent of the outputs for each row.
+            first: whether these are the first columns that are asked of this batch.
+
+        Raises:
+            OutputError: if a gradient is not finite, naming a parameter of the layer.
+        """
+        n_samples = len(self._graph.outputs)
+        columns = columns.reshape(len(columns), n_samples, -1)
+        parts: dict[str, list[Block]] = {name: [] for name in self._space.names}
         for use, layout, gradient in zip(
             self._graph.uses, self._layouts, self._graph.gradients(columns), strict=True
         ):
+            check_gradient(gradient, use, self._where)
             for name, piece in named_pieces(use, gradient):
                 left = layout.split(piece.left, n_samples, 1).movedim(0, 1)
                 right = None if piece.right is None else layout.split(piece.right.detach(), n_samples, 0)
                 left = left.sum(2, keepdim=True) if right is None else left
-                parts.setdefault((name, piece.start), []).append((left, right))
-        return Captures(n_samples, tuple(self._blocks(parts, columns)))
+                start = self._space.spans[name].start + piece.start
+                parts[name].append(Block(name, start, left, right, piece.transposed))
+        return Captures(n_samples, tuple(self._blocks(parts, columns)), first)
 
-    def _blocks(self, parts: Parts, columns: Tensor) -> Iterator[Block]:
+    def _blocks(self, parts: Mapping[str, list[Block]], columns: Tensor) -> Iterator[Block]:
         for name, shape, span in zip(
             self._space.names, self._space.shapes, self._space.spans.values(), strict=True
         ):
-            starts = sorted(start for parameter, start in parts if parameter == name)
-            blocks = [_merge(name, span.start + start, parts[name, start]) for start in starts]
-            if not blocks:
-                blocks = [_zero_block(name, span.start, shape, columns)]
-            if sum(block.size for block in blocks) != len(span):
+            starts = sorted({block.start for block in parts[name]})
+            blocks = [
+                merged(name, start, (block for block in parts[name] if block.start == start))
+                for start in starts
+            ] or [_zero_block(name, span.start, shape, columns)]
+            if [block.start for block in blocks[1:]] + [span.stop] != [block.span.stop for block in blocks]:
                 raise UnsupportedUseError(name, "is used in parts of different shapes")
             yield from blocks
 
@@ -156,7 +133,10 @@ class Recorder:
                     f"the model drew random numbers on {where}, expected the same outputs each time in "
                     "evaluation mode; is dropout applied with training=True?"
                 )
-            graph = Graph(leaves, tuple(interceptor.uses), checked_outputs(outputs, where))
+            outputs = checked_outputs(outputs, where)
+            graph = Graph(
+                leaves, tuple(interceptor.uses), outputs.reshape(len(outputs), -1), outputs.shape[1:]
+            )
             graph.check_untouched()
             question = graph.signature, len(graph.outputs) > 1
             new = question not in self._verified
@@ -166,16 +146,17 @@ class Recorder:
             if new:
                 self._check_function(graph, x, where)
                 self._verified.add(question)
-            return Recording(self.space, graph, layouts)
+            return Recording(self.space, graph, layouts, where)
 
     def _check_function(self, graph: Graph, x: Any, where: str) -> None:
         """Whether the outputs are a function of each sample's input alone."""
 
         def run(x: Any) -> Tensor:
-            return checked_outputs(forward(self.model, graph.leaves, x, where), where).detach()
+            outputs = checked_outputs(forward(self.model, graph.leaves, x, where), where).detach()
+            return outputs.reshape(len(outputs), -1)
 
         check_repeatable(graph.outputs, run(x))
-        if isinstance(x, Tensor) and x.shape[:1] == graph.outputs.shape[:1] and len(x) > 1:
+        if len(graph.outputs) > 1 and any(t.shape[:1] == graph.outputs.shape[:1] for t in tensors_of(x)):
             check_independent(run, x, graph.outputs)
 
     def _layouts_of(self, graph: Graph) -> tuple[Layout, ...]:
@@ -189,19 +170,6 @@ class Recorder:
         if certain:
             self._layouts[question] = layouts
         return layouts
-
-
-def _merge(name: str, start: int, uses: list[tuple[Tensor, Tensor | None]]) -> Block:
-    """All uses of one part of a parameter: their Jacobians add, so their positions stand side by side."""
-    if len({(left.shape[-1], None if right is None else right.shape[-1]) for left, right in uses}) > 1:
-        raise UnsupportedUseError(name, "is used in parts of different shapes")
-    if len(uses) == 1:
-        return Block(name, start, *uses[0])
-    lefts = [left for left, _ in uses]
-    rights = [right for _, right in uses if right is not None]
-    if not rights:
-        return Block(name, start, torch.stack(lefts).sum(0), None)
-    return Block(name, start, torch.cat(lefts, dim=2), torch.cat(rights, dim=1))
 
 
 def _zero_block(name: str, start: int, shape: torch.Size, columns: Tensor) -> Block:

@@ -33,19 +33,22 @@ class Call:
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous part of one parameter, as ``sum over positions of left (x) right`` in row-major order.
+    """A contiguous part of one parameter, as ``sum over positions of left (x) right``.
 
     Attributes:
         role: the role of the parameter in the call.
         start: where the part begins within the flattened parameter.
         left: one entry per column and position, ``(V, *positions, out)``.
         right: ``(*positions, in)``; None stands for the number one (``in = 1``).
+        transposed: whether the part is flattened as (in, out), as where a weight multiplies from the right, instead of
+            as (out, in).
     """
 
     role: str
     start: int
     left: Float[Tensor, "V *positions out"]
     right: Float[Tensor, "*positions in"] | None
+    transposed: bool = False
 
 
 class LayerRule(ABC):

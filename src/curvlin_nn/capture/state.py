@@ -14,6 +14,7 @@ from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from curvlin_nn.capture.inputs import arguments, dtypes_of, map_tensors, outputs_of, tensors_of
 from curvlin_nn.errors import DataError, UnsupportedError
 from curvlin_nn.parameters import check_model
 
@@ -133,7 +134,7 @@ def prepared(model: nn.Module, x: Any, where: str) -> Any:
     """The input on the model's device.
 
     Raises:
-        DataError: if it holds no sample.
+        DataError: if it holds no sample, or NaN.
         UnsupportedError: if autocast is on, under which layers compute in another dtype than that of their parameters.
     """
     device = device_of(model)
@@ -142,15 +143,17 @@ def prepared(model: nn.Module, x: Any, where: str) -> Any:
             f"torch.autocast is on for {device.type}, expected it off; leave its context, or convert the model "
             "and its inputs to the lower precision"
         )
-    if not isinstance(x, Tensor):
-        return x
-    if x.shape[:1] == (0,):
-        raise DataError(f"{where} must hold at least one sample, found shape {tuple(x.shape)}")
-    return x.to(device)
+    for tensor in tensors_of(x):
+        if tensor.shape[:1] == (0,):
+            raise DataError(f"{where} must hold at least one sample, found shape {tuple(tensor.shape)}")
+        # Inf may stand in an additive mask.
+        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+            raise DataError(f"{where} must hold numbers, found NaN among the inputs")
+    return map_tensors(lambda tensor: tensor.to(device), x)
 
 
 def forward(model: nn.Module, parameters: Mapping[str, Tensor], x: Any, where: str) -> Any:
-    """The model's output at the given parameters, the other ones detached, the buffers and the input copied.
+    """The model's outputs at the given parameters, the other ones detached, the buffers and the input copied.
 
     The model's own tensors, and the caller's input, are never handed to it, so that nothing can accumulate gradients
     or be changed in place.
@@ -161,14 +164,18 @@ def forward(model: nn.Module, parameters: Mapping[str, Tensor], x: Any, where: s
     """
     tensors: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     tensors |= {name: b.clone() for name, b in model.named_buffers()}
-    copied = x.clone() if isinstance(x, Tensor) else x
+    args, kwargs = arguments(model, map_tensors(torch.clone, x))
     try:
-        return functional_call(model, tensors | dict(parameters), (copied,))
+        return outputs_of(functional_call(model, tensors | dict(parameters), args, kwargs))
     except RuntimeError as error:
-        dtypes = {p.dtype for p in model.parameters()}
-        if not isinstance(x, Tensor) or x.dtype in dtypes or isinstance(error, torch.OutOfMemoryError):
+        dtypes, found = {p.dtype for p in model.parameters()}, dtypes_of(x)
+        if found <= dtypes or isinstance(error, torch.OutOfMemoryError):
             raise
         raise DataError(
-            f"{where} has dtype {x.dtype} and the model {', '.join(sorted(map(str, dtypes)))}, expected one that the "
+            f"{where} has dtype {_listed(found)} and the model {_listed(dtypes)}, expected one that the "
             f"model takes; it says: {str(error).partition(chr(10))[0]}"
         ) from error
+
+
+def _listed(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(map(str, dtypes)))

@@ -12,7 +12,7 @@ from curvlin import BlockFeatures, DenseFeatures, FeatureOperator, KhatriRaoFeat
 from curvlin_nn.capture import Block, Recorder, last_layer
 from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.inference_mode import outside_inference_mode
-from curvlin_nn.parameters import ParameterSpace, Selection, consecutive
+from curvlin_nn.parameters import ParameterSpace, Selection
 
 
 class JacobianMap(FeatureMap):
@@ -42,11 +42,11 @@ class JacobianMap(FeatureMap):
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
         """See `FeatureMap.__call__`."""
         recording = self._recorder(x)
-        n_samples, n_outputs = recording.outputs.shape
-        unit = torch.eye(n_outputs, dtype=recording.outputs.dtype, device=recording.outputs.device)
+        outputs = recording.outputs.flatten(1) if recording.outputs.ndim > 1 else recording.outputs[:, None]
+        n_samples, n_outputs = outputs.shape
+        unit = torch.eye(n_outputs, dtype=outputs.dtype, device=outputs.device)
         captures = recording.captures(unit[:, None, :].expand(n_outputs, n_samples, n_outputs))
-        indices = consecutive(tuple(block.size for block in captures.blocks))
-        return recording.outputs, BlockFeatures([_features(block) for block in captures.blocks], indices)
+        return outputs, BlockFeatures([_features(block) for block in captures.blocks], captures.partition)
 
 
 class LastLayerMap(FeatureMap):

@@ -1,8 +1,10 @@
 """Likelihoods: what turns a model's outputs into a distribution of targets, and into curvature columns.
 
-A likelihood gives, at outputs f, columns S with ``S S^T = Lambda``, the Hessian of the negative
-log-likelihood with respect to f (or the Fisher information of the output distribution; each family says
-which). A family with a noise scale sigma gives everything at ``sigma = 1``; the scale enters later.
+The outputs of one sample are R *terms* of E numbers each: one term of C logits for a classifier, a term for each token
+of a language model. Given the outputs, terms are independent; the log-likelihood is the sum of theirs, each with a
+weight. A family says what it knows of one term, and `curvlin_nn.columns` makes curvature of it.
+
+A family with a noise scale sigma gives everything at ``sigma = 1``; the scale enters later.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,15 +29,18 @@ class Likelihood(ABC):
         has_noise: whether it has a noise scale sigma, kept outside.
         link_approximations: closed forms of the expected link by name; empty where outputs are the prediction
             and moments are reported instead of probabilities.
+        event_ndim: 1 where the last axis of the outputs holds the E numbers of a term, 0 where every output is a
+            term of its own.
     """
 
     name: ClassVar[str]
-    has_noise: ClassVar[bool]
-    link_approximations: ClassVar[Mapping[str, LinkApproximation]]
+    has_noise: ClassVar[bool] = False
+    link_approximations: ClassVar[Mapping[str, LinkApproximation]] = {}
+    event_ndim: ClassVar[int] = 1
 
     @abstractmethod
-    def check(self, outputs: Float[Tensor, "N C"], targets: Tensor, where: str) -> Tensor:
-        """The targets in the form the other methods take.
+    def check(self, outputs: Float[Tensor, N * T], targets: Tensor, where: str) -> Tensor:
+        """The targets in the form the other methods take: ``(N, R)``, or ``(N, R, E)``.
 
         Args:
             outputs: the model's outputs.
@@ -46,13 +52,49 @@ class Likelihood(ABC):
             OutputError: if the outputs do not fit the family.
         """
 
-    @abstractmethod
-    def columns(self, outputs: Float[Tensor, "N C"]) -> Float[Tensor, "V N C"]:
-        """Exact columns S of ``Lambda = S S^T`` per sample."""
+    def terms(self, outputs: Float[Tensor, N * T]) -> Float[Tensor, "N R E"]:
+        """The outputs term by term."""
+        event = outputs.shape[-1] if self.event_ndim and outputs.ndim > 1 else 1
+        return outputs.reshape(len(outputs), -1, event)
+
+    def outputs(
+        self, terms: Float[Tensor, "*V N R E"], like: Float[Tensor, N * T]
+    ) -> Float[Tensor, "*V N *T"]:
+        """The inverse of `terms`, for cotangents of outputs of the shape of `like`."""
+        return terms.reshape(*terms.shape[:-3], *like.shape)
+
+    def weights(self, terms: Float[Tensor, "N R E"], targets: Tensor) -> Float[Tensor, "N R"] | None:
+        """The weight of each term; None where all are one. A term of weight zero does not exist."""
+        return None
 
     @abstractmethod
-    def statistics(self, outputs: Float[Tensor, "N C"], targets: Tensor) -> Float[Tensor, " K"]:
-        """What the log-likelihood needs to know of a batch; adds up over batches, in float64."""
+    def root(self, terms: Float[Tensor, "N R E"], targets: Tensor) -> Float[Tensor, "N R E K"]:
+        """Exact columns S of ``Lambda = S S^T`` of each term, weights left out.
+
+        Lambda is the Hessian of the negative log-likelihood with respect to the term, where that is positive
+        semidefinite whatever the target, and otherwise the Fisher information; each family says which.
+        """
+
+    @abstractmethod
+    def draw(
+        self, terms: Float[Tensor, "N R E"], targets: Tensor, n_draws: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Targets drawn from the output distribution, ``(n_draws, N, R)`` or ``(n_draws, N, R, E)``.
+
+        Each draw has the distribution of the targets; together they may be spread more evenly than independent ones.
+        `targets` are those of the data, for what is no property of the outputs (how much a soft label sums to).
+        """
+
+    @abstractmethod
+    def score(self, terms: Float[Tensor, "N R E"], targets: Tensor) -> Float[Tensor, "*K N R E"]:
+        """The gradient of each term's negative log-likelihood with respect to its outputs, weights left out.
+
+        Targets may have axes more on the left, as draws have.
+        """
+
+    @abstractmethod
+    def statistics(self, outputs: Float[Tensor, N * T], targets: Tensor) -> Float[Tensor, " K"]:
+        """What the log-likelihood needs to know of a batch; adds up over batches, in float64. Weights count."""
 
     @abstractmethod
     def log_likelihood(
@@ -63,3 +105,12 @@ class Likelihood(ABC):
     @abstractmethod
     def link(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
         """The mean of the output distribution."""
+
+
+def systematic_uniforms(
+    shape: tuple[int, ...], n_draws: int, like: Tensor, generator: torch.Generator | None
+) -> Float[Tensor, n_draws * shape]:
+    """``(u + k) / n_draws`` for one uniform u in each place: each uniform, together evenly spread."""
+    u = torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
+    steps = torch.arange(n_draws, dtype=like.dtype, device=like.device)
+    return (u + steps.reshape(-1, *(1,) * len(shape))) / n_draws

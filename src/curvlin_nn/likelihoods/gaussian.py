@@ -23,7 +23,7 @@ class Gaussian(Likelihood):
     has_noise = True
     link_approximations: ClassVar[Mapping[str, LinkApproximation]] = {}
 
-    def check(self, outputs: Float[Tensor, "N C"], targets: Tensor, where: str) -> Float[Tensor, "N C"]:
+    def check(self, outputs: Float[Tensor, N * T], targets: Tensor, where: str) -> Float[Tensor, "N R E"]:
         """See `Likelihood.check`."""
         if not targets.is_floating_point():
             raise DataError(f"targets of {where} must be floating numbers, found dtype {targets.dtype}")
@@ -34,18 +34,33 @@ class Gaussian(Likelihood):
             )
         if not bool(torch.isfinite(targets).all()):
             raise DataError(f"targets of {where} must be finite, found NaN or Inf")
-        return targets
+        return self.terms(targets)
 
-    def columns(self, outputs: Float[Tensor, "N C"]) -> Float[Tensor, "V N C"]:
+    def root(self, terms: Float[Tensor, "N R E"], targets: Tensor) -> Float[Tensor, "N R E E"]:
         """The identity."""
-        n_samples, n_outputs = outputs.shape
-        identity = torch.eye(n_outputs, dtype=outputs.dtype, device=outputs.device)
-        return identity[:, None, :].expand(n_outputs, n_samples, n_outputs)
+        identity = torch.eye(terms.shape[-1], dtype=terms.dtype, device=terms.device)
+        return identity.expand(*terms.shape, terms.shape[-1])
 
-    def statistics(self, outputs: Float[Tensor, "N C"], targets: Tensor) -> Float[Tensor, " K"]:
-        """The number of samples, then the sum of squared residuals of each output."""
-        squares = (targets.double() - outputs.double()).square().sum(0)
-        return torch.cat([squares.new_full((1,), len(outputs)), squares])
+    def draw(
+        self, terms: Float[Tensor, "N R E"], targets: Tensor, n_draws: int, generator: torch.Generator | None
+    ) -> Float[Tensor, "K N R E"]:
+        """See `Likelihood.draw`."""
+        noise = torch.randn(
+            n_draws, *terms.shape, dtype=terms.dtype, device=terms.device, generator=generator
+        )
+        return terms + noise
+
+    def score(
+        self, terms: Float[Tensor, "N R E"], targets: Float[Tensor, "*K N R E"]
+    ) -> Float[Tensor, "*K N R E"]:
+        """``f - y``."""
+        return terms - targets
+
+    def statistics(self, outputs: Float[Tensor, N * T], targets: Tensor) -> Float[Tensor, " K"]:
+        """The number of terms, then the sum of squared residuals of each of a term's outputs."""
+        terms = self.terms(outputs).double()
+        squares = (targets.double() - terms).square().sum((0, 1))
+        return torch.cat([squares.new_full((1,), terms[..., 0].numel()), squares])
 
     def log_likelihood(
         self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, ""]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,7 +24,8 @@ class Diagonal(Structure):
 
     def update(self, captures: Captures) -> None:
         """See `Structure.update`."""
-        total = torch.cat([_squares(block) for block in captures.blocks]).double()
+        squares = [_squares(block).double() for block in captures.blocks]
+        total = captures.partition.join(squares, dim=0)
         self._diagonal = total if self._diagonal is None else self._diagonal + total
 
     def merge(self, other: Diagonal) -> None:

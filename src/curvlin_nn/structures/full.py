@@ -45,7 +45,7 @@ class Full(Structure):
             for i, first in enumerate(blocks):
                 for j, second in enumerate(blocks[i:], start=i):
                     pair = rows[i].mT @ rows[j] if shared[i] or shared[j] else _folded(first, second)
-                    self._upper[_slice(first), _slice(second)] += pair
+                    self._upper[_slice(first), _slice(second)] += _placed(pair, first, second)
 
     def merge(self, other: Full) -> None:
         """See `Structure.merge`."""
@@ -66,14 +66,20 @@ def _chunks(captures: Captures) -> Iterator[list[Block]]:
     size = max(1, ROW_BUDGET // (n_columns * sum(block.size for block in captures.blocks)))
     for start in range(0, captures.n_samples, size):
         n = slice(start, start + size)
-        yield [
-            replace(block, left=block.left[n], right=None if block.right is None else block.right[n])
-            for block in captures.blocks
-        ]
+        yield [block.of_samples(n) for block in captures.blocks]
 
 
 def _slice(block: Block) -> slice:
     return slice(block.span.start, block.span.stop)
+
+
+def _placed(pair: Tensor, first: Block, second: Block) -> Tensor:
+    """A block of H from the order (out, in) of its rows and columns to that of the flat vector."""
+    if first.place.transposed:
+        pair = pair.unflatten(0, first.shape).transpose(0, 1).flatten(0, 1)
+    if second.place.transposed:
+        pair = pair.unflatten(1, second.shape).transpose(1, 2).flatten(1, 2)
+    return pair
 
 
 def _rows(block: Block) -> Float[Tensor, "NV size"]:
@@ -81,10 +87,8 @@ def _rows(block: Block) -> Float[Tensor, "NV size"]:
 
     Multiplied in float64 too: rounded here but not in `_folded`, H would be of two Jacobians, and indefinite.
     """
-    left = block.left.double()
-    if block.right is None:
-        return left.flatten(0, 2)
-    return torch.einsum("nvso,nsi->nvoi", left, block.right.double()).flatten(2).flatten(0, 1)
+    right = None if block.right is None else block.right.double()
+    return replace(block, left=block.left.double(), right=right).rows().flatten(0, 1)
 
 
 def _folded(first: Block, second: Block) -> Float[Tensor, "P1 P2"]:

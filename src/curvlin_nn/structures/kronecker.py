@@ -17,9 +17,9 @@ from torch import Tensor
 from curvlin import BlockDiag, Dense, KroneckerSum
 from curvlin.numerics import tall
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn.capture import Block, Captures
+from curvlin_nn.capture import Block, Captures, Place, partition
 from curvlin_nn.errors import UnsupportedError
-from curvlin_nn.parameters import ParameterSpace, consecutive
+from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
 from curvlin_nn.structures.registry import register
 
@@ -31,26 +31,23 @@ class _Factors:
     In float64, so that rounding leaves nothing to speak of where they have no rank.
     """
 
-    block: range
+    place: Place
     left: Float[Tensor, "out out"]
     right: Float[Tensor, "in in"] | None
     positions: int
 
     @classmethod
-    def of(cls, block: Block) -> _Factors:
+    def of(cls, block: Block, *, first: bool) -> _Factors:
+        """The sums of one batch; with columns that are not its first, inputs have counted already."""
         left = tall.gram(block.left.flatten(0, 2))
         if block.right is None:
-            return cls(block.span, left, None, 0)
-        a = block.right.flatten(0, 1)
-        return cls(block.span, left, tall.gram(a), len(a))
-
-    @property
-    def shape(self) -> tuple[range, int]:
-        return self.block, len(self.left)
+            return cls(block.place, left, None, 0)
+        a = block.right.flatten(0, 1) if first else block.right.new_zeros(0, block.right.shape[-1])
+        return cls(block.place, left, tall.gram(a), len(a))
 
     def __add__(self, other: _Factors) -> _Factors:
         right = None if self.right is None or other.right is None else self.right + other.right
-        return _Factors(self.block, self.left + other.left, right, self.positions + other.positions)
+        return _Factors(self.place, self.left + other.left, right, self.positions + other.positions)
 
     def operator(self) -> PrecisionOperator:
         if self.right is None:
@@ -70,7 +67,7 @@ class Kronecker(Structure):
 
     def update(self, captures: Captures) -> None:
         """See `Structure.update`."""
-        self._add(tuple(_Factors.of(block) for block in captures.blocks))
+        self._add(tuple(_Factors.of(block, first=captures.first) for block in captures.blocks))
 
     def merge(self, other: Kronecker) -> None:
         """See `Structure.merge`."""
@@ -79,7 +76,7 @@ class Kronecker(Structure):
 
     def _add(self, blocks: tuple[_Factors, ...]) -> None:
         if self._blocks:
-            if [f.shape for f in self._blocks] != [f.shape for f in blocks]:
+            if [f.place for f in self._blocks] != [f.place for f in blocks]:
                 raise UnsupportedError(
                     "a weight was used in parts of other shapes than in earlier data, expected the same in "
                     "every batch"
@@ -91,5 +88,5 @@ class Kronecker(Structure):
         """See `Structure.finish`."""
         return BlockDiag(
             [factors.operator() for factors in self._blocks],
-            consecutive(tuple(len(factors.block) for factors in self._blocks)),
+            partition([factors.place for factors in self._blocks]),
         )

@@ -1,0 +1,176 @@
+"""A batch's factored per-sample Jacobian, one block for each part of each chosen parameter."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from curvlin.index import IndexSet
+from curvlin_nn.errors import UnsupportedUseError
+
+
+@dataclass(frozen=True)
+class Block:
+    """A contiguous part of one parameter's per-sample Jacobian: rows ``sum_s left_s (x) right_s``.
+
+    Attributes:
+        parameter: the name of the parameter.
+        start: where the part begins in the flat vector of the parameter space.
+        left: ``(N, V, S, out)``.
+        right: ``(N, S, in)``; None stands for the number one, with S already summed (``S = in = 1``).
+        transposed: whether the part stands in the flat vector as (in, out), instead of as (out, in).
+        uses: where a parameter is used both as it is and transposed (an embedding tied to the output layer), the rows
+            of either kind of use; empty otherwise. The block itself holds the sum of their rows.
+    """
+
+    parameter: str
+    start: int
+    left: Float[Tensor, "N V S out"]
+    right: Float[Tensor, "N S in"] | None
+    transposed: bool = False
+    uses: tuple[Block, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The number of coordinates."""
+        return math.prod(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.left.shape[-1], 1 if self.right is None else self.right.shape[-1]
+
+    @property
+    def span(self) -> range:
+        """The coordinates, as a set."""
+        return range(self.start, self.start + self.size)
+
+    @property
+    def place(self) -> Place:
+        """Where the block stands in the flat vector."""
+        return Place(self.start, *self.shape, self.transposed and min(self.shape) > 1)
+
+    def of_samples(self, samples: slice) -> Block:
+        """The rows of some samples."""
+        right = None if self.right is None else self.right[samples]
+        uses = tuple(use.of_samples(samples) for use in self.uses)
+        return replace(self, left=self.left[samples], right=right, uses=uses)
+
+    def rows(self) -> Float[Tensor, "N V size"]:
+        """The rows multiplied out, in the order (out, in)."""
+        if self.right is None:
+            return self.left.squeeze(2)
+        if self.left.shape[2] == 1:
+            return torch.einsum("nvo,ni->nvoi", self.left.squeeze(2), self.right.squeeze(1)).flatten(2)
+        return (self.left.mT @ self.right[:, None]).flatten(2)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The coordinates of a matrix (out, in) in the flat vector.
+
+    Attributes:
+        start: the first coordinate.
+        out: rows.
+        inputs: columns.
+        transposed: whether the flat vector holds the transpose.
+    """
+
+    start: int
+    out: int
+    inputs: int
+    transposed: bool = False
+
+    @property
+    def size(self) -> int:
+        """The number of coordinates."""
+        return self.out * self.inputs
+
+    @property
+    def coordinates(self) -> Int[Tensor, " size"]:
+        """The coordinate of each entry, in the order (out, in)."""
+        span = torch.arange(self.start, self.start + self.size)
+        return span.view(self.inputs, self.out).mT.flatten() if self.transposed else span
+
+
+def partition(places: Sequence[Place]) -> IndexSet:
+    """The coordinates of blocks side by side, for a `BlockDiag` or for `BlockFeatures`.
+
+    One object for equal places, so that telling two partitions equal is free.
+    """
+    return _partition(tuple(places))
+
+
+@functools.lru_cache(maxsize=64)
+def _partition(places: tuple[Place, ...]) -> IndexSet:
+    if not any(place.transposed for place in places):
+        return IndexSet.of_sizes([place.size for place in places])
+    return IndexSet([place.coordinates for place in places])
+
+
+@dataclass(frozen=True)
+class Captures:
+    """What one batch says about the chosen parameters, for given columns.
+
+    Attributes:
+        n_samples: N, the samples of the batch.
+        blocks: the parts of all chosen parameters in flat order, without gaps.
+        first: whether these are the first columns of the batch; what depends on inputs alone counts only then.
+        kept: which terms of the log-likelihood count (those not ignored), or None where all do.
+    """
+
+    n_samples: int
+    blocks: tuple[Block, ...]
+    first: bool = True
+    kept: Bool[Tensor, "N R"] | None = None
+
+    @property
+    def partition(self) -> IndexSet:
+        """Where the blocks stand."""
+        return partition([block.place for block in self.blocks])
+
+
+def merged(parameter: str, start: int, uses: Iterable[Block]) -> Block:
+    """All uses of one part of a parameter: their Jacobians add, so their positions stand side by side.
+
+    Raises:
+        UnsupportedUseError: if they cut the parameter into parts of different shapes.
+    """
+    uses = list(uses)
+    if len(uses) == 1:
+        return uses[0]
+    kinds = [[use for use in uses if use.transposed == transposed] for transposed in (False, True)]
+    oriented = [_side_by_side(parameter, start, kind) for kind in kinds if kind]
+    if len(oriented) == 1:
+        return oriented[0]
+    natural, transposed = oriented
+    if natural.shape != transposed.shape[::-1]:
+        raise UnsupportedUseError(parameter, "is used in parts of different shapes")
+    return replace(
+        _side_by_side(parameter, start, [natural, _turned(transposed)]), uses=(natural, transposed)
+    )
+
+
+def _side_by_side(parameter: str, start: int, uses: list[Block]) -> Block:
+    if len({(use.shape, use.right is None) for use in uses}) > 1:
+        raise UnsupportedUseError(parameter, "is used in parts of different shapes")
+    if len(uses) == 1:
+        return uses[0]
+    if uses[0].right is None:
+        return replace(uses[0], left=torch.stack([use.left for use in uses]).sum(0))
+    rights = [use.right for use in uses if use.right is not None]
+    return replace(uses[0], left=torch.cat([use.left for use in uses], dim=2), right=torch.cat(rights, dim=1))
+
+
+def _turned(block: Block) -> Block:
+    """The same rows of a transposed block as of one that is not: a position for each column of the matrix."""
+    out, inputs = block.shape
+    rows = block.rows().unflatten(-1, (out, inputs))
+    identity = torch.eye(out, dtype=rows.dtype, device=rows.device).expand(len(rows), out, out)
+    return replace(block, left=rows, right=identity, transposed=False)

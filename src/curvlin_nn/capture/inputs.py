@@ -1,0 +1,103 @@
+"""What a model takes and gives back: inputs of any nesting, outputs of any shape behind the samples.
+
+An input is a tensor, or tensors nested in tuples, lists and mappings. A tensor whose axis 0 is as long as the batch
+holds one row for each sample; every other one is shared by all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlin_nn.errors import DataError
+
+
+def split_batch(batch: Any, where: str) -> tuple[Any, Tensor]:
+    """Inputs and targets of what a loader yields.
+
+    The last of a tuple is the targets, what stands before is the input (a tuple, if there is more than one). A
+    mapping, as Hugging Face loaders yield, holds its targets under ``"labels"``.
+
+    Raises:
+        DataError: if it is neither.
+    """
+    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[-1], Tensor):
+        return batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
+    raise DataError(
+        f"{where} must be a pair (inputs, targets) with targets a tensor, or a mapping with a tensor under 'labels', "
+        f"found {type(batch).__name__}"
+    )
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """The input with every tensor replaced; tuples, lists and mappings (as dicts) are made anew."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, Mapping):
+        return {key: map_tensors(function, value) for key, value in x.items()}
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(map_tensors(function, value) for value in x))
+    if isinstance(x, (tuple, list)):
+        return type(x)(map_tensors(function, value) for value in x)
+    return x
+
+
+def tensors_of(x: Any) -> Iterator[Tensor]:
+    """Every tensor of the input."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, Mapping):
+        for value in x.values():
+            yield from tensors_of(value)
+    elif isinstance(x, (tuple, list)):
+        for value in x:
+            yield from tensors_of(value)
+
+
+def count_samples(x: Any) -> int | None:
+    """The number of samples, if some tensor says so: the longest common axis 0 of all that have one."""
+    lengths = {len(t) for t in tensors_of(x) if t.ndim}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def select_samples(x: Any, index: slice | Tensor, n_samples: int) -> Any:
+    """The input of some samples only."""
+    return map_tensors(lambda t: t[index] if t.shape[:1] == (n_samples,) else t, x)
+
+
+def arguments(model: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that a model is called with on an input.
+
+    A model whose `forward` takes one argument gets the input as it is. Where it takes several, a tuple or list is
+    spread over them by position, and a mapping by name.
+    """
+    if isinstance(x, (tuple, list, Mapping)) and _takes_several(model):
+        return ((), dict(x)) if isinstance(x, Mapping) else (tuple(x), {})
+    return (x,), {}
+
+
+def _takes_several(model: nn.Module) -> bool:
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    return (
+        len(kinds) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds
+    )
+
+
+def outputs_of(result: Any) -> Any:
+    """The tensor of outputs in what a model returned: itself, or `logits` where there are such."""
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, Mapping) and "logits" in result:
+        return result["logits"]
+    return getattr(result, "logits", result)
+
+
+def dtypes_of(x: Any) -> set[torch.dtype]:
+    """The dtypes of the input's tensors."""
+    return {t.dtype for t in tensors_of(x)}
