@@ -13,6 +13,9 @@ from curvlin_nn.capture.intercept import Use
 from curvlin_nn.capture.rules import Piece
 from curvlin_nn.errors import ModifiedInputError
 
+COLUMN_BUDGET = 2**21
+"""Entries of the gradients of one layer that are sent backward at once: 8 MiB in float32."""
+
 Signature = tuple[tuple[str, tuple[str, ...], int], ...]
 
 
@@ -53,26 +56,43 @@ class Graph:
                     "used it, expected it untouched; write x = x + y instead of x += y there"
                 )
 
+    @property
+    def columns_at_once(self) -> int:
+        """How many columns a backward pass takes: as many as stay in cache, and one where batches of them are slow."""
+        if not all(use.rule.batched_columns for use in self.uses):
+            return 1
+        return max(1, COLUMN_BUDGET // max(use.shape.numel() for use in self.uses))
+
     def gradients(self, columns: Float[Tensor, "V N C"]) -> list[Float[Tensor, V * output]]:
         """For each column, the gradients of ``sum(column * outputs)`` with respect to every use's output."""
         edges = [use.edge for use in self.uses]
-        found: tuple[Tensor | None, ...]
-        if len(columns) > 1 and all(use.rule.batched_columns for use in self.uses):
-            found = torch.autograd.grad(
-                self.outputs, edges, columns, retain_graph=True, is_grads_batched=True, allow_unused=True
+        at_once = self.columns_at_once
+        parts = [
+            torch.autograd.grad(
+                self.outputs,
+                edges,
+                some if batched else some[0],
+                retain_graph=True,
+                is_grads_batched=batched,
+                allow_unused=True,
             )
-        else:
-            by_column = [
-                torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True)
-                for column in columns
-            ]
-            found = tuple(
-                None if of_use[0] is None else torch.stack(of_use) for of_use in zip(*by_column, strict=True)
-            )
+            for some in columns.split(at_once)
+            for batched in [at_once > 1]
+        ]
+        found = [
+            None if of_use[0] is None else _joined(of_use, at_once > 1) for of_use in zip(*parts, strict=True)
+        ]
         return [
             columns.new_zeros(len(columns), *use.shape) if gradient is None else gradient
             for use, gradient in zip(self.uses, found, strict=True)
         ]
+
+
+def _joined(parts: tuple[Tensor, ...], batched: bool) -> Tensor:
+    """Gradients of all columns, from those of some at a time or of each."""
+    if len(parts) == 1:
+        return parts[0] if batched else parts[0][None]
+    return torch.cat(parts) if batched else torch.stack(parts)
 
 
 def named_pieces(use: Use, gradient: Tensor) -> Iterator[tuple[str, Piece]]:

@@ -69,7 +69,8 @@ class Recording:
             for name, piece in named_pieces(use, gradient):
                 left = layout.split(piece.left, n_samples, 1).movedim(0, 1)
                 right = None if piece.right is None else layout.split(piece.right.detach(), n_samples, 0)
-                left = left.sum(2, keepdim=True) if right is None else left
+                if right is None and left.shape[2] > 1:
+                    left = left.sum(2, keepdim=True)
                 start = self._space.spans[name].start + piece.start
                 parts[name].append(Block(name, start, left, right, piece.transposed))
         return Captures(n_samples, tuple(self._blocks(parts, columns)), first)
