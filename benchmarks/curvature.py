@@ -1,0 +1,273 @@
+"""Curvature of networks beside the peers: time for the same matrix from the same data.
+
+    python benchmarks/curvature.py [--threads 1] [--repeats 5] [--only S1 S4]
+
+Networks on 28 x 28 images, float32: an MLP 784-512-512-C and a CNN (convolutions 32/64/64, two linear layers).
+
+    S1  KFAC of the exact GGN, MLP, C = 10 and 100           curvlinops KFAC
+    S2  KFAC of the exact GGN, CNN                            curvlinops KFAC
+    S3  KFAC with one Monte-Carlo column                      one forward and backward pass
+    S4  diagonal of the exact GGN                             BackPACK, curvlinops
+    S6  NTK Gram matrix of 128 points                         J J^T with J multiplied out
+    S10 GGN times 32 columns                                  torch.func's jvp and vjp
+    S12 growth of time and memory with the number of samples  ourselves
+
+Each pass sees several batches, as a fit does, so that what is verified on the first batch counts once. Peers run
+without the passes that only check or count, and with the numbers that these would find. Times are CPU time, the least
+of several, ours and theirs in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import multiprocessing
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import curvlin  # noqa: F401
+except ImportError:  # run from a checkout, in an environment that has the peers only
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from curvlin_nn import curvature, feature_maps
+
+Data = list[tuple[Tensor, Tensor]]
+PEERS = ("torch", "curvlinops-for-pytorch", "backpack-for-pytorch")
+
+
+def mlp(n_outputs: int) -> nn.Module:
+    torch.manual_seed(0)
+    widths = (784, 512, 512, n_outputs)
+    layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers[:-1])
+
+
+def cnn(n_outputs: int = 10) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, n_outputs)),
+    )
+
+
+def data(n_samples: int, n_outputs: int, n_batches: int = 10) -> Data:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(n_samples, 1, 28, 28, generator=generator),
+            torch.randint(n_outputs, (n_samples,), generator=generator),
+        )
+        for _ in range(n_batches)
+    ]
+
+
+def least(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The least CPU seconds of each call, run in turn."""
+    seconds = dict.fromkeys(calls, float("inf"))
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.process_time()
+            call()
+            seconds[name] = min(seconds[name], time.process_time() - started)
+    return seconds
+
+
+def report(label: str, found: dict[str, float], targets: dict[str, float]) -> None:
+    mine = found["ours"]
+    line = f"{label:28s} ours {mine:8.4f} s"
+    for name, bound in targets.items():
+        if name not in found:
+            line += f"   {name}: not installed"
+            continue
+        ratio = mine / found[name]
+        line += f"   {name} {found[name]:8.4f} s: {ratio:.3f} (target {bound:.3g}: "
+        line += "reached)" if ratio <= bound else "MISSED)"
+    print(line, flush=True)
+
+
+# -- peers --------------------------------------------------------------------------------------------------------
+
+
+def curvlinops_kfac(model: nn.Module, batches: Data, fisher_type: str) -> Callable[[], Any] | None:
+    try:
+        from curvlinops import KFACLinearOperator
+    except ImportError:
+        return None
+
+    def run() -> None:
+        operator = KFACLinearOperator(
+            model,
+            nn.CrossEntropyLoss(reduction="sum"),
+            list(model.parameters()),
+            batches,
+            check_deterministic=False,
+            fisher_type=fisher_type,
+            num_per_example_loss_terms=1,
+            num_data=sum(len(y) for _, y in batches),
+        )
+        operator.compute_kronecker_factors()
+
+    return run
+
+
+def backpack_diagonal(model: nn.Module, batches: Data) -> Callable[[], Any] | None:
+    try:
+        from backpack import backpack, extend
+        from backpack.extensions import DiagGGNExact
+    except ImportError:
+        return None
+    extended, loss = extend(model), extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def run() -> list[Tensor]:
+        total = [torch.zeros_like(p) for p in model.parameters()]
+        for x, y in batches:
+            with backpack(DiagGGNExact()):
+                loss(extended(x), y).backward()
+            total = [t + p.diag_ggn_exact for t, p in zip(total, model.parameters(), strict=True)]
+            model.zero_grad()
+        return total
+
+    return run
+
+
+def passes(model: nn.Module, batches: Data) -> None:
+    """One plain forward and backward pass."""
+    for x, y in batches:
+        nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
+    model.zero_grad()
+
+
+# -- measurements -------------------------------------------------------------------------------------------------
+
+
+def kfac(label: str, model: nn.Module, batches: Data, target: float, repeats: int) -> None:
+    calls: dict[str, Callable[[], Any]] = {
+        "ours": lambda: curvature(model, "classification", batches, "kron")
+    }
+    if (peer := curvlinops_kfac(model, batches, "type-2")) is not None:
+        calls["curvlinops"] = peer
+    report(label, least(calls, repeats), {"curvlinops": target})
+
+
+def s1(repeats: int) -> None:
+    kfac("S1  KFAC, MLP, C = 10", mlp(10), data(256, 10), 0.45, repeats)
+    kfac("S1  KFAC, MLP, C = 100", mlp(100), data(128, 100), 0.35, repeats)
+
+
+def s2(repeats: int) -> None:
+    kfac("S2  KFAC, CNN", cnn(), data(64, 10), 0.7, repeats)
+
+
+def s3(repeats: int) -> None:
+    for label, model, batches, target in (
+        ("S3  KFAC mc, MLP", mlp(10), data(256, 10), 1.5),
+        ("S3  KFAC mc, CNN", cnn(), data(64, 10), 2.0),
+    ):
+        calls: dict[str, Callable[[], Any]] = {
+            "ours": lambda m=model, b=batches: curvature(m, "classification", b, "kron", columns="mc"),
+            "fwd+bwd": lambda m=model, b=batches: passes(m, b),
+        }
+        if (peer := curvlinops_kfac(model, batches, "mc")) is not None:
+            calls["curvlinops"] = peer
+        report(label, least(calls, repeats), {"fwd+bwd": target, "curvlinops": 1.0})
+
+
+def s4(repeats: int) -> None:
+    for label, model, batches, target in (
+        ("S4  diagonal, MLP", mlp(10), data(256, 10), 0.5),
+        ("S4  diagonal, CNN", cnn(), data(32, 10), 0.8),
+    ):
+        calls: dict[str, Callable[[], Any]] = {
+            "ours": lambda m=model, b=batches: curvature(m, "classification", b, "diag")
+        }
+        if (peer := backpack_diagonal(model, batches)) is not None:
+            calls["BackPACK"] = peer
+        report(label, least(calls, repeats), {"BackPACK": target})
+
+
+def s6(repeats: int) -> None:
+    model, ((x, _),) = mlp(10), data(128, 10, 1)
+    jacobians = feature_maps.JacobianMap(model)
+    jacobians(x)
+    J = jacobians(x)[1].to_dense().flatten(0, 1)
+    found = least({"ours": lambda: jacobians(x)[1].gram()}, repeats)
+    found |= least({"J J^T": lambda: J @ J.mT}, 1)
+    report("S6  NTK Gram, MLP, 128 points", found, {"J J^T": 1 / 100})
+
+
+def s12(repeats: int) -> None:
+    """Each size in a process of its own, so that each has a peak of memory of its own."""
+    for name in ("mlp", "cnn"):
+        print(f"S12 {name}: samples, seconds to fit KFAC and to predict, their memory in MB")
+        for n_batches in (4, 8, 16, 32):
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                figures = pool.submit(growth, name, n_batches).result()
+            print(f"    {64 * n_batches:6d}" + "".join(f"{figure:10.2f}" for figure in figures), flush=True)
+
+
+def growth(name: str, n_batches: int) -> tuple[float, float, float, float]:
+    from curvlin_nn import Laplace
+
+    torch.set_num_threads(1)
+    model = mlp(10) if name == "mlp" else cnn()
+    generator = torch.Generator().manual_seed(0)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        return torch.randn(64, 1, 28, 28, generator=generator), torch.randint(10, (64,), generator=generator)
+
+    la = Laplace(model, "classification", "all", "kron").fit([batch()])
+    la(batch()[0])
+    figures = []
+    for work in (
+        lambda: la.fit(batch() for _ in range(n_batches)),
+        lambda: [la(batch()[0]) for _ in range(n_batches)],
+    ):
+        before, started = peak_memory(reset=True), time.process_time()
+        work()
+        figures += [time.process_time() - started, peak_memory() - before]
+    seconds_fit, memory_fit, seconds_predict, memory_predict = figures
+    return seconds_fit, seconds_predict, memory_fit, memory_predict
+
+
+def peak_memory(reset: bool = False) -> float:
+    """The largest resident set since the last reset, in MB (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def main() -> None:
+    measurements = {"S1": s1, "S2": s2, "S3": s3, "S4": s4, "S6": s6, "S12": s12}
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--only", nargs="+", choices=measurements, default=list(measurements))
+    chosen = options.parse_args()
+    torch.set_num_threads(chosen.threads)
+    warnings.simplefilter("ignore")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PEERS)
+    print(f"Python {platform.python_version()}, {versions}; {chosen.threads} threads")
+    for name in chosen.only:
+        measurements[name](chosen.repeats)
+
+
+if __name__ == "__main__":
+    main()
