@@ -265,6 +265,7 @@ def test_what_samples_share_is_served_by_its_rule_on_each_sample(name, n):
     model, x = Net(forward, p=part, a=nn.Linear(3, 2)), torch.randn(n, 4, 3).double()
     recorder = Recorder(model, ParameterSpace.of(model))
     recording = recorder(x)
+    assert recorder.served["p.weight"] == SHARED
     unit = torch.eye(2).double()[:, None].expand(2, n, 2)
     blocks = recording.captures(unit).blocks
     assert recorder.served["p.weight"] == SHARED
@@ -532,6 +533,34 @@ def test_samples_along_another_axis_of_the_input_are_served_from_the_whole_batch
     x = torch.randn(5, 4, 3).double()  # time-major
     _, features = feature_maps.JacobianMap(model)(x)
     assert_close(features.to_dense(), jacobian_row_by_row(model, [(x[:, i : i + 1],) for i in range(4)]))
+
+
+def test_what_samples_share_is_served_when_a_later_input_cannot_be_cut():
+    """The second input has its samples along axis 1: rows come from the whole batch."""
+
+    def forward(net, x):
+        h = x if x.shape[2] == 3 else x.permute(1, 2, 0)
+        return (h + net.p(torch.arange(2))).sin().sum(1)
+
+    model, x = Net(forward, p=nn.Embedding(2, 3)), torch.randn(4, 2, 3).double()
+    features = feature_maps.JacobianMap(model)
+    expected = oracle(model, x)
+    assert_close(features(x)[1].to_dense(), expected)
+    assert_close(features(x.permute(2, 0, 1).contiguous())[1].to_dense(), expected)
+
+
+def test_recurrent_layers_run_without_cudnn_inside_only():
+    seen = []
+
+    def forward(net, x):
+        seen.append(torch.backends.cudnn.enabled)
+        return net.head(last(net.cell(x)))
+
+    recurrent = Net(forward, cell=nn.GRU(3, 4, batch_first=True), head=nn.Linear(4, 2))
+    enabled = torch.backends.cudnn.enabled
+    feature_maps.JacobianMap(recurrent)(torch.randn(2, 4, 3).double())
+    assert not any(seen)
+    assert torch.backends.cudnn.enabled == enabled
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

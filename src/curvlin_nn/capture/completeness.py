@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +32,7 @@ class _Part:
         return self.start + self.shape[0] * self.shape[1]
 
 
-def incomplete(graph: Graph, originals: Mapping[str, Tensor], unserved: Mapping[str, str]) -> dict[str, str]:
+def incomplete(graph: Graph, originals: Mapping[str, Tensor], unserved: Container[str]) -> dict[str, str]:
     """The parameters whose captures, summed over the batch, are not what autograd says, and why.
 
     Args:

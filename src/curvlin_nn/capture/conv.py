@@ -106,7 +106,9 @@ def check_batched(input: Tensor, weight: Tensor) -> int:
         NotServable: if it has none.
     """
     if input.ndim != weight.ndim:
-        raise NotServable(f"on an input {tuple(input.shape)} without an axis for samples")
+        raise NotServable(
+            f"on an input {tuple(input.shape)} without an axis for samples", "one with samples along axis 0"
+        )
     return weight.ndim - 2
 
 

@@ -2,6 +2,7 @@
 
     fused attention     one kernel instead of the layers, in evaluation mode; the layers compute the same
     attention           one function that calls `linear` where no function mode sees it
+    recurrent layers    in cuDNN, which has no backward pass in evaluation mode
     checkpoints         run again in the backward pass, when the model is no longer as it was in the forward pass
 
 The flags and functions are torch's own, for the whole process, and are put back.
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch import nn
 
 
 @contextmanager
@@ -28,6 +30,18 @@ def attention_unfused() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def recurrent_layers_without_cudnn(model: nn.Module) -> Iterator[None]:
+    """A model with recurrent layers runs without cuDNN inside."""
+    enabled = torch.backends.cudnn.enabled
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 @contextmanager

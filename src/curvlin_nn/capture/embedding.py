@@ -36,7 +36,10 @@ class EmbeddingRule(LayerRule):
         ) -> Call:
             for option, value in (("scale_grad_by_freq", scale_grad_by_freq), ("sparse", sparse)):
                 if value:
-                    raise NotServable(f"with {option}=True, so that autograd gives no dense derivative")
+                    raise NotServable(
+                        f"with {option}=True, so that autograd gives no dense derivative",
+                        f"{option}=False, which leaves the outputs as they are",
+                    )
             # A negative index counts from the end.
             constant = padding_idx if padding_idx is None else padding_idx % len(weight)
             return Call(input, {"weight": weight}, {"constant": constant, "tokens": len(weight)})

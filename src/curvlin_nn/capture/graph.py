@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,7 +47,7 @@ class Graph:
             for use in self.uses
         )
 
-    def without(self, names: Mapping[str, str]) -> Graph:
+    def without(self, names: Container[str]) -> Graph:
         """The same pass with some parameters' uses left out."""
         kept = (use.without(names) for use in self.uses)
         return replace(self, uses=tuple(use for use in kept if use is not None))

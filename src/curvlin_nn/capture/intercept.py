@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +54,7 @@ class Use:
         shape_only = torch.empty(1, *self.shape, device="meta")
         return tuple(self.rule.by_position(self.call, shape_only).shape[1:-1])
 
-    def without(self, names: Mapping[str, Any]) -> Use | None:
+    def without(self, names: Container[str]) -> Use | None:
         """The use of other parameters than these, if there is one."""
         kept = {role: reference for role, reference in self.references.items() if reference.name not in names}
         return replace(self, references=kept) if kept else None
@@ -116,13 +116,15 @@ class Interceptor(TorchFunctionMode):
                 raise NotCovered
             call = rule.bind(*args, **kwargs)
             if self._strict and any(self._is_cast(tensor, output) for tensor in call.roles.values()):
-                raise NotServable(f"in {output.dtype} (is torch.autocast on in the model?)")
+                raise NotServable(
+                    f"in {output.dtype} (is torch.autocast on in the model?)",
+                    "outputs in the dtype of the parameter",
+                )
         except NotCovered as found:
             how = f"is used by {_name(func)} {found}".strip()
             if self._strict and isinstance(found, NotServable):
-                raise UnsupportedUseError(
-                    next(iter(names)), how, "another use of it; leave it out with subset_of_weights"
-                ) from None
+                expected = f"{found.expected}, or leave it out with subset_of_weights"
+                raise UnsupportedUseError(next(iter(names)), how, expected) from None
             self.unserved |= dict.fromkeys(names, how)
             return
         references: dict[str, Reference] = {}

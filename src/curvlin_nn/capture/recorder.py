@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ from curvlin_nn.capture.layout import SINGLE, Layout
 from curvlin_nn.capture.state import capturing, device_of, forward, prepared, random_state
 from curvlin_nn.errors import CouplingError, StochasticModelError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
+
+_RULE, _RULE_ALONE, _AUTODIFF_ALONE = "rule", "rule on each sample", "autodiff on each sample"
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Recorder:
         self._verified: set[tuple[Signature, frozenset[str], bool]] = set()
         self._layouts: dict[tuple[Signature, Possibilities], tuple[Layout, ...]] = {}
         self._unserved: dict[str, str] = {}
-        self._shared: dict[str, str] = {}
+        self._shared: set[str] = set()
         self._alone: Recorder | None = None
         self._partial = False
 
@@ -121,18 +123,14 @@ class Recorder:
     def served(self) -> dict[str, str]:
         """How each parameter is served as far as is known from the inputs seen, by name.
 
-        ``"rule"``, ``"rule on each sample"`` or ``"autodiff on each sample"``.
+        ``"rule"``, ``"rule on each sample"`` or ``"autodiff on each sample"``; empty before the first input.
         """
         if not self._verified:
             return {}
-        by_sample = {} if self._alone is None else self._alone.served
-        own = {
-            name: "autodiff on each sample" if name in self._unserved else "rule" for name in self.space.names
-        }
-        return own | {
-            name: how if how.endswith("sample") else f"{how} on each sample"
-            for name, how in by_sample.items()
-        }
+        own = dict.fromkeys(self.space.names, _RULE) | dict.fromkeys(self._shared, _RULE_ALONE)
+        own |= dict.fromkeys(self._unserved, _AUTODIFF_ALONE)
+        alone = {} if self._alone is None else self._alone.served
+        return own | {name: _RULE_ALONE if how == _RULE else how for name, how in alone.items()}
 
     def __call__(self, x: Any, where: str = "the input") -> Recording:
         """One forward pass.
@@ -182,6 +180,13 @@ class Recorder:
                 self._verified.add(question)
             return Recording(self.space, graph, layouts, self._rest(graph, originals, x, where), where)
 
+    def _of_samples(self, names: Sequence[str]) -> Recorder:
+        """A recorder of some parameters, of which a sample need not use any, though the batch does."""
+        shapes = dict(zip(self.space.names, self.space.shapes, strict=True))
+        recorder = Recorder(self.model, ParameterSpace(tuple(names), tuple(shapes[name] for name in names)))
+        recorder._partial = True
+        return recorder
+
     def _leave_out(self, reasons: Mapping[str, str]) -> None:
         """Parameters that no rule serves."""
         if reasons and not self.fallback:
@@ -200,23 +205,23 @@ class Recorder:
             return graph, (SINGLE,) * len(graph.uses)
         graph = graph.without(self._shared)
         layouts = self._layouts_of(graph)
-        lost = {
-            name: ""
+        lost = [
+            name
             for use, layout in zip(graph.uses, layouts, strict=True)
             if layout is None
             for name in use.names
-        }
+        ]
         try:
             if lost and not (self.fallback and can_be_cut(x, len(graph.outputs))):
-                raise coupling_at(next(iter(lost)))
+                raise coupling_at(lost[0])
             if new:
                 self._check_function(graph, x, where)
         except CouplingError:
             if not lost:
                 raise
-            raise coupling_at(next(iter(lost))) from None
+            raise coupling_at(lost[0]) from None
         if lost:
-            self._shared |= lost
+            self._shared.update(lost)
             graph = graph.without(self._shared)
             layouts = self._layouts_of(graph)
         return graph, tuple(layout for layout in layouts if layout is not None)
@@ -245,17 +250,14 @@ class Recorder:
     def _rest(self, graph: Graph, originals: Mapping[str, Tensor], x: Any, where: str) -> Rest:
         """What serves the parameters that the rules do not, in this batch."""
         n_samples = len(graph.outputs)
-        whole = n_samples == 1 or not can_be_cut(x, n_samples)
-        left_out = self._unserved if whole else self._unserved | self._shared
-        names = tuple(name for name in self.space.names if name in left_out)
+        left_out = {*self._unserved} if n_samples == 1 else {*self._unserved, *self._shared}
+        names = [name for name in self.space.names if name in left_out]
         if not names:
             return _nothing
-        if whole:
+        if n_samples == 1 or not can_be_cut(x, n_samples):
             return Autodiff.of(self.space, graph, originals, names, where)
-        if self._alone is None or self._alone.space.names != names:
-            shapes = dict(zip(self.space.names, self.space.shapes, strict=True))
-            self._alone = Recorder(self.model, ParameterSpace(names, tuple(shapes[name] for name in names)))
-            self._alone._partial = True  # a sample need not use all that the batch does
+        if self._alone is None or self._alone.space.names != tuple(names):
+            self._alone = self._of_samples(names)
         copy = map_tensors(torch.clone, x)  # it is run again when columns come
         return SampleBySample(self.space, self._alone, copy, graph.outputs.detach(), where)
 

@@ -21,7 +21,15 @@ class NotCovered(Exception):
 
 
 class NotServable(NotCovered):
-    """The same for a call that per-sample autodiff cannot serve either."""
+    """The same for a call that per-sample autodiff cannot serve either.
+
+    Attributes:
+        expected: what to do instead.
+    """
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(found)
+        self.expected = expected
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,11 @@ from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from curvlin_nn.capture.detours import attention_unfused, checkpoints_run_directly
+from curvlin_nn.capture.detours import (
+    attention_unfused,
+    checkpoints_run_directly,
+    recurrent_layers_without_cudnn,
+)
 from curvlin_nn.capture.inputs import arguments, dtypes_of, map_tensors, outputs_of, tensors_of
 from curvlin_nn.errors import DataError, UnsupportedError
 from curvlin_nn.parameters import check_model
@@ -49,6 +53,7 @@ def capturing(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
         module_hooks_suspended(model),
         TensorHooksSuspended(),
         attention_unfused(),
+        recurrent_layers_without_cudnn(model),
         checkpoints_run_directly(),
         gradients_required(parameters),
         random_state_kept(device_of(model)),
