@@ -613,6 +613,16 @@ def test_last_layer_is_what_the_outputs_come_from(head, last):
     torch.testing.assert_close(features.to_dense(), expected, rtol=1e-12, atol=1e-13)
 
 
+def test_a_last_layer_whose_weight_scales_too():
+    model = nn.Module()
+    model.a, model.b = nn.Linear(3, 4), nn.Linear(4, 2)
+    model.forward = lambda x: model.b(torch.tanh(model.a(x))) * model.b.bias
+    model.double()
+    x = torch.randn(5, 3).double()
+    _, features = feature_maps.LastLayerMap(model)(x)
+    torch.testing.assert_close(features.to_dense(), jacobian(model, x, ["b.weight", "b.bias"]))
+
+
 def test_a_model_without_layers_has_no_last_layer():
     with pytest.raises(UnsupportedError, match="found no linear or convolutional layer"):
         feature_maps.LastLayerMap(nn.BatchNorm1d(3))(torch.randn(4, 3))

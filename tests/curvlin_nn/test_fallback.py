@@ -1,5 +1,6 @@
 """What no rule captures from a batch is served exactly sample by sample, said so, and refused on request."""
 
+import warnings
 from collections import UserDict
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from network_oracle import ggn, half_squared_error, jacobian_row_by_row
 from networks import assert_same, state
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from curvlin_nn import Laplace, ParameterSpace, curvature, feature_maps
 from curvlin_nn.capture import Recorder
@@ -76,6 +78,12 @@ def kept(how: str) -> Net:
 
 def weight_normed() -> nn.Linear:
     return nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+
+
+def weight_normed_by_hooks() -> nn.Linear:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(nn.Linear(3, 2))
 
 
 def model_of(name: str) -> tuple[nn.Module, tuple[int, ...], set[str]]:
@@ -149,6 +157,31 @@ def model_of(name: str) -> tuple[nn.Module, tuple[int, ...], set[str]]:
             (3,),
             {"a.weight"},
         ),
+        "recurrent cells": lambda: (
+            Net(lambda net, x: net.b(net.a(x), x[:, :2]), a=nn.RNNCell(3, 3), b=nn.GRUCell(3, 2)),
+            (3,),
+            {
+                f"{cell}.{kind}_{half}"
+                for cell in "ab"
+                for kind in ("weight", "bias")
+                for half in ("ih", "hh")
+            },
+        ),
+        "weight norm by hooks": lambda: (
+            Net(lambda net, x: net.a(x), a=weight_normed_by_hooks()),
+            (3,),
+            {"a.weight_g", "a.weight_v"},
+        ),
+        "spectral norm": lambda: (
+            Net(lambda net, x: net.a(x), a=nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2))).eval(),
+            (3,),
+            {"a.parametrizations.weight.original"},
+        ),
+        "pruned": lambda: (
+            Net(lambda net, x: net.a(x), a=prune.l1_unstructured(nn.Linear(3, 2), "weight", 2)),
+            (3,),
+            {"a.weight_orig"},
+        ),
         "column slice": lambda: (Net(lambda net, x: F.linear(x, net.w[:, 1:]), w=weight(2, 4)), (3,), {"w"}),
         "overlapping rows": lambda: (
             Net(lambda net, x: torch.tanh(F.linear(x, net.w[:2])) * F.linear(x, net.w[1:]), w=weight(3, 3)),
@@ -183,6 +216,7 @@ MODELS = [
         "some rows only",
         "whole and in parts",
     ),
+    *("recurrent cells", "weight norm by hooks", "spectral norm", "pruned"),
     *("vector", "as an input", "list", "view", "both"),
 ]
 

@@ -99,6 +99,19 @@ def test_convolutions(ndim, kernel, options):
     assert_served(pooled(conv), torch.randn(3, 4, *SIZES[ndim]).double())
 
 
+@pytest.mark.parametrize(("ndim", "layout"), [(2, torch.channels_last), (3, torch.channels_last_3d)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions_do_not_mind_how_memory_is_laid_out(ndim, layout, transposed):
+    """The flat order of a weight is that of its indices, not of its memory."""
+    makes = (nn.ConvTranspose2d, nn.ConvTranspose3d) if transposed else (nn.Conv2d, nn.Conv3d)
+    model = pooled(makes[ndim - 2](4, 6, 3, stride=2, padding=1, groups=2))
+    x = torch.randn(3, 4, *SIZES[ndim]).double()
+    expected = jacobian(model, x)
+    model.to(memory_format=layout)
+    _, features = feature_maps.JacobianMap(model)(x.to(memory_format=layout))
+    assert_close(features.to_dense(), expected)
+
+
 TRANSPOSED = [
     {},
     {"stride": 2},
@@ -222,6 +235,14 @@ def test_transformer_layers_are_captured_past_their_fused_kernel(norm_first, bat
     assert_close(outputs, fused)
 
 
+def test_decoder_layers():
+    layer = nn.TransformerDecoderLayer(4, 2, 5, batch_first=True)
+    model = Net(
+        lambda net, x: net.layer(x[:, :3], net.encoder(x)).mean(1), layer=layer, encoder=nn.Linear(4, 4)
+    )
+    assert_served(model, torch.randn(3, 5, 4).double())
+
+
 class Conv1D(nn.Module):
     """The linear layer of GPT-2."""
 
@@ -293,9 +314,9 @@ def test_a_position_embedding_that_is_added():
 class Tied(nn.Module):
     """A small language model whose output layer is its embedding."""
 
-    def __init__(self, vocabulary: int = 7, width: int = 3) -> None:
+    def __init__(self, vocabulary: int = 7, width: int = 3, padding_idx: int | None = None) -> None:
         super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
+        self.embed = nn.Embedding(vocabulary, width, padding_idx=padding_idx)
         self.mix = nn.Linear(width, width)
         self.head = nn.Linear(width, vocabulary)
         self.head.weight = self.embed.weight
@@ -305,9 +326,10 @@ class Tied(nn.Module):
         return self.head(h).flatten(1)
 
 
-@pytest.mark.parametrize("vocabulary", [7, 3])
-def test_a_weight_tied_between_embedding_and_output(vocabulary):
-    model, tokens = Tied(vocabulary).double(), torch.randint(vocabulary, (4, 2))
+@pytest.mark.parametrize(("vocabulary", "padding_idx"), [(7, None), (3, None), (3, 1)])
+def test_a_weight_tied_between_embedding_and_output(vocabulary, padding_idx):
+    model, tokens = Tied(vocabulary, 3, padding_idx).double(), torch.randint(vocabulary, (4, 2))
+    tokens[0, 0] = 1
     assert_served(model, tokens)
     y = torch.zeros(4, 2 * vocabulary).double()
     H = ggn(model, tokens, y, half_squared_error)

@@ -39,16 +39,15 @@ def last_layer(model: nn.Module, x: Any, where: str = "the input") -> ParameterS
     check_dependent(outputs, where)
     behind = _nodes_behind(outputs.grad_fn)
     uses = [use for use in interceptor.uses if use.edge.node in behind]
-    if not any(use.rule.is_layer for use in uses):
+    last = next((use for use in reversed(uses) if use.rule.is_layer), None)
+    if last is None:
         raise UnsupportedError(
             "subset_of_weights='last_layer' found no linear or convolutional layer that the outputs depend on; "
             "name the layer instead, as in subset_of_weights=['head']"
         )
-    last = max(index for index, use in enumerate(uses) if use.rule.is_layer)
-    uses = uses[: last + 1]
-    chosen = list(dict.fromkeys(uses[-1].names))
+    chosen = list(dict.fromkeys(last.names))
     names = {id(p): name for tensors in (originals, leaves) for name, p in tensors.items()}
-    found = _other_than(uses, outputs, names)
+    found = _other_than(last, uses, outputs, names)
     if found is not None:
         raise UnsupportedError(
             f"subset_of_weights='last_layer' found {chosen[0]!r} used last, but {found}, expected one linear or "
@@ -57,18 +56,19 @@ def last_layer(model: nn.Module, x: Any, where: str = "the input") -> ParameterS
     return ParameterSpace.of(model, chosen)
 
 
-def _other_than(uses: Sequence[Use], outputs: Tensor, names: Mapping[int, str]) -> str | None:
+def _other_than(last: Use, uses: Sequence[Use], outputs: Tensor, names: Mapping[int, str]) -> str | None:
     """What the outputs come from other than through the parameters of the last use, in words.
 
     Args:
+        last: the last use.
         uses: the uses of layers that the outputs depend on.
         outputs: the outputs.
         names: what parameters are called, by the identity of their tensors.
     """
-    for role, tensor in uses[-1].call.roles.items():
-        if role not in uses[-1].references and tensor.requires_grad:
+    for role, tensor in last.call.roles.items():
+        if role not in last.references and tensor.requires_grad:
             return f"its {role} is computed from other parameters (by weight_norm or the like)"
-    chosen = set(uses[-1].names)
+    chosen = set(last.names)
     layer = {use.edge.node for use in uses if chosen & set(use.names)}
     for leaf in _leaves(_nodes_behind(outputs.grad_fn, layer)):
         if id(leaf) in names:
