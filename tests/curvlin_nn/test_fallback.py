@@ -320,13 +320,14 @@ def test_samples_that_are_looped_over_are_served_alone():
 
 
 def test_samples_may_differ_in_what_they_use():
-    """Experts: one sample uses neither the recurrent one nor the shared table, another one both."""
+    """Experts: one sample uses the recurrent one, another one the table that all share, and none of the two both."""
 
     def forward(net, x):
         kinds = x[:, 0, 0].abs() > 1
-        table = net.table(torch.arange(3))
         rows = [
-            net.cell(sample[None])[0][:, -1] if kind else net.a(sample[None] + table[: len(sample)]).mean(1)
+            net.cell(sample[None])[0][:, -1]
+            if kind
+            else net.a(sample[None] + net.table(torch.arange(len(sample)))).mean(1)
             for sample, kind in zip(x, kinds, strict=True)
         ]
         return torch.cat(rows)
@@ -338,6 +339,22 @@ def test_samples_may_differ_in_what_they_use():
     features = feature_maps.JacobianMap.of(recorder)
     for batch in (x, x[1:2], x[:1], x[::2], x[1::2]):
         assert_close(features(batch)[1].to_dense(), oracle(model, batch))
+
+
+def test_a_sample_may_use_nothing_of_what_is_served_alone():
+    def forward(net, x):
+        chosen = [
+            net.cell(row[None])[0][:, -1] if float(row[0, 0]) > 0 else row[None, 0, :2].sin() for row in x
+        ]
+        return net.head(torch.cat(chosen))
+
+    model = Net(forward, cell=nn.GRU(3, 2, batch_first=True), head=nn.Linear(2, 2))
+    x = torch.randn(3, 4, 3).double()
+    x[:, 0, 0] = torch.tensor([2.0, -1.0, 3.0]).double()
+    recorder = Recorder(model, ParameterSpace.of(model))
+    _, features = feature_maps.JacobianMap.of(recorder)(x)
+    assert recorder.served["head.weight"] == RULE
+    assert_close(features.to_dense(), oracle(model, x))
 
 
 def test_a_parameter_stays_served_as_it_was():
@@ -526,6 +543,7 @@ def test_a_model_of_one_argument_gets_the_batch_as_it_is(pack):
             self.encoder = Encoder("tensor")
 
         def forward(self, batch):
+            assert type(batch) is type(x)
             if isinstance(batch, BatchEncoding):
                 return self.encoder(batch.input_ids, batch.attention_mask)
             if isinstance(batch, Pair):

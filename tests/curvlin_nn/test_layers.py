@@ -138,6 +138,14 @@ def test_embeddings(n, padding_idx):
     assert_served(pooled(nn.Embedding(6, 3, padding_idx=padding_idx)), tokens)
 
 
+@pytest.mark.parametrize("padding_idx", [None, 1, -2])
+def test_embeddings_by_function(padding_idx):
+    """A negative index counts from the end here too."""
+    tokens = torch.tensor([[0, 3, 2], [2, 1, 3]])
+    model = Net(lambda net, x: F.embedding(x, net.w, padding_idx).sin().sum(1), w=parameter(4, 3))
+    assert_served(model, tokens)
+
+
 NORMS = {
     "layer norm": (nn.LayerNorm(5), (4, 5)),
     "layer norm over two axes": (nn.LayerNorm((4, 5), eps=1e-2), (3, 4, 5)),
@@ -241,6 +249,19 @@ def test_decoder_layers():
         lambda net, x: net.layer(x[:, :3], net.encoder(x)).mean(1), layer=layer, encoder=nn.Linear(4, 4)
     )
     assert_served(model, torch.randn(3, 5, 4).double())
+
+
+def test_fused_attention_is_off_inside_only():
+    seen = []
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        seen.append(torch.backends.mha.get_fastpath_enabled())
+        return net.layer(x)
+
+    feature_maps.JacobianMap(Net(forward, layer=nn.Linear(3, 2)))(torch.randn(2, 3).double())
+    assert seen
+    assert not any(seen)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 class Conv1D(nn.Module):
@@ -450,6 +471,9 @@ def test_an_embedding_that_renormalises_its_weight_is_refused_before_it_does(mak
 
 def blocks(channels: int, steps: int) -> dict[str, tuple[Callable[[], nn.Module], int]]:
     """Layers on ``(N, channels, steps)``, and the channels they give."""
+    eps = (
+        0.1  # a normalisation of a normalisation hardly depends on its input otherwise: all would be rounding
+    )
     time_last = {
         "conv": (lambda: nn.Conv1d(channels, 4, 3, padding=1), 4),
         "grouped": (
@@ -457,18 +481,21 @@ def blocks(channels: int, steps: int) -> dict[str, tuple[Callable[[], nn.Module]
             channels,
         ),
         "transposed": (lambda: nn.ConvTranspose1d(channels, 3, 3, padding=1), 3),
-        "batch norm": (lambda: nn.BatchNorm1d(channels), channels),
-        "group norm": (lambda: nn.GroupNorm(1, channels), channels),
-        "instance norm": (lambda: nn.InstanceNorm1d(channels, affine=True), channels),
+        "batch norm": (lambda: nn.BatchNorm1d(channels, eps=eps), channels),
+        "group norm": (lambda: nn.GroupNorm(1, channels, eps=eps), channels),
+        "instance norm": (lambda: nn.InstanceNorm1d(channels, affine=True, eps=eps), channels),
         "tanh": (nn.Tanh, channels),
         "relu": (nn.ReLU, channels),
     }
     channels_last = {
         "linear": (lambda: nn.Linear(channels, 3), 3),
         "gpt": (lambda: Conv1D(4, channels), 4),
-        "layer norm": (lambda: nn.LayerNorm(channels), channels),
-        "rms norm": (lambda: nn.RMSNorm((steps, channels)), channels),
-        "attention": (lambda: nn.TransformerEncoderLayer(channels, 1, 3, batch_first=True), channels),
+        "layer norm": (lambda: nn.LayerNorm(channels, eps=eps), channels),
+        "rms norm": (lambda: nn.RMSNorm((steps, channels), eps=eps), channels),
+        "attention": (
+            lambda: nn.TransformerEncoderLayer(channels, 1, 3, batch_first=True, layer_norm_eps=eps),
+            channels,
+        ),
         "lstm": (lambda: First(nn.LSTM(channels, 2, batch_first=True)), 2),
         "time-major": (lambda: Transposed(nn.Linear(channels, 4), 0, 1), 4),
     }

@@ -215,4 +215,4 @@ def _turned(block: Block) -> Block:
     out, inputs = block.shape
     rows = block.rows().unflatten(-1, (out, inputs))
     identity = torch.eye(out, dtype=rows.dtype, device=rows.device).expand(len(rows), out, out)
-    return replace(block, left=rows, right=identity, transposed=False)
+    return Block(block.parameter, block.start, rows, identity)

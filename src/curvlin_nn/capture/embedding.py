@@ -48,7 +48,7 @@ class EmbeddingRule(LayerRule):
 
     def pieces(self, call: Call, gradient: Tensor) -> Iterator[Piece]:
         """See `LayerRule.pieces`."""
-        one_hot = F.one_hot(call.input.long(), call.options["tokens"]).to(gradient.dtype)
-        if call.options["constant"] is not None:
-            one_hot[..., call.options["constant"]] = 0
+        tokens, constant = call.input.long()[..., None], call.options["constant"]
+        one_hot = gradient.new_zeros(*call.input.shape, call.options["tokens"])
+        one_hot.scatter_(-1, tokens, 1.0 if constant is None else (tokens != constant).to(gradient.dtype))
         yield Piece("weight", 0, gradient, one_hot, transposed=True)
