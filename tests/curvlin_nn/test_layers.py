@@ -528,6 +528,7 @@ class First(nn.Module):
         return self.layer(x)[0]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")
 @settings(max_examples=100)
 @given(
     data=st.data(), n=st.sampled_from([1, 2, 3, 4]), steps=st.sampled_from([3, 4]), depth=st.integers(1, 4)
