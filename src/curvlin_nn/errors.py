@@ -29,6 +29,12 @@ class UnsupportedError(ValueError):
     """An option, structure or model that is not served; the message says what is."""
 
 
+_SERVED = (
+    "uses by linear maps, convolutions, embeddings, normalisations and attention (functional ones included) only; "
+    "serve it by per-sample autodiff with fallback=True, or leave it out with subset_of_weights"
+)
+
+
 class UnsupportedUseError(UnsupportedError):
     """A parameter takes part in the model in a way that no layer rule covers.
 
@@ -36,13 +42,9 @@ class UnsupportedUseError(UnsupportedError):
         parameter: the name of the parameter.
     """
 
-    def __init__(self, parameter: str, found: str) -> None:
+    def __init__(self, parameter: str, found: str, expected: str = _SERVED) -> None:
         self.parameter = parameter
-        super().__init__(
-            f"parameter {parameter!r} {found}, expected uses through "
-            "torch.nn.functional.linear or conv2d (modules included) only; leave it out with "
-            "subset_of_weights"
-        )
+        super().__init__(f"parameter {parameter!r} {found}, expected {expected}")
 
 
 class CouplingError(ValueError):

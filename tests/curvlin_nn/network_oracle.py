@@ -7,7 +7,8 @@ autodiff of a torch loss, cuts convolution patches out by hand, and inverts dens
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,35 @@ def jacobian(model: nn.Module, x: Tensor, names: list[str] | None = None) -> Ten
         return torch.cat([block.reshape(len(block), -1) for block in blocks.values()], dim=1)
 
     return torch.stack([one(sample) for sample in x])
+
+
+def jacobian_row_by_row(
+    model: nn.Module,
+    samples: Iterable[tuple[Any, ...] | dict[str, Any]],
+    names: list[str] | None = None,
+    read: Callable[[Any], Tensor] = lambda result: result,
+) -> Tensor:
+    """``(N, C, P)`` by one backward pass for each entry of each output, without vmap.
+
+    Args:
+        model: the model, in the mode it is wanted in.
+        samples: the arguments of each call on one sample, by position or by name.
+        names: the parameters; None for all.
+        read: what finds the outputs, of one sample, in what the model returns.
+    """
+    found = []
+    for sample in samples:
+        parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
+        chosen = [p.requires_grad_() for n, p in parameters.items() if names is None or n in names]
+        args, kwargs = ((), sample) if isinstance(sample, dict) else (sample, {})
+        outputs = read(functional_call(model, parameters, args, kwargs))
+        assert outputs.shape[0] == 1
+        rows = [
+            torch.autograd.grad(f, chosen, retain_graph=True, materialize_grads=True)
+            for f in outputs.flatten()
+        ]
+        found.append(torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
+    return torch.stack(found)
 
 
 def output_hessians(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> Tensor:

@@ -113,6 +113,17 @@ def test_everything_is_as_it_was_after_a_failure_at_any_batch(bad, kind, warm):
         assert la.n_data == 12
 
 
+def test_a_module_under_two_names_keeps_its_parameters():
+    layer, head = nn.Linear(4, 4), nn.Linear(4, 4)
+    model, x = nn.Sequential(layer, nn.Tanh(), layer, nn.BatchNorm1d(4), nn.Tanh(), head), torch.randn(3, 4)
+    model.add_module("again", nn.Sequential(head, nn.Linear(4, 3)))
+    before = state(model)
+    for subset in ("all", ["again"], ["2", "5.bias"]):
+        feature_maps.JacobianMap(model, subset)(x)
+        assert_same(before, state(model))
+        assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+
+
 def test_a_failure_inside_the_forward_pass_leaves_nothing_behind():
     model, loader = trained(), DataLoader(data(), batch_size=5)
 

@@ -3,7 +3,7 @@
 One file per layer family; a new family is a new file that registers a `LayerRule`.
 """
 
-from curvlin_nn.capture import conv, linear
+from curvlin_nn.capture import conv, conv_transpose, elementwise, embedding, linear, norms
 from curvlin_nn.capture.blocks import Block, Captures, Place, partition
 from curvlin_nn.capture.last_layer import last_layer
 from curvlin_nn.capture.recorder import Recorder, Recording
@@ -20,8 +20,12 @@ __all__ = [
     "Recorder",
     "Recording",
     "conv",
+    "conv_transpose",
+    "elementwise",
+    "embedding",
     "last_layer",
     "linear",
+    "norms",
     "partition",
     "register",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -62,6 +63,10 @@ class Block:
         uses = tuple(use.of_samples(samples) for use in self.uses)
         return replace(self, left=self.left[samples], right=right, uses=uses)
 
+    def moved(self, by: int) -> Block:
+        """The same part of a parameter that begins elsewhere in the flat vector."""
+        return replace(self, start=self.start + by, uses=tuple(use.moved(by) for use in self.uses))
+
     def rows(self) -> Float[Tensor, "N V size"]:
         """The rows multiplied out, in the order (out, in)."""
         if self.right is None:
@@ -69,6 +74,11 @@ class Block:
         if self.left.shape[2] == 1:
             return torch.einsum("nvo,ni->nvoi", self.left.squeeze(2), self.right.squeeze(1)).flatten(2)
         return (self.left.mT @ self.right[:, None]).flatten(2)
+
+    def flat_rows(self) -> Float[Tensor, "N V size"]:
+        """The rows multiplied out, in the order of the flat vector."""
+        rows = self.rows()
+        return rows.unflatten(2, self.shape).mT.flatten(2) if self.place.transposed else rows
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,38 @@ def merged(parameter: str, start: int, uses: Iterable[Block]) -> Block:
     )
 
 
+def joined(parameter: str, by_sample: Sequence[Sequence[Block]]) -> list[Block]:
+    """The blocks of one parameter of several samples, given each sample's alone.
+
+    Samples may differ in their number of positions. Where they cut the parameter into different blocks, its rows are
+    multiplied out.
+    """
+    if any(
+        [_form(block) for block in blocks] != [_form(block) for block in by_sample[0]] for blocks in by_sample
+    ):
+        rows = torch.stack(
+            [torch.cat([block.flat_rows()[0] for block in blocks], dim=1) for blocks in by_sample]
+        )
+        return [Block(parameter, by_sample[0][0].start, rows[:, :, None], None)]
+    return [_stacked(blocks) for blocks in zip(*by_sample, strict=True)]
+
+
+def _form(block: Block) -> tuple[Place, bool, bool, int]:
+    return block.place, block.right is None, block.transposed, len(block.uses)
+
+
+def _stacked(blocks: Sequence[Block]) -> Block:
+    longest = max(block.left.shape[2] for block in blocks)
+
+    def of(tensor: Tensor) -> Tensor:
+        return F.pad(tensor, (0, 0, 0, longest - tensor.shape[-2]))
+
+    left = torch.cat([of(block.left) for block in blocks])
+    rights = [of(block.right) for block in blocks if block.right is not None]
+    uses = tuple(_stacked(uses) for uses in zip(*(block.uses for block in blocks), strict=True))
+    return replace(blocks[0], left=left, right=torch.cat(rights) if rights else None, uses=uses)
+
+
 def _side_by_side(parameter: str, start: int, uses: list[Block]) -> Block:
     if len({(use.shape, use.right is None) for use in uses}) > 1:
         raise UnsupportedUseError(parameter, "is used in parts of different shapes")
@@ -173,4 +215,4 @@ def _turned(block: Block) -> Block:
     out, inputs = block.shape
     rows = block.rows().unflatten(-1, (out, inputs))
     identity = torch.eye(out, dtype=rows.dtype, device=rows.device).expand(len(rows), out, out)
-    return replace(block, left=rows, right=identity, transposed=False)
+    return Block(block.parameter, block.start, rows, identity)

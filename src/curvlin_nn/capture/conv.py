@@ -1,4 +1,4 @@
-"""Two-dimensional convolutions, as linear layers over patches.
+"""Convolutions in one to three dimensions, as linear layers over patches.
 
 Each output pixel is a position; its right factor is the patch of the (explicitly padded) input under the
 kernel. With G groups the weight is G contiguous blocks that see different channels and share nothing.
@@ -6,27 +6,28 @@ kernel. With G groups the weight is G contiguous blocks that see different chann
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin_nn.capture.rules import Call, LayerRule, Piece, register
-from curvlin_nn.errors import UnsupportedError
+from curvlin_nn.capture.rules import Call, LayerRule, NotServable, Piece, named, register
+
+Sizes = tuple[int, ...]
+"""One number for each spatial axis."""
 
 
 @register
-class Conv2dRule(LayerRule):
-    """`torch.nn.functional.conv2d`, and with it `torch.nn.Conv2d`: any stride, padding, dilation and groups.
+class ConvRule(LayerRule):
+    """`torch.nn.functional.conv1d`, `conv2d` and `conv3d`, and their modules: any stride, padding, dilation and groups.
 
     Padding modes other than zeros are applied by the module before the function is called, so the captured
     input already holds them.
     """
 
-    functions = (F.conv2d,)
+    functions = (F.conv1d, F.conv2d, F.conv3d)
     batched_columns = False  # convolution kernels gain nothing from a further batch axis, and copy
 
     def bind(self, *args: Any, **kwargs: Any) -> Call:
@@ -36,73 +37,101 @@ class Conv2dRule(LayerRule):
             input: Tensor,
             weight: Tensor,
             bias: Tensor | None = None,
-            stride: int | tuple[int, ...] = 1,
-            padding: int | str | tuple[int, ...] = 0,
-            dilation: int | tuple[int, ...] = 1,
+            stride: int | Sizes = 1,
+            padding: int | str | Sizes = 0,
+            dilation: int | Sizes = 1,
             groups: int = 1,
         ) -> Call:
+            ndim = check_batched(input, weight)
             options = {
                 "kernel": tuple(weight.shape[2:]),
-                "stride": _pair(stride),
-                "padding": padding if isinstance(padding, str) else _pair(padding),
-                "dilation": _pair(dilation),
+                "stride": sizes(stride, ndim),
+                "padding": padding if isinstance(padding, str) else sizes(padding, ndim),
+                "dilation": sizes(dilation, ndim),
                 "groups": groups,
             }
-            return Call(
-                input, {"weight": weight} if bias is None else {"weight": weight, "bias": bias}, options
-            )
+            return Call(input, named(weight=weight, bias=bias), options)
 
         return arguments(*args, **kwargs)
 
-    def by_position(self, gradient: Tensor) -> Tensor:
+    def by_position(self, call: Call, gradient: Tensor) -> Tensor:
         """See `LayerRule.by_position`."""
         return gradient.movedim(2, -1)
 
     def pieces(self, call: Call, gradient: Tensor) -> Iterator[Piece]:
         """See `LayerRule.pieces`."""
-        if call.input.ndim != 4:
-            raise UnsupportedError(
-                "conv2d needs a batch of images (N, C, H, W), found an input of shape "
-                f"{tuple(call.input.shape)}"
-            )
-        g = self.by_position(gradient)
+        g = self.by_position(call, gradient)
         groups = call.options["groups"]
         out = g.shape[-1] // groups
-        for group, patch in enumerate(_patches(call)):
-            left = g[..., group * out : (group + 1) * out]
-            yield Piece("weight", group * out * patch.shape[-1], left, patch)
+        if "weight" in call.roles:
+            for group, patch in enumerate(self._patches(call).chunk(groups, dim=-1)):
+                left = g[..., group * out : (group + 1) * out]
+                yield Piece("weight", group * out * patch.shape[-1], left, patch)
         if "bias" in call.roles:
             yield Piece("bias", 0, g, None)
 
+    def _patches(self, call: Call) -> Float[Tensor, "N *output K"]:
+        """What each output pixel sees, in the order of the flattened weight; groups stand side by side."""
+        kernel, stride, padding, dilation = (
+            call.options[key] for key in ("kernel", "stride", "padding", "dilation")
+        )
+        return patches(_padded(call.input.detach(), kernel, padding, dilation), kernel, stride, dilation)
 
-def _patches(call: Call) -> tuple[Float[Tensor, "N H W K"], ...]:
-    """What each output pixel sees of each group's channels, in the order of the flattened weight."""
-    kernel, stride, dilation = (call.options[key] for key in ("kernel", "stride", "dilation"))
-    padded = F.pad(call.input, _explicit_padding(call.options["padding"], kernel, dilation))
-    height, width = (
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
+
+def patches(
+    image: Float[Tensor, "N C *input"], kernel: Sizes, stride: Sizes, dilation: Sizes
+) -> Float[Tensor, "N *output CK"]:
+    """Where the kernel fits into the image, what lies under it; channels vary slowest."""
+    ndim = len(kernel)
+    if ndim == 2:  # the one case that torch has a kernel for
+        columns = F.unfold(image, kernel, dilation=dilation, stride=stride)
+        return columns.mT.reshape(len(image), *_places(image.shape[2:], kernel, stride, dilation), -1)
+    windows = image.as_strided(
+        (*image.shape[:1], *_places(image.shape[2:], kernel, stride, dilation), image.shape[1], *kernel),
+        (
+            image.stride(0),
+            *(image.stride(2 + i) * stride[i] for i in range(ndim)),
+            image.stride(1),
+            *(image.stride(2 + i) * dilation[i] for i in range(ndim)),
+        ),
+        image.storage_offset(),
     )
-    columns = F.unfold(padded, kernel, dilation=dilation, stride=stride)
-    by_position = columns.mT.reshape(columns.shape[0], height, width, columns.shape[1])
-    return torch.chunk(by_position, call.options["groups"], dim=-1)
+    return windows.flatten(1 + ndim)
 
 
-def _explicit_padding(
-    padding: str | tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """The argument of `F.pad`: (left, right, top, bottom)."""
-    if padding == "valid":
-        return (0, 0, 0, 0)
-    if padding == "same":  # an odd total puts the larger half after the image, as torch does
-        vertical, horizontal = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
-        top, left = vertical // 2, horizontal // 2
-        return (left, horizontal - left, top, vertical - top)
-    top, left = (int(size) for size in padding)
-    return (left, left, top, top)
+def check_batched(input: Tensor, weight: Tensor) -> int:
+    """The number of spatial axes, if the input has an axis for samples.
+
+    Raises:
+        NotServable: if it has none.
+    """
+    if input.ndim != weight.ndim:
+        raise NotServable(
+            f"on an input {tuple(input.shape)} without an axis for samples", "one with samples along axis 0"
+        )
+    return weight.ndim - 2
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
+def sizes(value: int | Sequence[int], ndim: int) -> Sizes:
+    """One number for each spatial axis, of which one may be given for all."""
     if isinstance(value, int):
-        return (value, value)
-    return tuple(value) * (2 // len(value))
+        return (value,) * ndim
+    return tuple(value) * (ndim // len(value))
+
+
+def _places(image: Sequence[int], kernel: Sizes, stride: Sizes, dilation: Sizes) -> Sizes:
+    return tuple(
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(image, kernel, stride, dilation, strict=True)
+    )
+
+
+def _padded(image: Tensor, kernel: Sizes, padding: str | Sizes, dilation: Sizes) -> Tensor:
+    if padding == "valid":
+        return image
+    if padding == "same":  # an odd total puts the larger half after the image, as torch does
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in totals]
+    else:
+        pairs = [(int(size), int(size)) for size in padding]
+    return F.pad(image, [size for pair in reversed(pairs) for size in pair])

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
+from curvlin_nn.capture.detours import loops_of_vmap_unannounced
 from curvlin_nn.capture.intercept import Use
+from curvlin_nn.capture.references import Reference
 from curvlin_nn.capture.rules import Piece
 from curvlin_nn.errors import ModifiedInputError
 
 COLUMN_BUDGET = 2**21
 """Entries of the gradients of one layer that are sent backward at once: 8 MiB in float32."""
 
-Signature = tuple[tuple[str, tuple[str, ...], int], ...]
+Signature = tuple[tuple[str, tuple[tuple[str, Reference, torch.Size], ...], int], ...]
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,18 @@ class Graph:
     def signature(self) -> Signature:
         """What distinguishes one course of the forward pass from another."""
         return tuple(
-            (type(use.rule).__name__, tuple(use.names.values()), len(use.shape)) for use in self.uses
+            (
+                type(use.rule).__name__,
+                tuple((role, place, use.call.roles[role].shape) for role, place in use.references.items()),
+                len(use.shape),
+            )
+            for use in self.uses
         )
+
+    def without(self, names: Container[str]) -> Graph:
+        """The same pass with some parameters' uses left out."""
+        kept = (use.without(names) for use in self.uses)
+        return replace(self, uses=tuple(use for use in kept if use is not None))
 
     def check_untouched(self) -> None:
         """Whether every layer's input still holds what the layer saw.
@@ -50,53 +63,63 @@ class Graph:
         """
         for use in self.uses:
             if use.call.input._version != use.version:
-                name = next(iter(use.names.values()))
                 raise ModifiedInputError(
-                    f"the input of the layer with parameter {name!r} was changed in place after the layer "
+                    f"the input of the layer with parameter {use.names[0]!r} was changed in place after the layer "
                     "used it, expected it untouched; write x = x + y instead of x += y there"
                 )
-
-    @property
-    def columns_at_once(self) -> int:
-        """How many columns a backward pass takes: as many as stay in cache, and one where batches of them are slow."""
-        if not all(use.rule.batched_columns for use in self.uses):
-            return 1
-        return max(1, COLUMN_BUDGET // max(use.shape.numel() for use in self.uses))
 
     def gradients(self, columns: Float[Tensor, "V N C"]) -> list[Float[Tensor, V * output]]:
         """For each column, the gradients of ``sum(column * outputs)`` with respect to every use's output."""
         edges = [use.edge for use in self.uses]
-        at_once = self.columns_at_once
-        parts = [
-            torch.autograd.grad(
-                self.outputs,
-                edges,
-                some if batched else some[0],
-                retain_graph=True,
-                is_grads_batched=batched,
-                allow_unused=True,
-            )
-            for some in columns.split(at_once)
-            for batched in [at_once > 1]
-        ]
-        found = [
-            None if of_use[0] is None else _joined(of_use, at_once > 1) for of_use in zip(*parts, strict=True)
-        ]
+        if not edges:
+            return []
+        found = None
+        if len(columns) > 1 and all(use.rule.batched_columns for use in self.uses):
+            # As many as stay in cache: more gain nothing, and are written to memory and read back.
+            most = max(1, COLUMN_BUDGET // max(use.shape.numel() for use in self.uses))
+            parts = [self._at_once(some, edges) for some in columns.split(most)]
+            found = None if None in parts else _joined([part for part in parts if part is not None])
+        if found is None:
+            found = self._one_by_one(columns, edges)
         return [
             columns.new_zeros(len(columns), *use.shape) if gradient is None else gradient
             for use, gradient in zip(self.uses, found, strict=True)
         ]
 
+    def _at_once(self, columns: Tensor, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...] | None:
+        """All columns in one backward pass; None where the model has an operation that this cannot be done with."""
+        try:
+            with loops_of_vmap_unannounced():
+                return torch.autograd.grad(
+                    self.outputs, edges, columns, retain_graph=True, is_grads_batched=True, allow_unused=True
+                )
+        except RuntimeError:  # as raised by a hand-written backward pass that looks at its numbers
+            return None
 
-def _joined(parts: tuple[Tensor, ...], batched: bool) -> Tensor:
-    """Gradients of all columns, from those of some at a time or of each."""
+    def _one_by_one(self, columns: Tensor, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...]:
+        by_column = [
+            torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True)
+            for column in columns
+        ]
+        return tuple(
+            None if of_use[0] is None else torch.stack(of_use) for of_use in zip(*by_column, strict=True)
+        )
+
+
+def _joined(parts: Sequence[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+    """The gradients of all columns from those of some at a time."""
     if len(parts) == 1:
-        return parts[0] if batched else parts[0][None]
-    return torch.cat(parts) if batched else torch.stack(parts)
+        return parts[0]
+    return tuple(
+        None if of_use[0] is None else torch.cat([part for part in of_use if part is not None])
+        for of_use in zip(*parts, strict=True)
+    )
 
 
 def named_pieces(use: Use, gradient: Tensor) -> Iterator[tuple[str, Piece]]:
-    """The pieces of the chosen parameters of one use, by parameter name."""
-    for piece in use.rule.pieces(use.call, gradient):
-        if piece.role in use.names:
-            yield use.names[piece.role], piece
+    """The pieces of the chosen parameters of one use, by parameter name, and as they stand in the parameter."""
+    chosen = replace(use.call, roles={role: use.call.roles[role] for role in use.references})
+    for piece in use.rule.pieces(chosen, gradient):
+        place = use.references[piece.role]
+        transposed = piece.transposed != place.transposed
+        yield place.name, replace(piece, start=place.start + piece.start, transposed=transposed)

@@ -6,8 +6,9 @@ holds one row for each sample; every other one is shared by all of them.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -36,11 +37,14 @@ def split_batch(batch: Any, where: str) -> tuple[Any, Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """The input with every tensor replaced; tuples, lists and mappings (as dicts) are made anew."""
+    """The input with every tensor replaced; tuples, lists and mappings are made anew, of their own type."""
     if isinstance(x, Tensor):
         return function(x)
     if isinstance(x, Mapping):
-        return {key: map_tensors(function, value) for key, value in x.items()}
+        copied = copy.copy(x) if isinstance(x, MutableMapping) else dict(x)
+        for key, value in x.items():
+            copied[key] = map_tensors(function, value)
+        return copied
     if isinstance(x, tuple) and hasattr(x, "_fields"):
         return type(x)(*(map_tensors(function, value) for value in x))
     if isinstance(x, (tuple, list)):
@@ -58,12 +62,6 @@ def tensors_of(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, (tuple, list)):
         for value in x:
             yield from tensors_of(value)
-
-
-def count_samples(x: Any) -> int | None:
-    """The number of samples, if some tensor says so: the longest common axis 0 of all that have one."""
-    lengths = {len(t) for t in tensors_of(x) if t.ndim}
-    return lengths.pop() if len(lengths) == 1 else None
 
 
 def select_samples(x: Any, index: slice | Tensor, n_samples: int) -> Any:

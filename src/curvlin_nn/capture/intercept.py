@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from curvlin_nn.capture.rules import RULES, Call, LayerRule
-from curvlin_nn.errors import UnsupportedUseError
+from curvlin_nn.capture.detours import linear_replaced
+from curvlin_nn.capture.references import Reference, References, tensors_in
+from curvlin_nn.capture.rules import RULES, Call, LayerRule, NotCovered, NotServable
+from curvlin_nn.errors import UnsupportedError, UnsupportedUseError
+
+_EMBEDDINGS = (F.embedding, F.embedding_bag)
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Use:
     Attributes:
         rule: the layer rule.
         call: the bound call.
-        names: the tracked parameters by their role in the call.
+        references: the tracked parameters by their role in the call.
         shape: the shape of the output.
         edge: the output's place in the autograd graph, fixed before anything can change the output in place.
         version: the input's version counter at the time of use.
@@ -30,31 +38,46 @@ class Use:
 
     rule: LayerRule
     call: Call
-    names: Mapping[str, str]
+    references: Mapping[str, Reference]
     shape: torch.Size
     edge: GradientEdge
     version: int
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters."""
+        return tuple(reference.name for reference in self.references.values())
+
+    @property
     def positions(self) -> tuple[int, ...]:
         """The shape of the output's positions: all but the feature axis."""
         shape_only = torch.empty(1, *self.shape, device="meta")
-        return tuple(self.rule.by_position(shape_only).shape[1:-1])
+        return tuple(self.rule.by_position(self.call, shape_only).shape[1:-1])
+
+    def without(self, names: Container[str]) -> Use | None:
+        """The use of other parameters than these, if there is one."""
+        kept = {role: reference for role, reference in self.references.items() if reference.name not in names}
+        return replace(self, references=kept) if kept else None
 
 
 class Interceptor(TorchFunctionMode):
-    """Records, while active, each differentiable use of the tracked tensors; refuses those without a rule.
+    """Records, while active, each differentiable use of the tracked tensors.
 
     Args:
         tracked: the tensors by name; they must require gradients.
-        strict: whether uses without a rule are refused, or passed over.
+        strict: whether uses that cannot be served at all are refused, or passed over.
+
+    Attributes:
+        uses: those that a layer rule covers.
+        unserved: what the other uses are, by parameter, in the words of an `UnsupportedUseError`.
     """
 
     def __init__(self, tracked: Mapping[str, Tensor], *, strict: bool = True) -> None:
         super().__init__()
         self._strict = strict
-        self._names = {id(tensor): name for name, tensor in tracked.items()}
+        self._references = References(tracked)
         self.uses: list[Use] = []
+        self.unserved: dict[str, str] = {}
 
     def __torch_function__(
         self,
@@ -64,47 +87,76 @@ class Interceptor(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        used = [name for t in _tensors((args, kwargs)) if (name := self._names.get(id(t))) is not None]
+        used = [t for t in tensors_in((args, kwargs)) if self._references.name(t) is not None]
+        if func in _EMBEDDINGS:
+            self._check_unchanging(func, args, kwargs)
+        if used and func is F.multi_head_attention_forward:
+            with linear_replaced(functools.partial(self._intercepted, F.linear)):
+                return func(*args, **kwargs)
         output = func(*args, **kwargs)
-        if used and any(t.requires_grad and id(t) not in self._names for t in _tensors(output)):
+        if used and any(t.requires_grad and self._references.name(t) is None for t in tensors_in(output)):
             self._record(func, args, kwargs, used, output)
         return output
+
+    def _intercepted(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.__torch_function__(func, (), args, kwargs)
 
     def _record(
         self,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        used: list[str],
+        used: list[Tensor],
         output: Any,
     ) -> None:
+        names = Counter(name for t in used if (name := self._references.name(t)) is not None)
         rule = RULES.get(func)
-        if rule is None:
-            if not self._strict:
-                return
-            raise UnsupportedUseError(used[0], f"is used by {_name(func)}")
-        call = rule.bind(*args, **kwargs)
-        names = {role: name for role, t in call.roles.items() if (name := self._names.get(id(t))) is not None}
-        for name in used:
-            if self._strict and used.count(name) > list(names.values()).count(name):
-                raise UnsupportedUseError(name, f"is an input of {_name(func)}")
-        for role, name in names.items():
-            if self._strict and call.roles[role].dtype != output.dtype:
-                raise UnsupportedUseError(
-                    name, f"is used in {output.dtype} (is torch.autocast on in the model?)"
+        try:
+            if rule is None:
+                raise NotCovered
+            call = rule.bind(*args, **kwargs)
+            if self._strict and any(self._is_cast(tensor, output) for tensor in call.roles.values()):
+                raise NotServable(
+                    f"in {output.dtype} (is torch.autocast on in the model?)",
+                    "outputs in the dtype of the parameter",
                 )
-        self.uses.append(Use(rule, call, names, output.shape, get_gradient_edge(output), call.input._version))
+        except NotCovered as found:
+            how = f"is used by {_name(func)} {found}".strip()
+            if self._strict and isinstance(found, NotServable):
+                expected = f"{found.expected}, or leave it out with subset_of_weights"
+                raise UnsupportedUseError(next(iter(names)), how, expected) from None
+            self.unserved |= dict.fromkeys(names, how)
+            return
+        references: dict[str, Reference] = {}
+        for role, tensor in call.roles.items():
+            name = self._references.name(tensor)
+            if name is None:
+                continue
+            names[name] -= 1
+            reference = self._references.reference(tensor)
+            if reference is None:
+                self.unserved[name] = f"is used by {_name(func)} as a view that is no contiguous part of it"
+            else:
+                references[role] = reference
+        self.unserved |= {name: f"is an input of {_name(func)}" for name, left in names.items() if left > 0}
+        if references:
+            edge = get_gradient_edge(output)
+            self.uses.append(Use(rule, call, references, output.shape, edge, call.input._version))
 
+    def _check_unchanging(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Whether an embedding, of a tracked parameter or not, leaves its weight as it is."""
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+        if given.get("max_norm") is not None:
+            weight = self._references.name(given["weight"])
+            raise UnsupportedError(
+                f"{_name(func)} {'' if weight is None else f'of parameter {weight!r} '}with max_norm changes its "
+                "weight in place on every forward pass, expected max_norm=None; renormalise the weight once beforehand"
+            )
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
+    def _is_cast(self, tensor: Tensor, output: Tensor) -> bool:
+        return self._references.name(tensor) is not None and tensor.dtype != output.dtype
 
 
 def _name(func: Callable[..., Any]) -> str:

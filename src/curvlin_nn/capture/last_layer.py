@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from curvlin_nn.capture.checks import checked_outputs
+from curvlin_nn.capture.checks import check_dependent, checked_outputs
 from curvlin_nn.capture.intercept import Interceptor, Use
 from curvlin_nn.capture.state import capturing, forward, prepared
 from curvlin_nn.errors import UnsupportedError
@@ -36,16 +36,18 @@ def last_layer(model: nn.Module, x: Any, where: str = "the input") -> ParameterS
         leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
         with Interceptor(leaves, strict=False) as interceptor:
             outputs = checked_outputs(forward(model, leaves, x, where), where)
+    check_dependent(outputs, where)
     behind = _nodes_behind(outputs.grad_fn)
     uses = [use for use in interceptor.uses if use.edge.node in behind]
-    if not uses:
+    last = next((use for use in reversed(uses) if use.rule.is_layer), None)
+    if last is None:
         raise UnsupportedError(
             "subset_of_weights='last_layer' found no linear or convolutional layer that the outputs depend on; "
             "name the layer instead, as in subset_of_weights=['head']"
         )
-    chosen = list(uses[-1].names.values())
+    chosen = list(dict.fromkeys(last.names))
     names = {id(p): name for tensors in (originals, leaves) for name, p in tensors.items()}
-    found = _other_than(uses, outputs, names)
+    found = _other_than(last, uses, outputs, names)
     if found is not None:
         raise UnsupportedError(
             f"subset_of_weights='last_layer' found {chosen[0]!r} used last, but {found}, expected one linear or "
@@ -54,19 +56,20 @@ def last_layer(model: nn.Module, x: Any, where: str = "the input") -> ParameterS
     return ParameterSpace.of(model, chosen)
 
 
-def _other_than(uses: Sequence[Use], outputs: Tensor, names: Mapping[int, str]) -> str | None:
+def _other_than(last: Use, uses: Sequence[Use], outputs: Tensor, names: Mapping[int, str]) -> str | None:
     """What the outputs come from other than through the parameters of the last use, in words.
 
     Args:
+        last: the last use.
         uses: the uses of layers that the outputs depend on.
         outputs: the outputs.
         names: what parameters are called, by the identity of their tensors.
     """
-    for role, tensor in uses[-1].call.roles.items():
-        if role not in uses[-1].names and tensor.requires_grad:
+    for role, tensor in last.call.roles.items():
+        if role not in last.references and tensor.requires_grad:
             return f"its {role} is computed from other parameters (by weight_norm or the like)"
-    chosen = set(uses[-1].names.values())
-    layer = {use.edge.node for use in uses if chosen & set(use.names.values())}
+    chosen = set(last.names)
+    layer = {use.edge.node for use in uses if chosen & set(use.names)}
     for leaf in _leaves(_nodes_behind(outputs.grad_fn, layer)):
         if id(leaf) in names:
             return f"the outputs depend on parameter {names[id(leaf)]!r} not only through it"

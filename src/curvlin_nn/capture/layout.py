@@ -41,6 +41,8 @@ class Layout:
 
     def split(self, tensor: Tensor, n_samples: int, before: int) -> Tensor:
         """``(*before, *positions, last)`` as ``(*before, N, S, last)``, with S positions per sample."""
+        if tensor.ndim == before + 1:  # no position but the sample itself
+            tensor = tensor.unsqueeze(before)
         axis = before + self.axis
         if self.sample_first:
             unflattened = tensor.unflatten(axis, (n_samples, -1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,24 +11,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvlin_nn.capture.alone import Autodiff, Rest, SampleBySample, can_be_cut
 from curvlin_nn.capture.blocks import Block, Captures, merged
 from curvlin_nn.capture.checks import (
     Possibilities,
-    check_complete,
+    check_dependent,
     check_gradient,
     check_independent,
     check_repeatable,
     checked_outputs,
+    coupling_at,
     find_layouts,
     possible_layouts,
 )
+from curvlin_nn.capture.completeness import incomplete
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
-from curvlin_nn.capture.inputs import tensors_of
+from curvlin_nn.capture.inputs import map_tensors
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
 from curvlin_nn.capture.state import capturing, device_of, forward, prepared, random_state
-from curvlin_nn.errors import StochasticModelError, UnsupportedUseError
+from curvlin_nn.errors import CouplingError, StochasticModelError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
+
+_RULE, _RULE_ALONE, _AUTODIFF_ALONE = "rule", "rule on each sample", "autodiff on each sample"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Recording:
     _space: ParameterSpace
     _graph: Graph
     _layouts: tuple[Layout, ...]
+    _rest: Rest
     _where: str
 
     @property
@@ -58,6 +64,7 @@ class Recording:
 
         Raises:
             OutputError: if a gradient is not finite, naming a parameter of the layer.
+            CouplingError: if samples that are run alone turn out to have influenced each other.
         """
         n_samples = len(self._graph.outputs)
         columns = columns.reshape(len(columns), n_samples, -1)
@@ -73,20 +80,19 @@ class Recording:
                     left = left.sum(2, keepdim=True)
                 start = self._space.spans[name].start + piece.start
                 parts[name].append(Block(name, start, left, right, piece.transposed))
-        return Captures(n_samples, tuple(self._blocks(parts, columns)), first)
+        blocks = self._blocks(parts, self._rest(columns), columns)
+        return Captures(n_samples, tuple(blocks), first)
 
-    def _blocks(self, parts: Mapping[str, list[Block]], columns: Tensor) -> Iterator[Block]:
-        for name, shape, span in zip(
-            self._space.names, self._space.shapes, self._space.spans.values(), strict=True
-        ):
-            starts = sorted({block.start for block in parts[name]})
-            blocks = [
-                merged(name, start, (block for block in parts[name] if block.start == start))
-                for start in starts
-            ] or [_zero_block(name, span.start, shape, columns)]
-            if [block.start for block in blocks[1:]] + [span.stop] != [block.span.stop for block in blocks]:
-                raise UnsupportedUseError(name, "is used in parts of different shapes")
-            yield from blocks
+    def _blocks(
+        self, parts: Mapping[str, list[Block]], rest: Mapping[str, list[Block]], columns: Tensor
+    ) -> Iterator[Block]:
+        for name, shape in zip(self._space.names, self._space.shapes, strict=True):
+            if name in rest:
+                yield from rest[name]
+            elif not parts[name]:
+                yield _zero_block(name, self._space.spans[name].start, shape, columns)
+            for start in sorted({block.start for block in parts[name]}):
+                yield merged(name, start, (block for block in parts[name] if block.start == start))
 
 
 class Recorder:
@@ -96,15 +102,36 @@ class Recorder:
     every use captured, samples independent, outputs the same again; a later batch is checked again if the forward
     pass takes another course.
 
+    A parameter with a use that no rule covers is served by autodiff of each sample alone, in all batches to come; one
+    that samples share (a position embedding), by its rule on each sample alone. `served` tells which.
+
     Args:
-        model: maps one argument to outputs of shape ``(N, C)``.
+        model: maps an input to outputs ``(N, ...)``.
         space: the chosen parameters.
+        fallback: whether to serve what no rule captures from a whole batch; if not, it is refused by name.
     """
 
-    def __init__(self, model: nn.Module, space: ParameterSpace) -> None:
-        self.model, self.space = model, space
-        self._verified: set[tuple[Signature, bool]] = set()
+    def __init__(self, model: nn.Module, space: ParameterSpace, *, fallback: bool = True) -> None:
+        self.model, self.space, self.fallback = model, space, fallback
+        self._verified: set[tuple[Signature, frozenset[str], bool]] = set()
         self._layouts: dict[tuple[Signature, Possibilities], tuple[Layout, ...]] = {}
+        self._unserved: dict[str, str] = {}
+        self._shared: set[str] = set()
+        self._alone: Recorder | None = None
+        self._partial = False
+
+    @property
+    def served(self) -> dict[str, str]:
+        """How each parameter is served as far as is known from the inputs seen, by name.
+
+        ``"rule"``, ``"rule on each sample"`` or ``"autodiff on each sample"``; empty before the first input.
+        """
+        if not self._verified:
+            return {}
+        own = dict.fromkeys(self.space.names, _RULE) | dict.fromkeys(self._shared, _RULE_ALONE)
+        own |= dict.fromkeys(self._unserved, _AUTODIFF_ALONE)
+        alone = {} if self._alone is None else self._alone.served
+        return own | {name: _RULE_ALONE if how == _RULE else how for name, how in alone.items()}
 
     def __call__(self, x: Any, where: str = "the input") -> Recording:
         """One forward pass.
@@ -115,8 +142,9 @@ class Recorder:
 
         Raises:
             DataError: if x holds no sample, or has a dtype that the model does not take.
-            OutputError: if the outputs are not finite, or not of shape ``(N, C)``.
-            UnsupportedUseError: if a chosen parameter is used in a way that no layer rule covers.
+            OutputError: if the outputs are not finite, or not of shape ``(N, ...)``.
+            UnsupportedUseError: if a chosen parameter is used in a way that no layer rule covers, and there is no
+                fallback, or none for this use.
             CouplingError: if samples influence each other.
             StochasticModelError: if the model draws random numbers, or its outputs differ from pass to pass.
             ModifiedInputError: if a layer's input is changed in place after its use.
@@ -135,19 +163,69 @@ class Recorder:
                     "evaluation mode; is dropout applied with training=True?"
                 )
             outputs = checked_outputs(outputs, where)
+            if not self._partial:
+                check_dependent(outputs, where)
             graph = Graph(
                 leaves, tuple(interceptor.uses), outputs.reshape(len(outputs), -1), outputs.shape[1:]
             )
-            graph.check_untouched()
-            question = graph.signature, len(graph.outputs) > 1
+            question = graph.signature, frozenset(interceptor.unserved), len(graph.outputs) > 1
             new = question not in self._verified
+            self._leave_out(interceptor.unserved)
+            graph = graph.without(self._unserved)
+            graph.check_untouched()
             if new:
-                check_complete(graph, originals)
-            layouts = self._layouts_of(graph)
+                self._leave_out(incomplete(graph, originals, self._unserved))
+                graph = graph.without(self._unserved)
+            graph, layouts = self._placed(graph, x, where, new=new)
+            if new:
+                self._verified.add(question)
+            return Recording(self.space, graph, layouts, self._rest(graph, originals, x, where), where)
+
+    def _of_samples(self, names: Sequence[str]) -> Recorder:
+        """A recorder of some parameters, of which a sample need not use any, though the batch does."""
+        shapes = dict(zip(self.space.names, self.space.shapes, strict=True))
+        recorder = Recorder(self.model, ParameterSpace(tuple(names), tuple(shapes[name] for name in names)))
+        recorder._partial = True
+        return recorder
+
+    def _leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Parameters that no rule serves."""
+        if reasons and not self.fallback:
+            raise UnsupportedUseError(*next(iter(reasons.items())))
+        self._unserved = {**reasons, **self._unserved}
+
+    def _placed(self, graph: Graph, x: Any, where: str, *, new: bool) -> tuple[Graph, tuple[Layout, ...]]:
+        """The uses by rule, and their layouts; samples are found independent on the way.
+
+        A use without a layout is one that samples share, or through which they influence each other. Which of the two
+        is for the outputs to say: they change with other samples only in the latter case.
+        """
+        if len(graph.outputs) == 1:
             if new:
                 self._check_function(graph, x, where)
-                self._verified.add(question)
-            return Recording(self.space, graph, layouts, where)
+            return graph, (SINGLE,) * len(graph.uses)
+        graph = graph.without(self._shared)
+        layouts = self._layouts_of(graph)
+        lost = [
+            name
+            for use, layout in zip(graph.uses, layouts, strict=True)
+            if layout is None
+            for name in use.names
+        ]
+        try:
+            if lost and not (self.fallback and can_be_cut(x, len(graph.outputs))):
+                raise coupling_at(lost[0])
+            if new:
+                self._check_function(graph, x, where)
+        except CouplingError:
+            if not lost:
+                raise
+            raise coupling_at(lost[0]) from None
+        if lost:
+            self._shared.update(lost)
+            graph = graph.without(self._shared)
+            layouts = self._layouts_of(graph)
+        return graph, tuple(layout for layout in layouts if layout is not None)
 
     def _check_function(self, graph: Graph, x: Any, where: str) -> None:
         """Whether the outputs are a function of each sample's input alone."""
@@ -157,20 +235,36 @@ class Recorder:
             return outputs.reshape(len(outputs), -1)
 
         check_repeatable(graph.outputs, run(x))
-        if len(graph.outputs) > 1 and any(t.shape[:1] == graph.outputs.shape[:1] for t in tensors_of(x)):
+        if len(graph.outputs) > 1 and can_be_cut(x, len(graph.outputs)):
             check_independent(run, x, graph.outputs)
 
-    def _layouts_of(self, graph: Graph) -> tuple[Layout, ...]:
-        if len(graph.outputs) == 1:
-            return (SINGLE,) * len(graph.uses)
+    def _layouts_of(self, graph: Graph) -> tuple[Layout | None, ...]:
         # One position per sample allows fewer layouts than several: an answer holds where the question is the same.
         question = graph.signature, possible_layouts(graph)
         if question in self._layouts:
             return self._layouts[question]
         layouts, certain = find_layouts(graph)
         if certain:
-            self._layouts[question] = layouts
+            self._layouts[question] = tuple(layout for layout in layouts if layout is not None)
         return layouts
+
+    def _rest(self, graph: Graph, originals: Mapping[str, Tensor], x: Any, where: str) -> Rest:
+        """What serves the parameters that the rules do not, in this batch."""
+        n_samples = len(graph.outputs)
+        left_out = {*self._unserved} if n_samples == 1 else {*self._unserved, *self._shared}
+        names = [name for name in self.space.names if name in left_out]
+        if not names:
+            return _nothing
+        if n_samples == 1 or not can_be_cut(x, n_samples):
+            return Autodiff.of(self.space, graph, originals, names, where)
+        if self._alone is None or self._alone.space.names != tuple(names):
+            self._alone = self._of_samples(names)
+        copy = map_tensors(torch.clone, x)  # it is run again when columns come
+        return SampleBySample(self.space, self._alone, copy, graph.outputs.detach(), where)
+
+
+def _nothing(columns: Tensor) -> Mapping[str, list[Block]]:
+    return {}
 
 
 def _zero_block(name: str, start: int, shape: torch.Size, columns: Tensor) -> Block:

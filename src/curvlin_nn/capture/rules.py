@@ -16,6 +16,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+class NotCovered(Exception):
+    """What a rule's `bind` raises for a call that it does not cover; the message says how the function is called."""
+
+
+class NotServable(NotCovered):
+    """The same for a call that per-sample autodiff cannot serve either.
+
+    Attributes:
+        expected: what to do instead.
+    """
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(found)
+        self.expected = expected
+
+
 @dataclass(frozen=True)
 class Call:
     """A recognised call.
@@ -58,22 +74,37 @@ class LayerRule(ABC):
         functions: the torch functions it covers, as `torch.overrides.TorchFunctionMode` sees them.
         batched_columns: whether columns are fastest sent backward all at once (matrix products) or one by
             one.
+        is_layer: whether it is a linear map or a convolution, of which the last one is a model's last layer.
     """
 
     functions: ClassVar[tuple[Callable[..., Any], ...]]
     batched_columns: ClassVar[bool]
+    is_layer: ClassVar[bool] = True
 
     @abstractmethod
     def bind(self, *args: Any, **kwargs: Any) -> Call:
-        """The call with its arguments named; takes the arguments of the function."""
+        """The call with its arguments named; takes the arguments of the function.
 
-    def by_position(self, gradient: Float[Tensor, V * output]) -> Float[Tensor, "V *positions out"]:
-        """The gradient with its feature axis last; what stands before are positions."""
+        Raises:
+            NotCovered: if this way to call the function is not covered.
+            NotServable: if it is one that nothing can serve.
+        """
+
+    def by_position(
+        self, call: Call, gradient: Float[Tensor, V * output]
+    ) -> Float[Tensor, "V *positions out"]:
+        """The gradient with its feature axes last, as one; what stands before are positions.
+
+        The samples are found among these positions; those of the pieces may have further axes behind that one.
+        """
         return gradient
 
     @abstractmethod
     def pieces(self, call: Call, gradient: Float[Tensor, V * output]) -> Iterator[Piece]:
-        """The parts of every parameter in a role, from the gradients of the call's output."""
+        """The parts of every parameter in a role, from the gradients of the call's output.
+
+        The call's roles may be fewer than those it was bound with.
+        """
 
 
 RULES: dict[Callable[..., Any], LayerRule] = {}
@@ -87,3 +118,8 @@ def register(rule: type[LayerRule]) -> type[LayerRule]:
             raise ValueError(f"a layer rule for {function.__name__} is already registered")
         RULES[function] = rule()
     return rule
+
+
+def named(**roles: Tensor | None) -> dict[str, Tensor]:
+    """The roles that are filled."""
+    return {role: tensor for role, tensor in roles.items() if tensor is not None}

@@ -14,6 +14,11 @@ from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from curvlin_nn.capture.detours import (
+    attention_unfused,
+    checkpoints_run_directly,
+    recurrent_layers_without_cudnn,
+)
 from curvlin_nn.capture.inputs import arguments, dtypes_of, map_tensors, outputs_of, tensors_of
 from curvlin_nn.errors import DataError, UnsupportedError
 from curvlin_nn.parameters import check_model
@@ -47,6 +52,9 @@ def capturing(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
         evaluation_mode(model),
         module_hooks_suspended(model),
         TensorHooksSuspended(),
+        attention_unfused(),
+        recurrent_layers_without_cudnn(model),
+        checkpoints_run_directly(),
         gradients_required(parameters),
         random_state_kept(device_of(model)),
     ):
@@ -162,11 +170,11 @@ def forward(model: nn.Module, parameters: Mapping[str, Tensor], x: Any, where: s
         DataError: if the model fails on an input of another dtype than that of its parameters. Whether it takes such
             an input (token indices, bytes of an image that it converts) only the model can say.
     """
-    tensors: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
-    tensors |= {name: b.clone() for name, b in model.named_buffers()}
     args, kwargs = arguments(model, map_tensors(torch.clone, x))
     try:
-        return outputs_of(functional_call(model, tensors | dict(parameters), args, kwargs))
+        return outputs_of(
+            functional_call(model, _stand_ins(model, parameters), args, kwargs, tie_weights=False)
+        )
     except RuntimeError as error:
         dtypes, found = {p.dtype for p in model.parameters()}, dtypes_of(x)
         if found <= dtypes or isinstance(error, torch.OutOfMemoryError):
@@ -175,6 +183,21 @@ def forward(model: nn.Module, parameters: Mapping[str, Tensor], x: Any, where: s
             f"{where} has dtype {_listed(found)} and the model {_listed(dtypes)}, expected one that the "
             f"model takes; it says: {str(error).partition(chr(10))[0]}"
         ) from error
+
+
+def _stand_ins(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What to put in the place of every parameter and buffer, each place under one name.
+
+    `functional_call` leaves behind what it was given where a place has two names, as in a module that is used twice.
+    """
+    by_identity: dict[int, Tensor] = {id(b): b.clone() for b in model.buffers()}
+    by_identity |= {id(p): parameters.get(name, p.detach()) for name, p in model.named_parameters()}
+    return {
+        f"{prefix}.{name}" if prefix else name: by_identity[id(tensor)]
+        for prefix, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
 
 
 def _listed(dtypes: Iterable[torch.dtype]) -> str:

@@ -1,0 +1,89 @@
+"""Ways in which torch runs a model past what can be intercepted, and the straight way in their place.
+
+    fused attention     one kernel instead of the layers, in evaluation mode; the layers compute the same
+    attention           one function that calls `linear` where no function mode sees it
+    recurrent layers    in cuDNN, which has no backward pass in evaluation mode
+    checkpoints         run again in the backward pass, when the model is no longer as it was in the forward pass
+
+The flags and functions are torch's own, for the whole process, and are put back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import nn
+
+
+@contextmanager
+def attention_unfused() -> Iterator[None]:
+    """Attention runs layer by layer inside."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def recurrent_layers_without_cudnn(model: nn.Module) -> Iterator[None]:
+    """A model with recurrent layers runs without cuDNN inside."""
+    enabled = torch.backends.cudnn.enabled
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
+
+
+@contextmanager
+def linear_replaced(by: Callable[..., Any]) -> Iterator[None]:
+    """`torch.nn.functional.linear` is another function inside."""
+    linear = F.linear
+    F.linear = by
+    try:
+        yield
+    finally:
+        F.linear = linear
+
+
+@contextmanager
+def checkpoints_run_directly() -> Iterator[None]:
+    """`torch.utils.checkpoint.checkpoint` does nothing but call the function inside, in both of its variants."""
+    module = torch.utils.checkpoint
+    kept = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+    module.CheckpointFunction = _Direct  # type: ignore[assignment,misc]
+    module._checkpoint_without_reentrant_generator = _direct_generator
+    try:
+        yield
+    finally:
+        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = kept  # type: ignore[misc]
+
+
+@contextmanager
+def loops_of_vmap_unannounced() -> Iterator[None]:
+    """No warning inside where torch batches an operation (fused attention) by a loop, as one would do otherwise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        yield
+
+
+class _Direct:
+    """In the place of the autograd function of the variant that is re-entrant."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _direct_generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """In the place of what the other variant does before the call (up to the yield) and after it."""
+    yield
