@@ -81,7 +81,7 @@ class Accumulated:
 @outside_inference_mode()
 def curvature(
     model: nn.Module,
-    likelihood: str | Likelihood,
+    likelihood: str | nn.Module | Likelihood,
     loader: Iterable[Any],
     hessian_structure: str | StructureFactory = "kron",
     columns: str = "exact",
@@ -97,7 +97,7 @@ def curvature(
 
     Args:
         model: maps one argument to outputs ``(N, C)``; it comes back as it was.
-        likelihood: ``"classification"``, ``"regression"`` or a `Likelihood`.
+        likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
         loader: batches ``(inputs, targets)``.
         hessian_structure: ``"full"``, ``"kron"``, ``"diag"`` or a `Structure` class.
         columns: ``"exact"``; ``"mc"`` or ``"sketch"``, which are unbiased; ``"empirical"`` for the empirical Fisher

@@ -62,7 +62,7 @@ class Laplace:
 
     Args:
         model: a trained network that maps one argument to outputs ``(N, C)``.
-        likelihood: ``"classification"``, ``"regression"`` or a `Likelihood`.
+        likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
         subset_of_weights: ``"all"`` (parameters that require a gradient), ``"last_layer"`` (the default),
             names of parameters or modules, or a predicate of name and parameter.
         hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"`` or a `Structure` class.
@@ -84,7 +84,7 @@ class Laplace:
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood,
+        likelihood: str | nn.Module | Likelihood,
         subset_of_weights: Selection | None = None,
         hessian_structure: str | StructureFactory | None = None,
         *,
@@ -374,8 +374,9 @@ class Laplace:
         Args:
             x: what the model takes.
             pred_type: ``"glm"``.
-            link_approx: for classification ``"probit"``, or ``"mc"`` for `n_samples` draws of the outputs;
-                regression has no link, and takes the default only.
+            link_approx: a closed form of the likelihood's expected link, or ``"mc"`` for `n_samples` draws of the
+                outputs. The default is the likelihood's first closed form: ``"probit"`` for classes, ``"exact"`` for
+                counts. Regression has no link, and takes the default only.
             joint: for regression, the covariance between all samples, sample-major.
             diagonal_output: variances of the outputs only (for ``"mc"``: outputs drawn independently).
             n_samples: the number of draws for ``"mc"``.
@@ -384,8 +385,9 @@ class Laplace:
             progress_bar: whether to show one over the parts that `x` is taken in.
 
         Returns:
-            Classification: probabilities ``(N, C)``. Regression: mean ``(N, C)`` and covariance ``(N, C,
-            C)``, with `diagonal_output` variance ``(N, C)``, with `joint` ``(N C,)`` and ``(N C, N C)``.
+            Where the likelihood has a link, its expectation: probabilities or rates ``(N, C)``. For regression and
+            rewards, mean ``(N, C)`` and covariance ``(N, C, C)``, with `diagonal_output` variance ``(N, C)``, with
+            `joint` ``(N C,)`` and ``(N C, N C)``.
 
         Raises:
             UnsupportedError: for a combination that is not served.
@@ -400,8 +402,8 @@ class Laplace:
             )
         if joint and diagonal_output:
             raise UnsupportedError("joint and diagonal_output exclude each other; choose one")
-        check_link(self.likelihood, link_approx)
-        if not self.likelihood.link_approximations:
+        link_approx = check_link(self.likelihood, link_approx)
+        if not self.likelihood.has_link:
             return self._moments(x, joint, diagonal_output, observation_noise, progress_bar)
         if joint:
             raise UnsupportedError(
@@ -412,7 +414,9 @@ class Laplace:
             positive_integer("n_samples", n_samples)
         predictive = self._predictive(progress_bar)
         if link_approx != "mc":
-            return self.likelihood.link_approximations[link_approx](*predictive.mean_and_variance(x))
+            takes_covariance = self.likelihood.link_takes_covariance
+            moments = predictive.mean_and_covariance if takes_covariance else predictive.mean_and_variance
+            return self.likelihood.link_approximations[link_approx](*moments(x))
         if diagonal_output:
             mean, variance = predictive.mean_and_variance(x)
             covariance = torch.diag_embed(variance)
@@ -448,7 +452,8 @@ class Laplace:
         if not observation_noise:
             return samples
         noise = torch.randn(samples.shape, generator=generator, dtype=samples.dtype, device=samples.device)
-        return samples + self._sigma_noise.detach().to(samples) * noise
+        L = torch.linalg.cholesky(self._noise_covariance(samples))
+        return samples + noise @ L.mT
 
     def _moments(
         self, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool, progress_bar: bool
@@ -459,9 +464,16 @@ class Laplace:
         else:
             mean, spread = predictive.joint(x) if joint else predictive.mean_and_covariance(x)
         if observation_noise:
-            noise = self._sigma_noise.detach().to(spread).square()
-            spread = spread + (noise if diagonal_output else noise * torch.eye(spread.shape[-1]).to(spread))
+            noise = self._noise_covariance(mean.view(-1, self.n_outputs))
+            if joint:
+                noise = torch.block_diag(*[noise] * (len(mean) // self.n_outputs))
+            spread = spread + (noise.diagonal() if diagonal_output else noise)
         return mean, spread
+
+    def _noise_covariance(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "C C"]:
+        """Of the targets given all outputs of a sample."""
+        covariance = self.likelihood.noise_covariance(outputs.shape[-1]).to(outputs)
+        return self._sigma_noise.detach().to(outputs).square() * covariance
 
     # -- what the above is made of ---------------------------------------------------------------------------
 

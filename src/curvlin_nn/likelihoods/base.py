@@ -27,20 +27,23 @@ class Likelihood(ABC):
     Attributes:
         name: the name it is registered under.
         has_noise: whether it has a noise scale sigma, kept outside.
-        link_approximations: closed forms of the expected link by name; empty where outputs are the prediction
-            and moments are reported instead of probabilities.
+        has_link: whether predictions are expectations of `link`; otherwise moments of the outputs are reported.
+        link_approximations: closed forms of the expected link by name, the default first.
+        link_takes_covariance: whether these take covariances ``(N, C, C)`` in place of variances.
         event_ndim: 1 where the last axis of the outputs holds the E numbers of a term, 0 where every output is a
             term of its own.
     """
 
     name: ClassVar[str]
     has_noise: ClassVar[bool] = False
-    link_approximations: ClassVar[Mapping[str, LinkApproximation]] = {}
-    event_ndim: ClassVar[int] = 1
+    has_link: bool = True
+    link_approximations: Mapping[str, LinkApproximation] = {}
+    link_takes_covariance: ClassVar[bool] = False
+    event_ndim: int = 1
 
     @abstractmethod
     def check(self, outputs: Float[Tensor, N * T], targets: Tensor, where: str) -> Tensor:
-        """The targets in the form the other methods take: ``(N, R)``, or ``(N, R, E)``.
+        """The targets in the form the other methods take: ``(N, R)``, or ``(N, R, ...)``.
 
         Args:
             outputs: the model's outputs.
@@ -67,6 +70,10 @@ class Likelihood(ABC):
         """The weight of each term; None where all are one. A term of weight zero does not exist."""
         return None
 
+    def rank(self, event: int) -> int:
+        """K, the number of columns of `root` for terms of `event` numbers."""
+        return event
+
     @abstractmethod
     def root(self, terms: Float[Tensor, "N R E"], targets: Tensor) -> Float[Tensor, "N R E K"]:
         """Exact columns S of ``Lambda = S S^T`` of each term, weights left out.
@@ -75,14 +82,20 @@ class Likelihood(ABC):
         semidefinite whatever the target, and otherwise the Fisher information; each family says which.
         """
 
+    def root_product(
+        self, terms: Float[Tensor, "N R E"], targets: Tensor, Q: Float[Tensor, "N R K V"]
+    ) -> Float[Tensor, "N R E V"]:
+        """``S Q`` with the columns S of `root`."""
+        return self.root(terms, targets) @ Q
+
     @abstractmethod
     def draw(
         self, terms: Float[Tensor, "N R E"], targets: Tensor, n_draws: int, generator: torch.Generator | None
     ) -> Tensor:
-        """Targets drawn from the output distribution, ``(n_draws, N, R)`` or ``(n_draws, N, R, E)``.
+        """Targets drawn from the output distribution, ``(n_draws, N, R)`` or ``(n_draws, N, R, ...)``.
 
-        Each draw has the distribution of the targets; together they may be spread more evenly than independent ones.
-        `targets` are those of the data, for what is no property of the outputs (how much a soft label sums to).
+        Each draw has the distribution of the targets, independent between terms; the draws of one term may be spread
+        more evenly than independent ones. `targets` are those of the data, for what is no property of the outputs.
         """
 
     @abstractmethod
@@ -93,18 +106,34 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
+    def log_prob(self, terms: Float[Tensor, "N R E"], targets: Tensor) -> Float[Tensor, "N R"]:
+        """The normalised log-probability of each term's target at sigma = 1, weights left out."""
+
     def statistics(self, outputs: Float[Tensor, N * T], targets: Tensor) -> Float[Tensor, " K"]:
         """What the log-likelihood needs to know of a batch; adds up over batches, in float64. Weights count."""
+        terms = self.terms(outputs).double()
+        return weighted(self.log_prob(terms, targets), self.weights(terms, targets)).sum().reshape(1)
 
-    @abstractmethod
     def log_likelihood(
         self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, ""]
     ) -> Float[Tensor, ""]:
         """The normalised log-likelihood of everything summed in `statistics`, in nats."""
+        return statistics[0]
 
     @abstractmethod
     def link(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
         """The mean of the output distribution."""
+
+    def noise_covariance(self, n_outputs: int) -> Float[Tensor, "C C"]:
+        """The covariance of the targets given all outputs of a sample, at sigma = 1; for families with noise."""
+        return torch.eye(n_outputs, dtype=torch.float64)
+
+
+def weighted(
+    values: Float[Tensor, "*V N R"], weights: Float[Tensor, "N R"] | None
+) -> Float[Tensor, "*V N R"]:
+    """``weights * values``, and zero where the weight is, whatever stands there."""
+    return values if weights is None else torch.where(weights > 0, weights * values, 0.0)
 
 
 def systematic_uniforms(
