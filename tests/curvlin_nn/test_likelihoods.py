@@ -107,7 +107,7 @@ LOG_LIKELIHOODS = {
     "reward difference": lambda f, y: Bernoulli(logits=f[:, 0]).log_prob(1 - y.double()),
     "negative binomial": lambda f, y: NegativeBinomial(
         DISPERSION, logits=f - tensor(DISPERSION).log()
-    ).log_prob(y),
+    ).log_prob(y.double()),
     "custom covariance": lambda f, y: MultivariateNormal(f, SIGMA).log_prob(y),
 }
 
