@@ -139,7 +139,11 @@ def weighted(
 def systematic_uniforms(
     shape: tuple[int, ...], n_draws: int, like: Tensor, generator: torch.Generator | None
 ) -> Float[Tensor, n_draws * shape]:
-    """``(u + k) / n_draws`` for one uniform u in each place: each uniform, together evenly spread."""
+    """``u + k / n_draws`` modulo 1, for one uniform u in each place: together evenly spread.
+
+    Each is uniform by itself, whatever k: draws of two places with one k are independent, so that products of their
+    scores are zero on average. (``(u + k) / n_draws`` is as evenly spread, but grows with k in every place.)
+    """
     u = torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
-    steps = torch.arange(n_draws, dtype=like.dtype, device=like.device)
-    return (u + steps.reshape(-1, *(1,) * len(shape))) / n_draws
+    steps = torch.arange(n_draws, dtype=like.dtype, device=like.device) / n_draws
+    return (u + steps.reshape(-1, *(1,) * len(shape))) % 1
