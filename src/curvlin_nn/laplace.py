@@ -381,7 +381,8 @@ class Laplace:
             diagonal_output: variances of the outputs only (for ``"mc"``: outputs drawn independently).
             n_samples: the number of draws for ``"mc"``.
             generator: source of randomness for ``"mc"``; None is torch's default generator.
-            observation_noise: for regression, whether to add ``sigma_noise^2``.
+            observation_noise: for regression, whether to add the covariance of the noise: ``sigma_noise^2``, or what
+                the model says of it.
             progress_bar: whether to show one over the parts that `x` is taken in.
 
         Returns:
@@ -396,7 +397,7 @@ class Laplace:
         """
         if pred_type != "glm":
             raise UnsupportedError(f"pred_type={pred_type!r} is not supported; expected 'glm'")
-        if observation_noise and not self.likelihood.has_noise:
+        if observation_noise and not self.likelihood.has_additive_noise:
             raise UnsupportedError(
                 f"observation_noise needs a likelihood with noise, found {self.likelihood.name}"
             )
@@ -414,9 +415,7 @@ class Laplace:
             positive_integer("n_samples", n_samples)
         predictive = self._predictive(progress_bar)
         if link_approx != "mc":
-            takes_covariance = self.likelihood.link_takes_covariance
-            moments = predictive.mean_and_covariance if takes_covariance else predictive.mean_and_variance
-            return self.likelihood.link_approximations[link_approx](*moments(x))
+            return self.likelihood.link_approximations[link_approx](*predictive.mean_and_variance(x))
         if diagonal_output:
             mean, variance = predictive.mean_and_variance(x)
             covariance = torch.diag_embed(variance)
@@ -444,36 +443,54 @@ class Laplace:
         observation_noise: bool = False,
     ) -> Float[Tensor, "S N C"]:
         """Draws of the prediction: probabilities, or for regression outputs (with noise on request)."""
-        if observation_noise and not self.likelihood.has_noise:
+        if observation_noise and not self.likelihood.has_additive_noise:
             raise UnsupportedError(
                 f"observation_noise needs a likelihood with noise, found {self.likelihood.name}"
             )
-        samples = self.likelihood.link(self.functional_samples(x, n_samples, generator))
+        outputs = self.functional_samples(x, n_samples, generator)
+        samples = self.likelihood.link(outputs)
         if not observation_noise:
             return samples
-        noise = torch.randn(samples.shape, generator=generator, dtype=samples.dtype, device=samples.device)
-        L = torch.linalg.cholesky(self._noise_covariance(samples))
-        return samples + noise @ L.mT
+        terms = self.likelihood.terms(outputs.flatten(0, 1))
+        targets = self.likelihood.draw(terms, terms, 1, generator).reshape(samples.shape)
+        return samples + self._sigma_noise.detach().to(samples) * (targets - samples)
 
     def _moments(
         self, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool, progress_bar: bool
     ) -> tuple[Tensor, Tensor]:
         predictive = self._predictive(progress_bar)
+        if not self.likelihood.is_linear:
+            return self._nonlinear_moments(predictive, x, joint, diagonal_output, observation_noise)
         if diagonal_output:
             mean, spread = predictive.mean_and_variance(x)
         else:
             mean, spread = predictive.joint(x) if joint else predictive.mean_and_covariance(x)
         if observation_noise:
-            noise = self._noise_covariance(mean.view(-1, self.n_outputs))
+            noise = self._noise_covariance(mean.view(-1, self.n_outputs), None)
             if joint:
                 noise = torch.block_diag(*[noise] * (len(mean) // self.n_outputs))
             spread = spread + (noise.diagonal() if diagonal_output else noise)
         return mean, spread
 
-    def _noise_covariance(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "C C"]:
+    def _nonlinear_moments(
+        self, predictive: Predictive, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool
+    ) -> tuple[Tensor, Tensor]:
+        if joint:
+            raise UnsupportedError(
+                f"joint is not supported for {self.likelihood.name}; use functional_samples for joint draws "
+                "of outputs"
+            )
+        outputs = predictive.mean_and_covariance(x)
+        mean, covariance = self.likelihood.moments(*outputs)
+        if observation_noise:
+            covariance = covariance + self._noise_covariance(*outputs)
+        return mean, covariance.diagonal(dim1=-2, dim2=-1) if diagonal_output else covariance
+
+    def _noise_covariance(self, mean: Tensor, covariance: Tensor | None) -> Tensor:
         """Of the targets given all outputs of a sample."""
-        covariance = self.likelihood.noise_covariance(outputs.shape[-1]).to(outputs)
-        return self._sigma_noise.detach().to(outputs).square() * covariance
+        return self._sigma_noise.detach().to(mean).square() * self.likelihood.noise_covariance(
+            mean, covariance
+        )
 
     # -- what the above is made of ---------------------------------------------------------------------------
 

@@ -5,15 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from likelihood_cases import CASES, SIGMA, generator, ggn, network
+from likelihood_cases import CASES, SIGMA, generator, ggn, network, tensor
 from network_oracle import jacobian
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, Poisson
 
 from curvlin_nn import Laplace
 from curvlin_nn.errors import UnsupportedError
-from curvlin_nn.likelihoods import Custom, Gaussian
-from curvlin_nn.likelihoods.heteroscedastic import predictive_moments
+from curvlin_nn.likelihoods import Custom, Gaussian, HeteroscedasticGaussian
 
 DELTA = 0.6
 
@@ -103,39 +102,51 @@ def test_rates_are_expected_exactly():
     torch.testing.assert_close(s.la(s.x_test, link_approx="exact"), expected, rtol=1e-10, atol=0)
 
 
-def bivariate(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes ``(M, 2)`` and weights of a bivariate normal distribution."""
-    nodes, weights = hermite(60)
-    grid = torch.cartesian_prod(nodes, nodes) @ torch.linalg.cholesky(covariance).mT
-    return mean + grid, torch.cartesian_prod(weights, weights).prod(-1)
-
-
 def test_moments_of_unknown_noise_are_those_of_the_integral():
-    """``E y = E mu`` and ``Var y = E 1/tau + Var mu`` over the outputs of each target, which are correlated."""
+    """``mu = f_1 exp(-f_2)`` of both targets, over all four correlated outputs; noise has the mean ``E exp(-f_2)``."""
     s = Setting("heteroscedastic", (4,), "heteroscedastic")
     mean, covariance = s.moments()
-    found_mean, found_variance = predictive_moments(mean, covariance)
+    nodes, weights = hermite(24)
+    grid, weights = torch.cartesian_prod(*[nodes] * 4), torch.cartesian_prod(*[weights] * 4).prod(-1)
+    found = s.la(s.x_test)
+    noisy = s.la(s.x_test, observation_noise=True)
     for n in range(4):
-        for d in range(2):
-            pair = torch.tensor([d, 2 + d])  # f_1 of all targets, then f_2
-            f, weights = bivariate(mean[n, pair], covariance[n][pair[:, None], pair])
-            mu, noise = f[:, 0] * torch.exp(-f[:, 1]), torch.exp(-f[:, 1])
-            first = (weights * mu).sum()
-            variance = (weights * noise).sum() + (weights * (mu - first).square()).sum()
-            torch.testing.assert_close(found_mean[n, d], first, rtol=1e-9, atol=1e-12)
-            torch.testing.assert_close(found_variance[n, d], variance, rtol=1e-9, atol=0)
-    torch.testing.assert_close(s.la(s.x_test), found_mean, rtol=1e-9, atol=1e-12)
+        f = mean[n] + grid @ torch.linalg.cholesky(covariance[n]).mT
+        mu, noise = f[:, :2] * torch.exp(-f[:, 2:]), torch.exp(-f[:, 2:])
+        first = weights @ mu
+        spread = torch.einsum("m,mi,mj->ij", weights, mu - first, mu - first)
+        tight = {"rtol": 1e-8, "atol": 1e-10}
+        torch.testing.assert_close((found[0][n], found[1][n]), (first, spread), **tight)
+        torch.testing.assert_close(noisy[1][n], spread + torch.diag(weights @ noise), **tight)
+    marginal = s.la(s.x_test, diagonal_output=True)[1]
+    torch.testing.assert_close(marginal, found[1].diagonal(dim1=1, dim2=2), rtol=1e-12, atol=0)
+    with pytest.raises(
+        UnsupportedError, match="joint is not supported for heteroscedastic; use functional_samples"
+    ):
+        s.la(s.x_test, joint=True)
 
 
-def test_moments_of_unknown_noise_without_uncertainty_are_those_of_the_family():
-    """To all digits: no term of the size of ``mu^2`` is subtracted from another."""
-    mean, tiny = torch.tensor([[1e4, 0.0]]).double(), 1e-20 * torch.eye(2).double()[None]
-    found_mean, found_variance = predictive_moments(mean, tiny)
-    torch.testing.assert_close(found_mean, mean[:, :1], rtol=1e-12, atol=0)
-    torch.testing.assert_close(found_variance, torch.ones(1, 1).double(), rtol=1e-11, atol=0)
+def test_moments_of_unknown_noise_with_little_uncertainty_are_those_of_the_linearisation():
+    """``Var mu = (1, -mu) V (1, -mu)^T / tau`` with all its digits, where mu^2 is 10^8 times and V 10^-14."""
+    family = HeteroscedasticGaussian()
+    mean, V = tensor(1e4, 0.0)[None], torch.diag(tensor(3e-14, 1e-22))[None]
+    found_mean, found = family.moments(mean, V)
+    torch.testing.assert_close(found_mean, mean[:, :1], rtol=1e-13, atol=0)
+    torch.testing.assert_close(found, tensor(4e-14)[None, None], rtol=1e-11, atol=0)
 
 
-@pytest.mark.parametrize("name", ["binary", "poisson", "heteroscedastic"])
+def test_predictive_samples_with_noise_are_draws_of_targets():
+    """Their mean and covariance are the moments; z-scores over 20,000 draws."""
+    s = Setting("heteroscedastic", (4,), "heteroscedastic")
+    draws = s.la.predictive_samples(s.x_test, 20000, generator(), observation_noise=True)
+    mean, covariance = s.la(s.x_test, observation_noise=True)
+    deviation = draws - mean
+    for found, expected in ((draws, mean), (torch.einsum("sni,snj->snij", deviation, deviation), covariance)):
+        z = (found.mean(0) - expected) / (found.std(0) / len(found) ** 0.5)
+        assert float(z.abs().max()) < 4
+
+
+@pytest.mark.parametrize("name", ["binary", "poisson"])
 def test_monte_carlo_links_converge_to_the_expectation(name):
     """z-scores over 20,000 draws, against the mean of another draw's own links."""
     s = Setting(*SETTINGS[name], name)
@@ -145,7 +156,7 @@ def test_monte_carlo_links_converge_to_the_expectation(name):
     assert found.shape == links.shape[1:]
     z = (found - links.mean(0)) / (links.std(0) * (2 / n) ** 0.5)
     assert float(z.abs().max()) < 4
-    if name != "binary":
+    if name == "poisson":
         z = (found - s.la(s.x_test)) / (links.std(0) / n**0.5)
         assert float(z.abs().max()) < 4
 

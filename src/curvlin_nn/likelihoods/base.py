@@ -27,18 +27,20 @@ class Likelihood(ABC):
     Attributes:
         name: the name it is registered under.
         has_noise: whether it has a noise scale sigma, kept outside.
-        has_link: whether predictions are expectations of `link`; otherwise moments of the outputs are reported.
+        has_additive_noise: whether targets scatter around the prediction by noise that may be added to it.
+        has_link: whether predictions are expectations of `link`; otherwise its mean and covariance are reported.
+        is_linear: whether the link is the identity, so that these are the moments of the outputs.
         link_approximations: closed forms of the expected link by name, the default first.
-        link_takes_covariance: whether these take covariances ``(N, C, C)`` in place of variances.
         event_ndim: 1 where the last axis of the outputs holds the E numbers of a term, 0 where every output is a
             term of its own.
     """
 
     name: ClassVar[str]
     has_noise: ClassVar[bool] = False
+    has_additive_noise: ClassVar[bool] = False
     has_link: bool = True
+    is_linear: ClassVar[bool] = True
     link_approximations: Mapping[str, LinkApproximation] = {}
-    link_takes_covariance: ClassVar[bool] = False
     event_ndim: int = 1
 
     @abstractmethod
@@ -124,9 +126,20 @@ class Likelihood(ABC):
     def link(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
         """The mean of the output distribution."""
 
-    def noise_covariance(self, n_outputs: int) -> Float[Tensor, "C C"]:
-        """The covariance of the targets given all outputs of a sample, at sigma = 1; for families with noise."""
-        return torch.eye(n_outputs, dtype=torch.float64)
+    def moments(
+        self, mean: Float[Tensor, "N C"], covariance: Float[Tensor, "N C C"]
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D D"]]:
+        """Mean and covariance of the link of Gaussian outputs, where moments are what is reported."""
+        return mean, covariance
+
+    def noise_covariance(
+        self, mean: Float[Tensor, "N C"], covariance: Float[Tensor, "N C C"] | None
+    ) -> Float[Tensor, "*N D D"]:
+        """The expected covariance of the targets given Gaussian outputs, at sigma = 1.
+
+        One matrix where outputs do not matter, and the covariance may be None.
+        """
+        return torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
 
 
 def weighted(

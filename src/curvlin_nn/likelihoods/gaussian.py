@@ -30,6 +30,7 @@ class Gaussian(Likelihood):
 
     name = "regression"
     has_noise = True
+    has_additive_noise = True
     has_link = False
 
     def __init__(
@@ -111,11 +112,14 @@ class Gaussian(Likelihood):
         """The outputs themselves."""
         return outputs
 
-    def noise_covariance(self, n_outputs: int) -> Float[Tensor, "C C"]:
+    def noise_covariance(
+        self, mean: Float[Tensor, "N C"], covariance: Float[Tensor, "N C C"] | None
+    ) -> Float[Tensor, "C C"]:
         """Sigma for each term of a sample."""
+        n_outputs = mean.shape[-1]
         event = len(self._factor) if self._factor is not None and self._factor.ndim else n_outputs
         L = self._factor_of(event)
-        return torch.block_diag(*[L @ L.mT] * (n_outputs // event))
+        return torch.block_diag(*[L @ L.mT] * (n_outputs // event)).to(mean)
 
     def _whitened(self, rows: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """``rows L^-T``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -11,38 +10,8 @@ from torch import Tensor
 
 from curvlin_nn.errors import OutputError
 from curvlin_nn.likelihoods import _check
-from curvlin_nn.likelihoods.base import Likelihood, LinkApproximation
+from curvlin_nn.likelihoods.base import Likelihood
 from curvlin_nn.likelihoods.registry import register
-
-
-def predictive_moments(
-    mean: Float[Tensor, "N 2D"], covariance: Float[Tensor, "N 2D 2D"]
-) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]]:
-    """Mean and variance of the targets under Gaussian outputs, exactly.
-
-    With ``(f_1, f_2) ~ N(m, V)`` of a term, exponential tilting gives ``E exp(-k f_2) = exp(-k m_2 + k^2 V_22 / 2)``,
-    under which ``f_1`` has mean ``m_1 - k V_12`` and variance ``V_11``:
-
-        E y   = E f_1 exp(-f_2)
-        Var y = E exp(-f_2) + E f_1^2 exp(-2 f_2) - (E y)^2
-    """
-    m_1, m_2 = mean.chunk(2, dim=-1)
-    V_11, V_22 = covariance.diagonal(dim1=-2, dim2=-1).chunk(2, dim=-1)
-    V_12 = covariance[..., : m_1.shape[-1], m_1.shape[-1] :].diagonal(dim1=-2, dim2=-1)
-    noise = torch.exp(-m_2 + V_22 / 2)
-    first = noise * (m_1 - V_12)
-    # E f_1^2 exp(-2 f_2) - (E y)^2 with (m_1 - 2 V_12)^2 - (m_1 - V_12)^2 taken together: small V cancel nothing
-    spread = (
-        torch.exp(V_22) * V_11 + torch.expm1(V_22) * (m_1 - 2 * V_12).square() - V_12 * (2 * m_1 - 3 * V_12)
-    )
-    return first, noise + torch.exp(-2 * m_2 + V_22) * spread
-
-
-def predictive_mean(
-    mean: Float[Tensor, "N 2D"], covariance: Float[Tensor, "N 2D 2D"]
-) -> Float[Tensor, "N D"]:
-    """The first of `predictive_moments`."""
-    return predictive_moments(mean, covariance)[0]
 
 
 @register
@@ -61,8 +30,9 @@ class HeteroscedasticGaussian(Likelihood):
     """
 
     name = "heteroscedastic"
-    link_approximations: Mapping[str, LinkApproximation] = {"exact": predictive_mean}
-    link_takes_covariance = True
+    has_additive_noise = True
+    has_link = False
+    is_linear = False
 
     def check(self, outputs: Float[Tensor, "N *T 2D"], targets: Tensor, where: str) -> Float[Tensor, "N R"]:
         """See `Likelihood.check`."""
@@ -125,6 +95,46 @@ class HeteroscedasticGaussian(Likelihood):
         """The mean."""
         f_1, f_2 = outputs.chunk(2, dim=-1)
         return f_1 * torch.exp(-f_2)
+
+    def moments(
+        self, mean: Float[Tensor, "N 2D"], covariance: Float[Tensor, "N 2D 2D"]
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D D"]]:
+        """Mean and covariance of ``mu = f_1 exp(-f_2)`` under Gaussian outputs, exactly.
+
+        Weighting a normal distribution by ``exp(-u)`` shifts means by their covariance with u (exponential tilting):
+        with ``f_1, f_2`` of one target and ``g_1, g_2`` of another,
+
+            E mu_f      = exp(-E f_2 + Var f_2 / 2) (E f_1 - Cov(f_1, f_2))
+            E mu_f mu_g = exp(-E u + Var u / 2) ((E f_1 - Cov(f_1, u)) (E g_1 - Cov(g_1, u)) + Cov(f_1, g_1))
+
+        for ``u = f_2 + g_2``. Of their difference, what is of the size of ``mu^2`` is taken together before it cancels.
+        """
+        m_1, m_2 = mean.chunk(2, dim=-1)
+        V_11, V_12, V_22 = _blocks(covariance)
+        own = V_12.diagonal(dim1=-2, dim2=-1)  # Cov(f_1, f_2)
+        tilted = m_1 - own
+        scale = torch.exp(-m_2 + V_22.diagonal(dim1=-2, dim2=-1) / 2)
+        # exp(Var u / 2) = exp(Var f_2 / 2 + Var g_2 / 2) exp(Cov(f_2, g_2)); row: f, column: g.
+        row, column = tilted[..., :, None] - V_12, tilted[..., None, :] - V_12.mT
+        rest = V_12 * V_12.mT - tilted[..., :, None] * V_12.mT - V_12 * tilted[..., None, :]
+        spread = torch.expm1(V_22) * row * column + rest + torch.exp(V_22) * V_11
+        return scale * tilted, scale[..., :, None] * scale[..., None, :] * spread
+
+    def noise_covariance(
+        self, mean: Float[Tensor, "N 2D"], covariance: Float[Tensor, "N 2D 2D"] | None
+    ) -> Float[Tensor, "N D D"]:
+        """``E 1/tau = exp(-E f_2 + Var f_2 / 2)`` of each target."""
+        assert covariance is not None
+        variance = _blocks(covariance)[2].diagonal(dim1=-2, dim2=-1)
+        return torch.diag_embed(torch.exp(-mean.chunk(2, dim=-1)[1] + variance / 2))
+
+
+def _blocks(
+    covariance: Float[Tensor, "N 2D 2D"],
+) -> tuple[Float[Tensor, "N D D"], Float[Tensor, "N D D"], Float[Tensor, "N D D"]]:
+    """Covariances of ``f_1`` with ``f_1``, of ``f_1`` with ``f_2``, and of ``f_2`` with ``f_2``."""
+    (V_11, V_12), (_, V_22) = (half.chunk(2, dim=-1) for half in covariance.chunk(2, dim=-2))
+    return V_11, V_12, V_22
 
 
 def _mean_and_precision(terms: Float[Tensor, "N R 2"]) -> tuple[Float[Tensor, "N R"], Float[Tensor, "N R"]]:
