@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
 from curvlin_nn._check import numbers
 from curvlin_nn.curvature import Accumulated, accumulate
-from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
+from curvlin_nn.errors import NotFittedError, OutputError, StaleModelError, UnsupportedError
 from curvlin_nn.evidence import Evidence, curvature_scale
 from curvlin_nn.feature_maps import JacobianMap
 from curvlin_nn.fingerprint import Fingerprint
@@ -386,7 +386,8 @@ class Laplace:
             progress_bar: whether to show one over the parts that `x` is taken in.
 
         Returns:
-            Where the likelihood has a link, its expectation: probabilities or rates ``(N, C)``. For regression and
+            Where the likelihood has a link, its expectation: probabilities or rates ``(N, C)``, or in the shape of the
+            outputs where these have more axes. For regression and
             rewards, mean ``(N, C)`` and covariance ``(N, C, C)``, with `diagonal_output` variance ``(N, C)``, with
             `joint` ``(N C,)`` and ``(N C, N C)``.
 
@@ -415,13 +416,14 @@ class Laplace:
             positive_integer("n_samples", n_samples)
         predictive = self._predictive(progress_bar)
         if link_approx != "mc":
-            return self.likelihood.link_approximations[link_approx](*predictive.mean_and_variance(x))
+            approximation = self.likelihood.link_approximations[link_approx]
+            return self._linked(approximation, *predictive.mean_and_variance(x))
         if diagonal_output:
             mean, variance = predictive.mean_and_variance(x)
             covariance = torch.diag_embed(variance)
         else:
             mean, covariance = predictive.mean_and_covariance(x)
-        return self.likelihood.link(draw(mean, covariance, n_samples, generator)).mean(0)
+        return self._linked(self.likelihood.link, draw(mean, covariance, n_samples, generator)).mean(0)
 
     @outside_inference_mode()
     def functional_samples(
@@ -448,12 +450,32 @@ class Laplace:
                 f"observation_noise needs a likelihood with noise, found {self.likelihood.name}"
             )
         outputs = self.functional_samples(x, n_samples, generator)
-        samples = self.likelihood.link(outputs)
-        if not observation_noise:
-            return samples
-        terms = self.likelihood.terms(outputs.flatten(0, 1))
-        targets = self.likelihood.draw(terms, terms, 1, generator).reshape(samples.shape)
-        return samples + self._sigma_noise.detach().to(samples) * (targets - samples)
+        if self.likelihood.has_link:
+            return self._linked(self.likelihood.link, outputs)
+        if self.likelihood.is_linear and not observation_noise:
+            return outputs
+        terms = self.likelihood.terms(self._rows(outputs))
+        samples = self.likelihood.link(terms)
+        if observation_noise:
+            targets = self.likelihood.draw(terms, terms, 1, generator).reshape(samples.shape)
+            samples = samples + self._sigma_noise.detach().to(samples) * (targets - samples)
+        return samples.reshape(*outputs.shape[:2], -1)
+
+    def _linked(self, link: Callable[..., Tensor], *outputs: Float[Tensor, "*batch C"]) -> Tensor:
+        """A function of terms, in the shape of the model's outputs."""
+        rows = [self._rows(f) for f in outputs]
+        found = link(*(self.likelihood.terms(f) for f in rows))
+        shape = (*outputs[0].shape[:-1], *self._output_shape)
+        return self.likelihood.outputs(found, rows[0]).reshape(shape)
+
+    def _rows(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "B ..."]:
+        """Outputs in the shape that the model gave them in `fit`."""
+        if outputs.shape[-1] != self.n_outputs:
+            raise OutputError(
+                f"model outputs must have {self.n_outputs} numbers for each sample as in fit, found "
+                f"{outputs.shape[-1]}"
+            )
+        return outputs.reshape(-1, *self._output_shape)
 
     def _moments(
         self, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool, progress_bar: bool
@@ -480,10 +502,15 @@ class Laplace:
                 f"joint is not supported for {self.likelihood.name}; use functional_samples for joint draws "
                 "of outputs"
             )
-        outputs = predictive.mean_and_covariance(x)
-        mean, covariance = self.likelihood.moments(*outputs)
+        f, V = predictive.mean_and_covariance(x)
+        places = torch.arange(f.shape[-1], device=f.device).reshape(1, *self._output_shape)
+        order = (
+            self.likelihood.terms(places).squeeze(0).mT.flatten()
+        )  # the first number of every term comes first
+        f, V = f[:, order], V[:, order][:, :, order]
+        mean, covariance = self.likelihood.moments(f, V)
         if observation_noise:
-            covariance = covariance + self._noise_covariance(*outputs)
+            covariance = covariance + self._noise_covariance(f, V)
         return mean, covariance.diagonal(dim1=-2, dim2=-1) if diagonal_output else covariance
 
     def _noise_covariance(self, mean: Tensor, covariance: Tensor | None) -> Tensor:
@@ -493,6 +520,11 @@ class Laplace:
         )
 
     # -- what the above is made of ---------------------------------------------------------------------------
+
+    @property
+    def _output_shape(self) -> tuple[int, ...]:
+        """Of one sample's outputs; one number counts as an axis of length one."""
+        return self._fit.accumulated.output_shape or (1,)
 
     @property
     def _fit(self) -> _Fitted:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, Poisson
 
 from curvlin_nn import Laplace
-from curvlin_nn.errors import UnsupportedError
+from curvlin_nn.errors import OutputError, UnsupportedError
 from curvlin_nn.likelihoods import Custom, Gaussian, HeteroscedasticGaussian
 
 DELTA = 0.6
@@ -32,9 +32,10 @@ class Setting:
 
     def moments(self, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the outputs at the test inputs."""
-        J = jacobian(self.model, self.x_test)
+        flat = nn.Sequential(self.model, nn.Flatten())
+        J = jacobian(flat, self.x_test)
         inverse = torch.linalg.inv(scale * self.H + DELTA * torch.eye(len(self.H)).double())
-        return self.model(self.x_test).detach(), J @ inverse @ J.mT
+        return flat(self.x_test).detach(), J @ inverse @ J.mT
 
     def evidence(self, log_likelihood: Tensor) -> Tensor:
         theta = torch.cat([p.detach().flatten() for p in self.model.parameters()])
@@ -187,6 +188,62 @@ def test_a_noise_covariance_scales_with_the_noise_and_is_added_to_predictions():
     products = torch.einsum("snc,snd->sncd", drawn, drawn).flatten(0, 1)
     z = (products.mean(0) - noise) / (products.std(0) / len(products) ** 0.5)
     assert float(z.abs().max()) < 4
+
+
+def test_each_token_has_probabilities_of_its_own():
+    """In the shape of the outputs, wherever their classes are."""
+    tokens, pixels = (Setting(name, CASES[name].shape, CASES[name].make()) for name in ("tokens", "pixels"))
+    for s, axis in ((tokens, 2), (pixels, 1)):
+        mean, covariance = s.moments()
+        shape = (4, *s.case.shape)
+        variance = covariance.diagonal(dim1=1, dim2=2).reshape(shape)
+        expected = torch.softmax(mean.reshape(shape) / torch.sqrt(1 + math.pi / 8 * variance), dim=axis)
+        torch.testing.assert_close(s.la(s.x_test), expected, rtol=1e-9, atol=1e-12)
+        links = s.la.predictive_samples(s.x_test, 2000, generator(1))
+        functions = s.la.functional_samples(s.x_test, 2000, generator(1)).reshape(2000, *shape)
+        torch.testing.assert_close(links, torch.softmax(functions, dim=axis + 1), rtol=1e-12, atol=1e-14)
+        found = s.la(s.x_test, link_approx="mc", n_samples=2000, generator=generator(2))
+        z = (found - links.mean(0)) / (links.std(0) * (2 / 2000) ** 0.5)
+        assert float(z.abs().max()) < 4
+
+
+def test_targets_at_every_place_have_their_own_noise():
+    """Outputs ``(N, 2, 4)``: for two places, f_1 of two targets and f_2 of both; as for one place of four targets."""
+    s = Setting("heteroscedastic", (4,), "heteroscedastic")
+    places = nn.Sequential(*network((8,))[:3], nn.Unflatten(1, (2, 4))).double()
+    order = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])  # f_1 at both places, then f_2
+    flat = nn.Sequential(*network((8,))[:3]).double()
+    with torch.no_grad():
+        flat[2].weight.copy_(places[2].weight[order])
+        flat[2].bias.copy_(places[2].bias[order])
+    y = torch.randn(8, 2, 2).double()
+    options = {"hessian_structure": "full", "subset_of_weights": "all"}
+    one = Laplace(places, "heteroscedastic", **options).fit([(s.x, y)])
+    other = Laplace(flat, "heteroscedastic", **options).fit([(s.x, y.flatten(1))])
+    torch.testing.assert_close(
+        one.log_marginal_likelihood(), other.log_marginal_likelihood(), rtol=1e-10, atol=0
+    )
+    for noise in (False, True):
+        found, expected = (la(s.x_test, observation_noise=noise) for la in (one, other))
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+    draws = one.predictive_samples(s.x_test, 20000, generator(), observation_noise=True)
+    z = (draws.mean(0) - found[0]) / (draws.std(0) / 20000**0.5)
+    assert float(z.abs().max()) < 4
+
+
+def test_outputs_of_another_size_than_in_fit_are_refused():
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x)
+
+    x, y = torch.randn(6, 4, 3), torch.randint(2, (6, 4))
+    la = Laplace(Ends(), "classification").fit([(x, y)])
+    with pytest.raises(OutputError, match="must have 8 numbers for each sample as in fit, found 6"):
+        la(x[:, :3])
 
 
 def test_links_that_a_family_does_not_have_are_refused():

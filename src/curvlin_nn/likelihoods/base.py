@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 LinkApproximation = Callable[[Tensor, Tensor], Tensor]
-"""``(mean (N, C), variance (N, C)) -> prediction (N, C)``: a closed form of the link's expectation."""
+"""``(mean (*, E), variance (*, E)) -> prediction (*, E)`` of terms: a closed form of the link's expectation."""
 
 
 class Likelihood(ABC):
@@ -123,13 +123,16 @@ class Likelihood(ABC):
         return statistics[0]
 
     @abstractmethod
-    def link(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-        """The mean of the output distribution."""
+    def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """The mean of the output distribution of each term, of as many numbers where the family has a link."""
 
     def moments(
         self, mean: Float[Tensor, "N C"], covariance: Float[Tensor, "N C C"]
     ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D D"]]:
-        """Mean and covariance of the link of Gaussian outputs, where moments are what is reported."""
+        """Mean and covariance of the link of Gaussian outputs, where moments are what is reported.
+
+        The outputs hold the first numbers of all terms, then the second ones, and so on.
+        """
         return mean, covariance
 
     def noise_covariance(

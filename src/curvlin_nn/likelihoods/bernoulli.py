@@ -16,7 +16,9 @@ from curvlin_nn.likelihoods.base import Likelihood, LinkApproximation, systemati
 from curvlin_nn.likelihoods.registry import register
 
 
-def scalar_probit(mean: Float[Tensor, "N C"], variance: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+def scalar_probit(
+    mean: Float[Tensor, "*batch E"], variance: Float[Tensor, "*batch E"]
+) -> Float[Tensor, "*batch E"]:
     """``E sigmoid(f) ~ sigmoid(mean / sqrt(1 + pi/8 variance))`` (MacKay, 1992)."""
     return torch.sigmoid(mean / torch.sqrt(1 + math.pi / 8 * variance))
 
@@ -87,9 +89,9 @@ class Bernoulli(Likelihood):
         log_p = torch.cat([F.logsigmoid(-terms), F.logsigmoid(terms)], dim=-1)
         return (shares * log_p).sum(-1)
 
-    def link(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The probability of a one."""
-        return torch.sigmoid(outputs)
+        return torch.sigmoid(terms)
 
 
 def _shares(targets: Float[Tensor, "*K N R 2"], terms: Tensor) -> Float[Tensor, "*K N R 2"]:

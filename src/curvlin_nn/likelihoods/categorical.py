@@ -16,7 +16,7 @@ from curvlin_nn.likelihoods.base import Likelihood, LinkApproximation, systemati
 from curvlin_nn.likelihoods.registry import register
 
 
-def probit(mean: Float[Tensor, "N C"], variance: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+def probit(mean: Float[Tensor, "*batch E"], variance: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
     """MacKay's approximation of the expected softmax: each logit shrunk by ``(1 + pi/8 variance)^(-1/2)``.
 
     Only a logit's own variance counts, as is usual; its covariances with the others do not.
@@ -175,9 +175,9 @@ class Categorical(Likelihood):
             return (_shares(targets, terms) * log_p).sum(-1)
         return log_p.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
 
-    def link(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """Class probabilities."""
-        return torch.softmax(outputs, dim=-1)
+        return torch.softmax(terms, dim=-1)
 
 
 def _cholesky(

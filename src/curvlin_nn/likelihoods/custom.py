@@ -35,7 +35,8 @@ class Custom(Likelihood):
         event_ndim: 1 where the last axis of the outputs belongs to one term, 0 where each output is a term.
         target_ndim: the number of axes of one term's target.
         sample: draws targets, for Monte-Carlo columns.
-        link: the mean of the output distribution; None reports moments of the outputs as predictions.
+        link: the mean of the output distribution of terms ``(*, E)``, of the same shape; None reports moments of the
+            outputs as predictions.
         link_approximations: closed forms of the expected link by name, the default first.
         indefinite: ``"raise"`` or ``"clip"``.
     """
@@ -145,9 +146,9 @@ class Custom(Likelihood):
         """As given."""
         return self._each(self._log_prob, terms, targets)
 
-    def link(self, outputs: Float[Tensor, "*batch C"]) -> Tensor:
+    def link(self, terms: Float[Tensor, "*batch E"]) -> Tensor:
         """As given; the outputs themselves otherwise."""
-        return outputs if self._link is None else self._link(outputs)
+        return terms if self._link is None else self._link(terms)
 
     def _loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         return -self._log_prob(outputs, target)

@@ -108,9 +108,9 @@ class Gaussian(Likelihood):
         logdet = event * torch.log(2 * math.pi * variance) + self._logdet(event)
         return -(squares / variance + n_terms * logdet) / 2
 
-    def link(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The outputs themselves."""
-        return outputs
+        return terms
 
     def noise_covariance(
         self, mean: Float[Tensor, "N C"], covariance: Float[Tensor, "N C C"] | None

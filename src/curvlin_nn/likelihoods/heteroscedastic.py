@@ -91,10 +91,9 @@ class HeteroscedasticGaussian(Likelihood):
         mu, tau = _mean_and_precision(terms)
         return (terms[..., 1] - tau * (targets.to(terms) - mu).square() - math.log(2 * math.pi)) / 2
 
-    def link(self, outputs: Float[Tensor, "*batch 2D"]) -> Float[Tensor, "*batch D"]:
+    def link(self, terms: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch 1"]:
         """The mean."""
-        f_1, f_2 = outputs.chunk(2, dim=-1)
-        return f_1 * torch.exp(-f_2)
+        return _mean_and_precision(terms)[0][..., None]
 
     def moments(
         self, mean: Float[Tensor, "N 2D"], covariance: Float[Tensor, "N 2D 2D"]

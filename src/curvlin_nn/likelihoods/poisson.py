@@ -14,7 +14,9 @@ from curvlin_nn.likelihoods.base import Likelihood, LinkApproximation
 from curvlin_nn.likelihoods.registry import register
 
 
-def log_normal_mean(mean: Float[Tensor, "N C"], variance: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+def log_normal_mean(
+    mean: Float[Tensor, "*batch E"], variance: Float[Tensor, "*batch E"]
+) -> Float[Tensor, "*batch E"]:
     """``E exp(f) = exp(mean + variance / 2)``, exactly."""
     return torch.exp(mean + variance / 2)
 
@@ -65,6 +67,6 @@ class Poisson(Likelihood):
         f, y = terms.squeeze(-1), targets.to(terms)
         return y * f - f.exp() - torch.lgamma(y + 1)
 
-    def link(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The rate."""
-        return outputs.exp()
+        return terms.exp()

@@ -63,9 +63,9 @@ class Preference(Likelihood):
         """``log sigmoid(s d)``."""
         return F.logsigmoid((1 - 2 * targets).to(terms) * _difference(terms))
 
-    def link(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The rewards themselves: what a reward model is asked for."""
-        return outputs
+        return terms
 
 
 def _difference(terms: Float[Tensor, "N R E"]) -> Float[Tensor, "N R"]:
