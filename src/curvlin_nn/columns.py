@@ -2,11 +2,14 @@
 
     exact       S S^T = Lambda, one term of the log-likelihood at a time: R K columns for R terms of rank K
     mc          gradients at targets drawn from the model, evenly spread; unbiased
-    sketch      S times random orthonormal columns, signs drawn for each term; unbiased, exact with as many as rank
+    sketch      S times random orthonormal columns, drawn for each term; unbiased, exact for one term at V = K
     empirical   the gradient at the targets of the data: the empirical Fisher, which is no GGN
 
 Of all but "exact", one column serves all terms of a sample at once. Between different terms its products are zero on
-average only, which is why signs (or targets) are drawn for each term.
+average only, which is why targets (or orthonormal columns, with their signs) are drawn for each term.
+
+A term's weight w scales its columns by sqrt(w), as it scales Lambda; the gradient at the targets by w, as it scales the
+loss.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from curvlin._check import positive_integer
 from curvlin_nn.errors import UnsupportedError, one_of
-from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.likelihoods.base import Likelihood, weighted
 
 KINDS = ("exact", "mc", "sketch", "empirical")
 """The kinds of columns by name."""
@@ -35,7 +38,7 @@ class Columns:
 
     Attributes:
         kind: one of `KINDS`.
-        n_columns: how many for "mc" and "sketch".
+        n_columns: how many for "mc" and "sketch"; the others know their number, and take 1 only.
         generator: source of randomness for these; None is torch's default generator.
     """
 
@@ -46,12 +49,20 @@ class Columns:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UnsupportedError(f"columns={self.kind!r} is not supported; expected {one_of(KINDS)}")
-        positive_integer("n_columns", self.n_columns)
+        if positive_integer("n_columns", self.n_columns) > 1 and self.kind not in ("mc", "sketch"):
+            raise UnsupportedError(
+                f"n_columns={self.n_columns} is not supported for columns={self.kind!r}, whose number is fixed; leave "
+                "it at 1, or use columns='mc' or 'sketch'"
+            )
 
     def __call__(
         self, likelihood: Likelihood, outputs: Float[Tensor, N * T], targets: Tensor
     ) -> Iterator[Float[Tensor, "V N *T"]]:
-        """The columns of a batch, some at a time."""
+        """The columns of a batch, some at a time.
+
+        Raises:
+            UnsupportedError: if the likelihood cannot give these.
+        """
         terms = likelihood.terms(outputs)
         weights = likelihood.weights(terms, targets)
         for columns in self._of_terms(likelihood, terms, targets, weights):
@@ -61,54 +72,65 @@ class Columns:
         self, likelihood: Likelihood, terms: Tensor, targets: Tensor, weights: Tensor | None
     ) -> Iterator[Float[Tensor, "V N R E"]]:
         if self.kind == "empirical":
-            score = likelihood.score(terms, targets)
-            yield (score if weights is None else weights[..., None] * score)[None]
+            yield _scaled(likelihood.score(terms, targets), weights)[None]
             return
-        scale = None if weights is None else weights.sqrt()[..., None]
+        scale = None if weights is None else weights.sqrt()
         if self.kind == "mc":
             draws = likelihood.draw(terms, targets, self.n_columns, self.generator)
-            columns = likelihood.score(terms, draws) / self.n_columns**0.5
-            yield columns if scale is None else scale * columns
-            return
-        root = likelihood.root(terms, targets)
-        root = root if scale is None else scale[..., None] * root
-        if self.kind == "sketch":
-            yield _sketched(root, self.n_columns, self.generator)
+            yield _scaled(likelihood.score(terms, draws) / self.n_columns**0.5, scale)
+        elif self.kind == "sketch":
+            Q = self._orthonormal(terms, likelihood.rank(terms.shape[-1]))
+            yield _scaled(likelihood.root_product(terms, targets, Q).movedim(3, 0), scale)
         else:
-            yield from _one_term_at_a_time(root)
+            yield from _one_term_at_a_time(likelihood, terms, targets, scale)
+
+    def _orthonormal(self, terms: Float[Tensor, "N R E"], rank: int) -> Float[Tensor, "N R K V"]:
+        """``Q sqrt(K / V)`` with V random orthonormal columns Q of length K for each term."""
+        if self.n_columns > rank:
+            raise UnsupportedError(
+                f"n_columns must be at most the rank {rank} of the output curvature for columns='sketch', found "
+                f"{self.n_columns}"
+            )
+        noise = torch.randn(
+            *terms.shape[:2],
+            rank,
+            self.n_columns,
+            dtype=terms.dtype,
+            device=terms.device,
+            generator=self.generator,
+        )
+        Q, R = torch.linalg.qr(noise)
+        # With a positive diagonal of R, Q is uniform over all matrices of orthonormal columns (Mezzadri, 2007); for
+        # K = 1 it is a random sign.
+        signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+        return Q * signs.unsqueeze(-2) * (rank / self.n_columns) ** 0.5
 
 
 EXACT = Columns()
 """Exact columns."""
 
 
-def _one_term_at_a_time(root: Float[Tensor, "N R E K"]) -> Iterator[Float[Tensor, "V N R E"]]:
+def _one_term_at_a_time(
+    likelihood: Likelihood, terms: Float[Tensor, "N R E"], targets: Tensor, scale: Float[Tensor, "N R"] | None
+) -> Iterator[Float[Tensor, "V N R E"]]:
     """Each column of each term, zero in all other terms."""
-    n_terms, rank = root.shape[1], root.shape[3]
-    if n_terms == 1:
-        yield root.movedim(3, 0)
-        return
-    at_once = max(1, COLUMN_BUDGET // (root[..., 0].numel() * rank))
+    n_terms, rank = terms.shape[1], likelihood.rank(terms.shape[2])
+    at_once = max(1, COLUMN_BUDGET // (terms.numel() * rank))
     for start in range(0, n_terms, at_once):
-        chosen = range(start, min(start + at_once, n_terms))
-        columns = root.new_zeros(len(chosen), rank, *root.shape[:3])
-        for i, term in enumerate(chosen):
-            columns[i, :, :, term] = root[:, term].movedim(2, 0)
+        some = slice(start, start + at_once)
+        root = likelihood.root(terms[:, some], targets[:, some]).movedim(3, 0)
+        root = _scaled(root, None if scale is None else scale[:, some])
+        if n_terms == 1:
+            yield root
+            return
+        columns = root.new_zeros(root.shape[2], rank, *terms.shape)
+        for i in range(len(columns)):
+            columns[i, :, :, start + i] = root[:, :, i]
         yield columns.flatten(0, 1)
 
 
-def _sketched(
-    root: Float[Tensor, "N R E K"], n_columns: int, generator: torch.Generator | None
-) -> Float[Tensor, "V N R E"]:
-    """``S Q sqrt(K / V)`` with V random orthonormal columns Q for each term; all K of them are exact."""
-    *places, rank = root.shape[0], root.shape[1], root.shape[3]
-    if n_columns > rank:
-        raise UnsupportedError(
-            f"n_columns must be at most the rank {rank} of the output curvature for columns='sketch', found {n_columns}"
-        )
-    noise = torch.randn(*places, rank, n_columns, dtype=root.dtype, device=root.device, generator=generator)
-    Q, R = torch.linalg.qr(noise)
-    Q = Q * torch.where(torch.diagonal(R, dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(
-        -2
-    )  # uniform over all Q
-    return (root @ Q * (rank / n_columns) ** 0.5).movedim(3, 0)
+def _scaled(
+    columns: Float[Tensor, "*V N R E"], scale: Float[Tensor, "N R"] | None
+) -> Float[Tensor, "*V N R E"]:
+    """Zero where the scale is: a term of weight zero does not exist, whatever its outputs are."""
+    return weighted(columns, None if scale is None else scale[..., None])

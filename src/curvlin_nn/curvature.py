@@ -35,6 +35,7 @@ class Accumulated:
         n_data: the number of samples seen.
         n_outputs: C, the number of outputs per sample.
         statistics: what the log-likelihood needs to know of the data.
+        output_shape: of the last sample's outputs, which C is the number of.
     """
 
     recorder: Recorder
@@ -42,6 +43,7 @@ class Accumulated:
     n_data: int
     n_outputs: int
     statistics: Float[Tensor, " K"]
+    output_shape: tuple[int, ...] = ()
 
     @property
     def space(self) -> ParameterSpace:
@@ -60,7 +62,13 @@ class Accumulated:
                 f"model outputs on {where} must have {self.n_outputs} columns as before, found {n_outputs}"
             )
         statistics = self.statistics + likelihood.statistics(outputs, targets)
-        return replace(self, n_data=self.n_data + n_samples, n_outputs=n_outputs, statistics=statistics)
+        return replace(
+            self,
+            n_data=self.n_data + n_samples,
+            n_outputs=n_outputs,
+            statistics=statistics,
+            output_shape=outputs.shape[1:],
+        )
 
     def merged(self, other: Accumulated) -> Accumulated:
         """The sums over this data and that of `other`, whose states stay as they are.
@@ -81,7 +89,7 @@ class Accumulated:
 @outside_inference_mode()
 def curvature(
     model: nn.Module,
-    likelihood: str | Likelihood,
+    likelihood: str | nn.Module | Likelihood,
     loader: Iterable[Any],
     hessian_structure: str | StructureFactory = "kron",
     columns: str = "exact",
@@ -97,7 +105,7 @@ def curvature(
 
     Args:
         model: maps one argument to outputs ``(N, C)``; it comes back as it was.
-        likelihood: ``"classification"``, ``"regression"`` or a `Likelihood`.
+        likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
         loader: batches ``(inputs, targets)``.
         hessian_structure: ``"full"``, ``"kron"``, ``"diag"`` or a `Structure` class.
         columns: ``"exact"``; ``"mc"`` or ``"sketch"``, which are unbiased; ``"empirical"`` for the empirical Fisher

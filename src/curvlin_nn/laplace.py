@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
 from curvlin_nn._check import numbers
 from curvlin_nn.curvature import Accumulated, accumulate
-from curvlin_nn.errors import NotFittedError, StaleModelError, UnsupportedError
+from curvlin_nn.errors import NotFittedError, OutputError, StaleModelError, UnsupportedError
 from curvlin_nn.evidence import Evidence, curvature_scale
 from curvlin_nn.feature_maps import JacobianMap
 from curvlin_nn.fingerprint import Fingerprint
@@ -62,7 +62,7 @@ class Laplace:
 
     Args:
         model: a trained network that maps one argument to outputs ``(N, C)``.
-        likelihood: ``"classification"``, ``"regression"`` or a `Likelihood`.
+        likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
         subset_of_weights: ``"all"`` (parameters that require a gradient), ``"last_layer"`` (the default),
             names of parameters or modules, or a predicate of name and parameter.
         hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"`` or a `Structure` class.
@@ -84,7 +84,7 @@ class Laplace:
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood,
+        likelihood: str | nn.Module | Likelihood,
         subset_of_weights: Selection | None = None,
         hessian_structure: str | StructureFactory | None = None,
         *,
@@ -374,18 +374,22 @@ class Laplace:
         Args:
             x: what the model takes.
             pred_type: ``"glm"``.
-            link_approx: for classification ``"probit"``, or ``"mc"`` for `n_samples` draws of the outputs;
-                regression has no link, and takes the default only.
+            link_approx: a closed form of the likelihood's expected link, or ``"mc"`` for `n_samples` draws of the
+                outputs. The default is the likelihood's first closed form: ``"probit"`` for classes, ``"exact"`` for
+                counts. Regression has no link, and takes the default only.
             joint: for regression, the covariance between all samples, sample-major.
             diagonal_output: variances of the outputs only (for ``"mc"``: outputs drawn independently).
             n_samples: the number of draws for ``"mc"``.
             generator: source of randomness for ``"mc"``; None is torch's default generator.
-            observation_noise: for regression, whether to add ``sigma_noise^2``.
+            observation_noise: for regression, whether to add the covariance of the noise: ``sigma_noise^2``, or what
+                the model says of it.
             progress_bar: whether to show one over the parts that `x` is taken in.
 
         Returns:
-            Classification: probabilities ``(N, C)``. Regression: mean ``(N, C)`` and covariance ``(N, C,
-            C)``, with `diagonal_output` variance ``(N, C)``, with `joint` ``(N C,)`` and ``(N C, N C)``.
+            Where the likelihood has a link, its expectation: probabilities or rates ``(N, C)``, or in the shape of the
+            outputs where these have more axes. For regression and
+            rewards, mean ``(N, C)`` and covariance ``(N, C, C)``, with `diagonal_output` variance ``(N, C)``, with
+            `joint` ``(N C,)`` and ``(N C, N C)``.
 
         Raises:
             UnsupportedError: for a combination that is not served.
@@ -394,14 +398,14 @@ class Laplace:
         """
         if pred_type != "glm":
             raise UnsupportedError(f"pred_type={pred_type!r} is not supported; expected 'glm'")
-        if observation_noise and not self.likelihood.has_noise:
+        if observation_noise and not self.likelihood.has_additive_noise:
             raise UnsupportedError(
                 f"observation_noise needs a likelihood with noise, found {self.likelihood.name}"
             )
         if joint and diagonal_output:
             raise UnsupportedError("joint and diagonal_output exclude each other; choose one")
-        check_link(self.likelihood, link_approx)
-        if not self.likelihood.link_approximations:
+        link_approx = check_link(self.likelihood, link_approx)
+        if not self.likelihood.has_link:
             return self._moments(x, joint, diagonal_output, observation_noise, progress_bar)
         if joint:
             raise UnsupportedError(
@@ -412,13 +416,14 @@ class Laplace:
             positive_integer("n_samples", n_samples)
         predictive = self._predictive(progress_bar)
         if link_approx != "mc":
-            return self.likelihood.link_approximations[link_approx](*predictive.mean_and_variance(x))
+            approximation = self.likelihood.link_approximations[link_approx]
+            return self._linked(approximation, *predictive.mean_and_variance(x))
         if diagonal_output:
             mean, variance = predictive.mean_and_variance(x)
             covariance = torch.diag_embed(variance)
         else:
             mean, covariance = predictive.mean_and_covariance(x)
-        return self.likelihood.link(draw(mean, covariance, n_samples, generator)).mean(0)
+        return self._linked(self.likelihood.link, draw(mean, covariance, n_samples, generator)).mean(0)
 
     @outside_inference_mode()
     def functional_samples(
@@ -440,30 +445,86 @@ class Laplace:
         observation_noise: bool = False,
     ) -> Float[Tensor, "S N C"]:
         """Draws of the prediction: probabilities, or for regression outputs (with noise on request)."""
-        if observation_noise and not self.likelihood.has_noise:
+        if observation_noise and not self.likelihood.has_additive_noise:
             raise UnsupportedError(
                 f"observation_noise needs a likelihood with noise, found {self.likelihood.name}"
             )
-        samples = self.likelihood.link(self.functional_samples(x, n_samples, generator))
-        if not observation_noise:
-            return samples
-        noise = torch.randn(samples.shape, generator=generator, dtype=samples.dtype, device=samples.device)
-        return samples + self._sigma_noise.detach().to(samples) * noise
+        outputs = self.functional_samples(x, n_samples, generator)
+        if self.likelihood.has_link:
+            return self._linked(self.likelihood.link, outputs)
+        if self.likelihood.is_linear and not observation_noise:
+            return outputs
+        terms = self.likelihood.terms(self._rows(outputs))
+        samples = self.likelihood.link(terms)
+        if observation_noise:
+            targets = self.likelihood.draw(terms, terms, 1, generator).reshape(samples.shape)
+            samples = samples + self._sigma_noise.detach().to(samples) * (targets - samples)
+        return samples.reshape(*outputs.shape[:2], -1)
+
+    def _linked(self, link: Callable[..., Tensor], *outputs: Float[Tensor, "*batch C"]) -> Tensor:
+        """A function of terms, in the shape of the model's outputs."""
+        rows = [self._rows(f) for f in outputs]
+        found = link(*(self.likelihood.terms(f) for f in rows))
+        shape = (*outputs[0].shape[:-1], *self._output_shape)
+        return self.likelihood.outputs(found, rows[0]).reshape(shape)
+
+    def _rows(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "B ..."]:
+        """Outputs in the shape that the model gave them in `fit`."""
+        if outputs.shape[-1] != self.n_outputs:
+            raise OutputError(
+                f"model outputs must have {self.n_outputs} numbers for each sample as in fit, found "
+                f"{outputs.shape[-1]}"
+            )
+        return outputs.reshape(-1, *self._output_shape)
 
     def _moments(
         self, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool, progress_bar: bool
     ) -> tuple[Tensor, Tensor]:
         predictive = self._predictive(progress_bar)
+        if not self.likelihood.is_linear:
+            return self._nonlinear_moments(predictive, x, joint, diagonal_output, observation_noise)
         if diagonal_output:
             mean, spread = predictive.mean_and_variance(x)
         else:
             mean, spread = predictive.joint(x) if joint else predictive.mean_and_covariance(x)
         if observation_noise:
-            noise = self._sigma_noise.detach().to(spread).square()
-            spread = spread + (noise if diagonal_output else noise * torch.eye(spread.shape[-1]).to(spread))
+            noise = self._noise_covariance(mean.view(-1, self.n_outputs), None)
+            if joint:
+                noise = torch.block_diag(*[noise] * (len(mean) // self.n_outputs))
+            spread = spread + (noise.diagonal() if diagonal_output else noise)
         return mean, spread
 
+    def _nonlinear_moments(
+        self, predictive: Predictive, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool
+    ) -> tuple[Tensor, Tensor]:
+        if joint:
+            raise UnsupportedError(
+                f"joint is not supported for {self.likelihood.name}; use functional_samples for joint draws "
+                "of outputs"
+            )
+        f, V = predictive.mean_and_covariance(x)
+        places = torch.arange(f.shape[-1], device=f.device).reshape(1, *self._output_shape)
+        order = (
+            self.likelihood.terms(places).squeeze(0).mT.flatten()
+        )  # the first number of every term comes first
+        f, V = f[:, order], V[:, order][:, :, order]
+        mean, covariance = self.likelihood.moments(f, V)
+        if observation_noise:
+            covariance = covariance + self._noise_covariance(f, V)
+        return mean, covariance.diagonal(dim1=-2, dim2=-1) if diagonal_output else covariance
+
+    def _noise_covariance(self, mean: Tensor, covariance: Tensor | None) -> Tensor:
+        """Of the targets given all outputs of a sample."""
+        return self._sigma_noise.detach().to(mean).square() * self.likelihood.noise_covariance(
+            mean, covariance
+        )
+
     # -- what the above is made of ---------------------------------------------------------------------------
+
+    @property
+    def _output_shape(self) -> tuple[int, ...]:
+        """Of one sample's outputs; one number counts as an axis of length one."""
+        return self._fit.accumulated.output_shape or (1,)
 
     @property
     def _fit(self) -> _Fitted:

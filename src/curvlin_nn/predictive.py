@@ -101,16 +101,20 @@ def draw(
     return mean + (root @ noise.unsqueeze(-1)).squeeze(-1)
 
 
-def check_link(likelihood: Likelihood, link_approx: str) -> None:
-    """Whether the likelihood has this approximation of its expected link.
+def check_link(likelihood: Likelihood, link_approx: str) -> str:
+    """The approximation of the likelihood's expected link that is asked for; the default is its first closed form.
 
     One without a link takes the default only: there is nothing to approximate.
 
     Raises:
-        UnsupportedError: if it does not.
+        UnsupportedError: if it does not have it.
     """
-    offered = [*likelihood.link_approximations, "mc"] if likelihood.link_approximations else [DEFAULT_LINK]
+    closed_forms = list(likelihood.link_approximations)
+    if link_approx == DEFAULT_LINK and (closed_forms or not likelihood.has_link):
+        return (closed_forms or [DEFAULT_LINK])[0]
+    offered = [*closed_forms, "mc"] if likelihood.has_link else [DEFAULT_LINK]
     if link_approx not in offered:
         raise UnsupportedError(
             f"link_approx={link_approx!r} is not supported for {likelihood.name}; expected {one_of(offered)}"
         )
+    return link_approx

@@ -259,9 +259,9 @@ def test_single_precision_models_get_single_precision_predictions(structure):
     ("options", "error", "message"),
     [
         (
-            {"likelihood": "poisson"},
+            {"likelihood": "nonsense"},
             UnsupportedError,
-            "likelihood 'poisson' is not supported; expected one of",
+            "likelihood 'nonsense' is not supported; expected one of",
         ),
         (
             {"subset_of_weights": "subnetwork"},

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 LinkApproximation = Callable[[Tensor, Tensor], Tensor]
-"""``(mean (N, C), variance (N, C)) -> prediction (N, C)``: a closed form of the link's expectation."""
+"""``(mean (*, E), variance (*, E)) -> prediction (*, E)`` of terms: a closed form of the link's expectation."""
 
 
 class Likelihood(ABC):
@@ -27,20 +27,25 @@ class Likelihood(ABC):
     Attributes:
         name: the name it is registered under.
         has_noise: whether it has a noise scale sigma, kept outside.
-        link_approximations: closed forms of the expected link by name; empty where outputs are the prediction
-            and moments are reported instead of probabilities.
+        has_additive_noise: whether targets scatter around the prediction by noise that may be added to it.
+        has_link: whether predictions are expectations of `link`; otherwise its mean and covariance are reported.
+        is_linear: whether the link is the identity, so that these are the moments of the outputs.
+        link_approximations: closed forms of the expected link by name, the default first.
         event_ndim: 1 where the last axis of the outputs holds the E numbers of a term, 0 where every output is a
             term of its own.
     """
 
     name: ClassVar[str]
     has_noise: ClassVar[bool] = False
-    link_approximations: ClassVar[Mapping[str, LinkApproximation]] = {}
-    event_ndim: ClassVar[int] = 1
+    has_additive_noise: ClassVar[bool] = False
+    has_link: bool = True
+    is_linear: ClassVar[bool] = True
+    link_approximations: Mapping[str, LinkApproximation] = {}
+    event_ndim: int = 1
 
     @abstractmethod
     def check(self, outputs: Float[Tensor, N * T], targets: Tensor, where: str) -> Tensor:
-        """The targets in the form the other methods take: ``(N, R)``, or ``(N, R, E)``.
+        """The targets in the form the other methods take: ``(N, R)``, or ``(N, R, ...)``.
 
         Args:
             outputs: the model's outputs.
@@ -67,6 +72,10 @@ class Likelihood(ABC):
         """The weight of each term; None where all are one. A term of weight zero does not exist."""
         return None
 
+    def rank(self, event: int) -> int:
+        """K, the number of columns of `root` for terms of `event` numbers."""
+        return event
+
     @abstractmethod
     def root(self, terms: Float[Tensor, "N R E"], targets: Tensor) -> Float[Tensor, "N R E K"]:
         """Exact columns S of ``Lambda = S S^T`` of each term, weights left out.
@@ -75,14 +84,20 @@ class Likelihood(ABC):
         semidefinite whatever the target, and otherwise the Fisher information; each family says which.
         """
 
+    def root_product(
+        self, terms: Float[Tensor, "N R E"], targets: Tensor, Q: Float[Tensor, "N R K V"]
+    ) -> Float[Tensor, "N R E V"]:
+        """``S Q`` with the columns S of `root`."""
+        return self.root(terms, targets) @ Q
+
     @abstractmethod
     def draw(
         self, terms: Float[Tensor, "N R E"], targets: Tensor, n_draws: int, generator: torch.Generator | None
     ) -> Tensor:
-        """Targets drawn from the output distribution, ``(n_draws, N, R)`` or ``(n_draws, N, R, E)``.
+        """Targets drawn from the output distribution, ``(n_draws, N, R)`` or ``(n_draws, N, R, ...)``.
 
-        Each draw has the distribution of the targets; together they may be spread more evenly than independent ones.
-        `targets` are those of the data, for what is no property of the outputs (how much a soft label sums to).
+        Each draw has the distribution of the targets, independent between terms; the draws of one term may be spread
+        more evenly than independent ones. `targets` are those of the data, for what is no property of the outputs.
         """
 
     @abstractmethod
@@ -93,24 +108,58 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
+    def log_prob(self, terms: Float[Tensor, "N R E"], targets: Tensor) -> Float[Tensor, "N R"]:
+        """The normalised log-probability of each term's target at sigma = 1, weights left out."""
+
     def statistics(self, outputs: Float[Tensor, N * T], targets: Tensor) -> Float[Tensor, " K"]:
         """What the log-likelihood needs to know of a batch; adds up over batches, in float64. Weights count."""
+        terms = self.terms(outputs).double()
+        return weighted(self.log_prob(terms, targets), self.weights(terms, targets)).sum().reshape(1)
 
-    @abstractmethod
     def log_likelihood(
         self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, ""]
     ) -> Float[Tensor, ""]:
         """The normalised log-likelihood of everything summed in `statistics`, in nats."""
+        return statistics[0]
 
     @abstractmethod
-    def link(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-        """The mean of the output distribution."""
+    def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """The mean of the output distribution of each term, of as many numbers where the family has a link."""
+
+    def moments(
+        self, mean: Float[Tensor, "N C"], covariance: Float[Tensor, "N C C"]
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D D"]]:
+        """Mean and covariance of the link of Gaussian outputs, where moments are what is reported.
+
+        The outputs hold the first numbers of all terms, then the second ones, and so on.
+        """
+        return mean, covariance
+
+    def noise_covariance(
+        self, mean: Float[Tensor, "N C"], covariance: Float[Tensor, "N C C"] | None
+    ) -> Float[Tensor, "*N D D"]:
+        """The expected covariance of the targets given Gaussian outputs, at sigma = 1.
+
+        One matrix where outputs do not matter, and the covariance may be None.
+        """
+        return torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+
+
+def weighted(
+    values: Float[Tensor, "*V N R"], weights: Float[Tensor, "N R"] | None
+) -> Float[Tensor, "*V N R"]:
+    """``weights * values``, and zero where the weight is, whatever stands there."""
+    return values if weights is None else torch.where(weights > 0, weights * values, 0.0)
 
 
 def systematic_uniforms(
     shape: tuple[int, ...], n_draws: int, like: Tensor, generator: torch.Generator | None
 ) -> Float[Tensor, n_draws * shape]:
-    """``(u + k) / n_draws`` for one uniform u in each place: each uniform, together evenly spread."""
+    """``u + k / n_draws`` modulo 1, for one uniform u in each place: together evenly spread.
+
+    Each is uniform by itself, whatever k: draws of two places with one k are independent, so that products of their
+    scores are zero on average. (``(u + k) / n_draws`` is as evenly spread, but grows with k in every place.)
+    """
     u = torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
-    steps = torch.arange(n_draws, dtype=like.dtype, device=like.device)
-    return (u + steps.reshape(-1, *(1,) * len(shape))) / n_draws
+    steps = torch.arange(n_draws, dtype=like.dtype, device=like.device) / n_draws
+    return (u + steps.reshape(-1, *(1,) * len(shape))) % 1

@@ -9,7 +9,7 @@ _FAMILIES: dict[str, type[Likelihood]] = {}
 
 
 def register(family: type[Likelihood]) -> type[Likelihood]:
-    """Class decorator that enters a family under its name."""
+    """Class decorator that enters a family under its name; constructed without arguments, it is the default member."""
     if family.name in _FAMILIES:
         raise ValueError(f"a likelihood named {family.name!r} is already registered")
     _FAMILIES[family.name] = family
@@ -21,17 +21,15 @@ def available() -> list[str]:
     return sorted(_FAMILIES)
 
 
-def resolve(likelihood: str | Likelihood) -> Likelihood:
-    """A likelihood from its name, or itself.
+def named(name: object) -> Likelihood:
+    """The default member of the family of that name.
 
     Raises:
-        UnsupportedError: if no family has that name.
+        UnsupportedError: if there is none.
     """
-    if isinstance(likelihood, Likelihood):
-        return likelihood
-    if not isinstance(likelihood, str) or likelihood not in _FAMILIES:
+    if not isinstance(name, str) or name not in _FAMILIES:
         raise UnsupportedError(
-            f"likelihood {likelihood!r} is not supported; expected {one_of(available())} or a "
+            f"likelihood {name!r:.80} is not supported; expected {one_of(available())}, a loss of torch or a "
             "curvlin_nn.likelihoods.Likelihood"
         )
-    return _FAMILIES[likelihood]()
+    return _FAMILIES[name]()
