@@ -52,9 +52,9 @@ class _Factors:
         left = tall.gram(g.flatten(0, 1))
         if block.right is None:
             return cls(block.place, left, None, 0)
-        if not captures.first:
-            return cls(block.place, left, tall.gram(block.right.new_zeros(0, block.right.shape[-1])), 0)
-        a = _inputs(block.right, captures.kept, reduce=reduce)
+        a = _inputs(block.right, captures.kept, reduce=reduce) if captures.first else block.right[:0, 0]
+        if len(a) == 0:  # columns that are not the first, or a batch of ignored terms only
+            return cls(block.place, left, left.new_zeros(a.shape[-1], a.shape[-1]), 0)
         return cls(block.place, left, tall.gram(a), len(a))
 
     def __add__(self, other: _Factors) -> _Factors:
