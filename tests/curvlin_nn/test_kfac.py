@@ -8,6 +8,7 @@ import torch
 
 from curvlin_nn import ParameterSpace, structures
 from curvlin_nn.capture import Block, Captures
+from curvlin_nn.capture.blocks import merged
 
 SPACE = ParameterSpace(("w",), (torch.Size((2, 3)),))
 REDUCE = functools.partial(structures.Kronecker, approximation="reduce")
@@ -117,3 +118,16 @@ def test_a_batch_of_ignored_terms_adds_nothing(name):
     ignored = Captures(3, (replace(c.blocks[0], left=torch.zeros_like(c.blocks[0].left)),), kept=nothing)
     with_it = state(FACTORIES[name], c, ignored).finish().to_dense()
     torch.testing.assert_close(with_it, state(FACTORIES[name], c).finish().to_dense(), rtol=1e-12, atol=0)
+
+
+def test_uses_in_both_orientations_have_the_nearest_product():
+    natural, turned = captures(5, 5).blocks[0], captures(5, 6, transposed=True).blocks[0]
+    tied = merged("w", 0, [natural, turned])
+    H = state(structures.Kronecker, Captures(5, (tied,))).finish().to_dense()
+    B, A = natural.left.reshape(-1, 2), natural.right.reshape(-1, 3)
+    C, D = turned.left.reshape(-1, 3), turned.right.reshape(-1, 2)
+    total = torch.kron(B.T @ B, A.T @ A / len(A)) + torch.kron(D.T @ D / len(D), C.T @ C)
+    rearranged = total.view(2, 3, 2, 3).permute(0, 2, 1, 3).reshape(4, 9)
+    U, s, Vh = torch.linalg.svd(rearranged)
+    expected = s[0] * torch.kron(U[:, 0].view(2, 2), Vh[0].view(3, 3))
+    torch.testing.assert_close(H, expected, rtol=1e-9, atol=1e-11)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from curvlin import BlockDiag, SpectralKronecker
+from curvlin import BlockDiag, KroneckerSum, SpectralKronecker
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.capture import Block, Captures, partition
 from curvlin_nn.errors import UnsupportedError
@@ -35,12 +35,7 @@ class EKFAC(Kronecker):
     def begin(self, pass_index: int) -> None:
         """See `Structure.begin`."""
         if pass_index == 1:
-            self._bases = tuple(
-                None
-                if f.right is None
-                else (torch.linalg.eigh(f.left).eigenvectors, torch.linalg.eigh(f.right).eigenvectors)
-                for f in self._blocks
-            )
+            self._bases = tuple(None if f.right is None else _eigenbases(f.operator()) for f in self._blocks)
             self._squares = tuple(
                 None if f.right is None else f.left.new_zeros(f.place.size) for f in self._blocks
             )
@@ -81,6 +76,13 @@ class EKFAC(Kronecker):
                     SpectralKronecker(*bases, total.unflatten(0, (factors.place.out, factors.place.inputs)))
                 )
         return BlockDiag(blocks, partition([factors.place for factors in self._blocks]))
+
+
+def _eigenbases(product: PrecisionOperator) -> _Bases:
+    assert isinstance(product, KroneckerSum)
+    ((left, right),) = product.terms
+    assert left is not None and right is not None
+    return torch.linalg.eigh(left).eigenvectors, torch.linalg.eigh(right).eigenvectors
 
 
 def _rotated(block: Block, bases: _Bases) -> Block:

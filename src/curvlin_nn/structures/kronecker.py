@@ -10,12 +10,15 @@ and in the reduce form, exact where positions enter the output by their mean and
 
     weights   (sum_nv (sum_s g) (sum_s g)^T) (x) (sum_n abar abar^T) / N,   abar = sum_s a / S
 
+A weight used both as it is and transposed has a product for either kind of use, and the one product that is nearest
+to their sum in the Frobenius norm.
+
 Positions of ignored terms are left out of a's sums and of S where a sample has as many positions as terms.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -23,6 +26,7 @@ from torch import Tensor
 from curvlin import BlockDiag, Dense, KroneckerSum
 from curvlin.numerics import tall
 from curvlin.precision.base import PrecisionOperator
+from curvlin.projection import project
 from curvlin_nn.capture import Block, Captures, Place, partition
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.parameters import ParameterSpace
@@ -44,10 +48,14 @@ class _Factors:
     left: Float[Tensor, "out out"]
     right: Float[Tensor, "in in"] | None
     positions: int
+    turned: _Factors | None = None
 
     @classmethod
     def of(cls, block: Block, captures: Captures, *, reduce: bool) -> _Factors:
         """The sums of one batch; with columns that are not its first, inputs have counted already."""
+        if block.uses:
+            natural, turned = (cls.of(use, captures, reduce=reduce) for use in block.uses)
+            return replace(natural, place=block.place, turned=turned)
         g = block.left.double().sum(2) if reduce else block.left.flatten(1, 2)
         left = tall.gram(g.flatten(0, 1))
         if block.right is None:
@@ -59,12 +67,17 @@ class _Factors:
 
     def __add__(self, other: _Factors) -> _Factors:
         right = None if self.right is None or other.right is None else self.right + other.right
-        return _Factors(self.place, self.left + other.left, right, self.positions + other.positions)
+        turned = None if self.turned is None or other.turned is None else self.turned + other.turned
+        return _Factors(self.place, self.left + other.left, right, self.positions + other.positions, turned)
 
     def operator(self) -> PrecisionOperator:
         if self.right is None:
             return Dense(self.left)
-        return KroneckerSum([(self.left, self.right / max(1, self.positions))])
+        own = (self.left, self.right / max(1, self.positions))
+        if self.turned is None or self.turned.right is None:
+            return KroneckerSum([own])
+        other = (self.turned.right / max(1, self.turned.positions), self.turned.left)
+        return project(KroneckerSum([own, other]), KroneckerSum, sizes=(len(own[0]), len(own[1]))).operator
 
 
 def _inputs(
