@@ -21,8 +21,7 @@ from curvlin_nn.errors import DataError, OutputError, UnsupportedError
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
-from curvlin_nn.structures import Structure
-from curvlin_nn.structures.registry import StructureFactory
+from curvlin_nn.structures import Structure, StructureChoice, StructureFactory
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def curvature(
     model: nn.Module,
     likelihood: str | nn.Module | Likelihood,
     loader: Iterable[Any],
-    hessian_structure: str | StructureFactory = "kron",
+    hessian_structure: StructureChoice = "kron",
     columns: str = "exact",
     subset_of_weights: Selection = "all",
     *,
@@ -107,7 +106,8 @@ def curvature(
         model: maps one argument to outputs ``(N, C)``; it comes back as it was.
         likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
         loader: batches ``(inputs, targets)``.
-        hessian_structure: ``"full"``, ``"kron"``, ``"diag"`` or a `Structure` class.
+        hessian_structure: ``"full"``, ``"kron"``, ``"diag"``, ``"ekfac"``, ``"block"``, a `Structure` class,
+            or one of these for each ``fnmatch`` pattern of names of parameters or modules.
         columns: ``"exact"``; ``"mc"`` or ``"sketch"``, which are unbiased; ``"empirical"`` for the empirical Fisher
             matrix instead.
         subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, or a predicate.

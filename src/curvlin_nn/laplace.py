@@ -35,7 +35,7 @@ from curvlin_nn.prior import (
 )
 from curvlin_nn.prior_search import Optimum, maximise
 from curvlin_nn.spectrum import Spectrum, spectrum
-from curvlin_nn.structures.registry import StructureFactory
+from curvlin_nn.structures import StructureChoice
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Laplace:
         likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
         subset_of_weights: ``"all"`` (parameters that require a gradient), ``"last_layer"`` (the default),
             names of parameters or modules, or a predicate of name and parameter.
-        hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"`` or a `Structure` class.
+        hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"``, ``"ekfac"``, ``"block"``,
+            a `Structure` class, or one of these for each ``fnmatch`` pattern of names of parameters or modules.
         curvature: ``"ggn"``.
         prior_precision: a number, one per parameter tensor, one per module, one per parameter, or an
             operator.
@@ -86,7 +87,7 @@ class Laplace:
         model: nn.Module,
         likelihood: str | nn.Module | Likelihood,
         subset_of_weights: Selection | None = None,
-        hessian_structure: str | StructureFactory | None = None,
+        hessian_structure: StructureChoice | None = None,
         *,
         curvature: str = "ggn",
         prior_precision: float | Tensor | PrecisionOperator = 1.0,

@@ -270,9 +270,9 @@ def test_single_precision_models_get_single_precision_predictions(structure):
         ),
         ({"subset_of_weights": ["nope"]}, UnsupportedError, "names 'nope', which is no parameter or module"),
         (
-            {"hessian_structure": "ekfac"},
+            {"hessian_structure": "ekfax"},
             UnsupportedError,
-            "'ekfac' is not supported; expected one of 'diag', 'full'",
+            "'ekfax' is not supported; expected one of 'block', 'diag', 'ekfac', 'full'",
         ),
         ({"curvature": "ef"}, UnsupportedError, "curvature='ef' is not supported; expected 'ggn'"),
         ({"feature_map": object()}, UnsupportedError, "feature_map is not supported"),

@@ -264,8 +264,10 @@ def test_entry_points_offer_structures_by_name(monkeypatch):
     monkeypatch.setattr("curvlin_nn.structures.registry.entry_points", entry_points)
     assert structures.resolve("trace") is Trace
     assert "trace" in structures.available()
-    with pytest.raises(UnsupportedError, match="expected one of 'diag', 'full', 'kron', 'trace'"):
-        structures.resolve("ekfac")
+    with pytest.raises(
+        UnsupportedError, match="expected one of 'block', 'diag', 'ekfac', 'full', 'kron', 'trace'"
+    ):
+        structures.resolve("ekfax")
 
 
 def test_two_structures_of_one_name_are_an_error():

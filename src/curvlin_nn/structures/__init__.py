@@ -1,9 +1,26 @@
 """Curvature structures, one per file; a new structure is a new file (or package) that registers itself."""
 
-from curvlin_nn.structures.base import Structure
+from curvlin_nn.structures.base import Structure, StructureFactory
+from curvlin_nn.structures.block import Block
 from curvlin_nn.structures.diagonal import Diagonal
+from curvlin_nn.structures.ekfac import EKFAC
 from curvlin_nn.structures.full import Full
 from curvlin_nn.structures.kronecker import Kronecker
-from curvlin_nn.structures.registry import ENTRY_POINTS, available, register, resolve
+from curvlin_nn.structures.mixed import Mixed
+from curvlin_nn.structures.registry import ENTRY_POINTS, StructureChoice, available, register, resolve
 
-__all__ = ["ENTRY_POINTS", "Diagonal", "Full", "Kronecker", "Structure", "available", "register", "resolve"]
+__all__ = [
+    "EKFAC",
+    "ENTRY_POINTS",
+    "Block",
+    "Diagonal",
+    "Full",
+    "Kronecker",
+    "Mixed",
+    "Structure",
+    "StructureChoice",
+    "StructureFactory",
+    "available",
+    "register",
+    "resolve",
+]

@@ -7,6 +7,7 @@ dtype, so that zero eigenvalues stay below any prior precision in use.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
 from curvlin.precision.base import PrecisionOperator
@@ -25,7 +26,7 @@ class Structure(ABC):
     """
 
     name: ClassVar[str]
-    passes: ClassVar[int] = 1
+    passes: int = 1
 
     def __init__(self, space: ParameterSpace) -> None:
         self.space = space
@@ -44,3 +45,7 @@ class Structure(ABC):
     @abstractmethod
     def finish(self) -> PrecisionOperator:
         """The curvature of everything seen, over the flat parameters, float64; the state stays as it is."""
+
+
+StructureFactory = Callable[[ParameterSpace], Structure]
+"""What makes the state of a structure over a space of parameters."""

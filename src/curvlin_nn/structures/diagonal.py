@@ -24,8 +24,8 @@ class Diagonal(Structure):
 
     def update(self, captures: Captures) -> None:
         """See `Structure.update`."""
-        squares = [_squares(block).double() for block in captures.blocks]
-        total = captures.partition.join(squares, dim=0)
+        parts = [squares(block).double() for block in captures.blocks]
+        total = captures.partition.join(parts, dim=0)
         self._diagonal = total if self._diagonal is None else self._diagonal + total
 
     def merge(self, other: Diagonal) -> None:
@@ -39,7 +39,8 @@ class Diagonal(Structure):
         return DiagonalOperator(self._diagonal)
 
 
-def _squares(block: Block) -> Float[Tensor, " size"]:
+def squares(block: Block) -> Float[Tensor, " size"]:
+    """``sum_nv row_nv^2``, in the order (out, in)."""
     left, right = block.left, block.right
     if right is None:
         return left.square().sum((0, 1, 2))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 from curvlin_nn.errors import UnsupportedError, one_of
-from curvlin_nn.parameters import ParameterSpace
-from curvlin_nn.structures.base import Structure
+from curvlin_nn.structures.base import Structure, StructureFactory
+from curvlin_nn.structures.mixed import Mixed
 
 ENTRY_POINTS = "curvlin.structures"
 """The entry-point group under which other packages offer subclasses of `Structure`, by name."""
 
-StructureFactory = Callable[[ParameterSpace], Structure]
+StructureChoice = str | StructureFactory | Mapping[str, str | StructureFactory]
+"""A name, what makes a state, or either for each pattern of names of parameters or modules."""
 
 _STRUCTURES: dict[str, type[Structure]] = {}
 
@@ -30,14 +32,20 @@ def available() -> list[str]:
     return sorted({*_STRUCTURES, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
-def resolve(structure: str | StructureFactory) -> StructureFactory:
-    """What makes the state of a structure: looked up by name, or given.
+def resolve(structure: StructureChoice) -> StructureFactory:
+    """What makes the state of a structure: looked up by name, given, or mixed by layer.
+
+    Args:
+        structure: see `StructureChoice`; of patterns the first that matches counts (see `Mixed`).
 
     Raises:
         UnsupportedError: if no structure has that name.
     """
     if callable(structure):
         return structure
+    if isinstance(structure, Mapping) and structure:
+        patterns = {pattern: resolve(choice) for pattern, choice in structure.items()}
+        return functools.partial(Mixed, patterns=patterns)
     if isinstance(structure, str):
         if structure in _STRUCTURES:
             return _STRUCTURES[structure]

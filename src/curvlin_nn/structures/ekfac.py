@@ -1,0 +1,92 @@
+"""EKFAC: the eigenbasis of KFAC with the second moments of the rows in it (George et al., 2018).
+
+The first pass sums the Kronecker factors, the second the squares of the rows in their eigenbasis. A rotation
+keeps the trace, so EKFAC has that of the exact block; and the diagonal in a basis is the nearest one in the
+Frobenius norm, so no KFAC with that basis is nearer. Biases are exact dense blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from curvlin import BlockDiag, KroneckerSum, SpectralKronecker
+from curvlin.precision.base import PrecisionOperator
+from curvlin_nn.capture import Block, Captures, partition
+from curvlin_nn.errors import UnsupportedError
+from curvlin_nn.structures.diagonal import squares
+from curvlin_nn.structures.kronecker import Kronecker
+from curvlin_nn.structures.registry import register
+
+_Bases = tuple[Tensor, Tensor]
+
+
+@register
+class EKFAC(Kronecker):
+    """``(QB (x) QA) diag(sum_nv (row_nv (QB (x) QA))^2) (QB (x) QA)^T`` for each weight; see `Kronecker`."""
+
+    name = "ekfac"
+    passes = 2
+    _bases: tuple[_Bases | None, ...] | None = None
+    _squares: tuple[Tensor | None, ...] = ()
+
+    def begin(self, pass_index: int) -> None:
+        """See `Structure.begin`."""
+        if pass_index == 1:
+            self._bases = tuple(None if f.right is None else _eigenbases(f.operator()) for f in self._blocks)
+            self._squares = tuple(
+                None if f.right is None else f.left.new_zeros(f.place.size) for f in self._blocks
+            )
+
+    def update(self, captures: Captures) -> None:
+        """See `Structure.update`."""
+        if self._bases is None:
+            super().update(captures)
+            return
+        self._check_places([block.place for block in captures.blocks])
+        self._squares = tuple(
+            None if bases is None or total is None else total + squares(_rotated(block, bases))
+            for total, block, bases in zip(self._squares, captures.blocks, self._bases, strict=True)
+        )
+
+    def merge(self, other: Kronecker) -> None:
+        """See `Structure.merge`.
+
+        Raises:
+            UnsupportedError: after the second pass has begun, when the sums are in bases of their own.
+        """
+        if self._bases is not None or (isinstance(other, EKFAC) and other._bases is not None):
+            raise UnsupportedError(
+                "hessian_structure='ekfac' cannot merge eigenvalues in different bases, expected states before "
+                "their second pass; fit on all data at once, or use 'kron'"
+            )
+        super().merge(other)
+
+    def finish(self) -> BlockDiag:
+        """See `Structure.finish`."""
+        assert self._bases is not None
+        blocks: list[PrecisionOperator] = []
+        for factors, bases, total in zip(self._blocks, self._bases, self._squares, strict=True):
+            if bases is None or total is None:
+                blocks.append(factors.operator())
+            else:
+                blocks.append(
+                    SpectralKronecker(*bases, total.unflatten(0, (factors.place.out, factors.place.inputs)))
+                )
+        return BlockDiag(blocks, partition([factors.place for factors in self._blocks]))
+
+
+def _eigenbases(product: PrecisionOperator) -> _Bases:
+    assert isinstance(product, KroneckerSum)
+    ((left, right),) = product.terms
+    assert left is not None and right is not None
+    return torch.linalg.eigh(left).eigenvectors, torch.linalg.eigh(right).eigenvectors
+
+
+def _rotated(block: Block, bases: _Bases) -> Block:
+    """The rows in an eigenbasis: ``sum_s (QB^T left_s) (x) (QA^T right_s)``, float64."""
+    assert block.right is not None
+    QB, QA = bases
+    return replace(block, left=block.left.double() @ QB, right=block.right.double() @ QA, uses=())
