@@ -264,7 +264,7 @@ def test_entry_points_offer_structures_by_name(monkeypatch):
     monkeypatch.setattr("curvlin_nn.structures.registry.entry_points", entry_points)
     assert structures.resolve("trace") is Trace
     assert "trace" in structures.available()
-    with pytest.raises(UnsupportedError, match="expected one of 'diag', 'full', 'kron', 'trace'"):
+    with pytest.raises(UnsupportedError, match=r"expected one of 'diag', .*'kron', .*'trace'"):
         structures.resolve("ekfac")
 
 

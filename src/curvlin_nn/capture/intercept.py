@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from curvlin_nn.capture.rules import RULES, Call, LayerRule
+from curvlin_nn.capture.rules import RULES, Call, LayerRule, load_entry_points
 from curvlin_nn.errors import UnsupportedUseError
 
 
@@ -52,6 +52,7 @@ class Interceptor(TorchFunctionMode):
 
     def __init__(self, tracked: Mapping[str, Tensor], *, strict: bool = True) -> None:
         super().__init__()
+        load_entry_points()
         self._strict = strict
         self._names = {id(tensor): name for name, tensor in tracked.items()}
         self.uses: list[Use] = []

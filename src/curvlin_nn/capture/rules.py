@@ -7,9 +7,11 @@ outer products: ``left (x) right`` with left made from g and right from the laye
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from jaxtyping import Float
@@ -76,6 +78,9 @@ class LayerRule(ABC):
         """The parts of every parameter in a role, from the gradients of the call's output."""
 
 
+ENTRY_POINTS = "curvlin.layers"
+"""The entry-point group under which other packages offer subclasses of `LayerRule`."""
+
 RULES: dict[Callable[..., Any], LayerRule] = {}
 """The rule of each function; filled by `register`."""
 
@@ -87,3 +92,15 @@ def register(rule: type[LayerRule]) -> type[LayerRule]:
             raise ValueError(f"a layer rule for {function.__name__} is already registered")
         RULES[function] = rule()
     return rule
+
+
+@functools.cache
+def load_entry_points() -> None:
+    """Register the rules of other packages, once, before the first capture.
+
+    A rule that its module has registered as it was imported is left as it is.
+    """
+    for point in entry_points(group=ENTRY_POINTS):
+        rule: type[LayerRule] = point.load()
+        if not all(type(RULES.get(function)) is rule for function in rule.functions):
+            register(rule)
