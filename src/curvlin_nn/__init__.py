@@ -4,6 +4,7 @@ from curvlin_nn import errors, feature_maps, likelihoods, structures
 from curvlin_nn.curvature import curvature
 from curvlin_nn.laplace import Laplace
 from curvlin_nn.parameters import ParameterSpace
+from curvlin_nn.products.eigenpairs import hessian_eigenpairs
 from curvlin_nn.products.low_rank import low_rank
 from curvlin_nn.products.matrix_free import from_linear_operator, matrix_free
 
@@ -14,6 +15,7 @@ __all__ = [
     "errors",
     "feature_maps",
     "from_linear_operator",
+    "hessian_eigenpairs",
     "likelihoods",
     "low_rank",
     "matrix_free",

@@ -11,7 +11,7 @@ from torch.func import functional_call, hessian, jacrev
 
 from curvlin import Isotropic, LowRankPlusDiag
 from curvlin.testing import forbid_dense
-from curvlin_nn import Laplace, curvature, feature_maps, low_rank, matrix_free, structures
+from curvlin_nn import Laplace, curvature, feature_maps, hessian_eigenpairs, low_rank, matrix_free, structures
 from curvlin_nn.errors import (
     CouplingError,
     DataError,
@@ -275,6 +275,35 @@ def test_a_loader_that_is_spent_after_one_pass_is_refused(kind):
     p = smooth("classification")
     with pytest.raises(DataError, match="yielded no batch"):
         matrix_free(p.model, "classification", iter(p.batches()), kind=kind, cache=False)
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_eigenpairs_of_the_hessian_are_the_largest_of_either_sign(likelihood):
+    p = smooth(likelihood)
+    exact = dense_hessian(p.model, p.x, p.y, likelihood)
+    values = torch.linalg.eigvalsh(exact)
+    values = values[values.abs().argsort(descending=True)]
+    found = hessian_eigenpairs(
+        p.model, likelihood, p.batches(4), 6, passes=30, probes=30, generator=generator()
+    )
+    assert relative(found.values, values[:6]) < 1e-10
+    left = exact - found.vectors @ torch.diag(found.values) @ found.vectors.mT
+    z = (found.residual.value - left.square().sum()) / found.residual.standard_error
+    assert abs(float(z)) < 4
+
+
+def test_all_eigenpairs_of_the_hessian_give_it_back_and_its_sign_is_told():
+    p = smooth("classification")
+    exact = dense_hessian(p.model, p.x, p.y, "classification")
+    found = hessian_eigenpairs(p.model, "classification", p.batches(4), 39, passes=1, generator=generator())
+    assert relative(found.vectors @ torch.diag(found.values) @ found.vectors.mT, exact) < 1e-10
+    values, vectors = torch.linalg.eigh(exact)
+    for indefinite, changed in {"clip": values.clamp(min=0), "abs": values.abs()}.items():
+        assert (
+            relative(found.operator(indefinite).to_dense(), vectors @ torch.diag(changed) @ vectors.mT) < 1e-8
+        )
+    with pytest.raises(IndefiniteHessianError, match="least eigenvalue"):
+        found.operator()
 
 
 # -- low rank ----------------------------------------------------------------------------------------------------

@@ -37,11 +37,20 @@ def check_structure(structure: object, indefinite: str) -> tuple[str, str]:
     if not isinstance(structure, str) or structure not in STRUCTURES:
         raise UnsupportedError(
             f"hessian_structure={structure!r} is not supported for kind='hessian', whose products have no factors; "
-            f"expected {one_of(STRUCTURES)}, or matrix_free(kind='hessian'), or kind='ggn'"
+            f"expected {one_of(STRUCTURES)}, or hessian_eigenpairs, or matrix_free(kind='hessian'), or kind='ggn'"
         )
+    return structure, check_indefinite(indefinite)
+
+
+def check_indefinite(indefinite: str) -> str:
+    """Whether there is such an answer to negative eigenvalues: the answer, as it is.
+
+    Raises:
+        UnsupportedError: if there is not.
+    """
     if indefinite not in INDEFINITE:
         raise UnsupportedError(f"indefinite={indefinite!r} is not supported; expected {one_of(INDEFINITE)}")
-    return structure, indefinite
+    return indefinite
 
 
 @dataclass
