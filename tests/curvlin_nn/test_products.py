@@ -12,6 +12,7 @@ from torch.func import functional_call, hessian, jacrev
 from curvlin import Isotropic, LowRankPlusDiag
 from curvlin.testing import forbid_dense
 from curvlin_nn import Laplace, curvature, feature_maps, hessian_eigenpairs, low_rank, matrix_free, structures
+from curvlin_nn.capture import Block, Captures
 from curvlin_nn.errors import (
     CouplingError,
     DataError,
@@ -19,6 +20,7 @@ from curvlin_nn.errors import (
     StochasticModelError,
     UnsupportedError,
 )
+from curvlin_nn.feature_maps.jacobian import features
 
 CASES = list(itertools.product(("mlp", "cnn"), ("classification", "regression")))
 
@@ -330,6 +332,35 @@ def test_what_low_rank_leaves_is_positive_semidefinite_with_the_trace_reported(p
     assert float(torch.linalg.eigvalsh(left).min()) > -1e-12 * float(exact.trace())
     best = torch.linalg.eigvalsh(exact)[:-5].sum()
     assert float(left.trace()) >= float(best) * (1 - 1e-10)
+
+
+@pytest.mark.parametrize("rank", [5, 40])
+@pytest.mark.parametrize(("kind", "likelihood"), CASES)
+def test_the_dual_gives_the_best_approximation_of_its_rank(kind, likelihood, rank):
+    p = problem(kind, likelihood)
+    exact = oracle.ggn(p.model, p.x, p.y, oracle.LOSSES[likelihood])
+    values, vectors = torch.linalg.eigh(exact)
+    best = vectors[:, -rank:] @ torch.diag(values[-rank:]) @ vectors[:, -rank:].mT
+    found = low_rank(p.model, likelihood, p.batches(), rank, method="dual")
+    assert relative(found.U @ found.U.mT, best) < 1e-10
+    left = float(exact.trace() - best.trace())
+    assert float(found.residual.value) == pytest.approx(left, rel=1e-10, abs=1e-12 * float(exact.trace()))
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_features_of_a_transposed_block_stand_where_the_flat_vector_has_them(positions):
+    """A weight that multiplies from the right is flattened as (in, out)."""
+    left = torch.randn(4, 2, positions, 3, generator=generator()).double()
+    right = torch.randn(4, positions, 5, generator=generator(1)).double()
+    bias = torch.randn(4, 2, 1, 3, generator=generator(2)).double()
+    blocks = (Block("weight", 0, left, right, transposed=True), Block("bias", 15, bias, None))
+    Phi = features(Captures(4, blocks))
+    rows = torch.einsum("nvso,nsi->nvio", left, right).flatten(2)
+    J = torch.cat([rows, bias.squeeze(2)], dim=-1)
+    v, u = torch.randn(18, 2).double(), torch.randn(4, 2, 2).double()
+    assert relative(Phi @ v, J @ v) < 1e-14
+    assert relative(Phi.T @ u, torch.einsum("nvp,nvk->pk", J, u)) < 1e-14
+    assert relative(Phi.gram(), torch.einsum("nvp,mwp->nvmw", J, J)) < 1e-14
 
 
 def test_passes_bring_low_rank_to_the_best_of_its_rank():

@@ -10,12 +10,19 @@ from torch import nn
 
 from curvlin.iterative.results import LowRankApproximation
 from curvlin_nn import likelihoods
+from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import accumulate
+from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import Selection
+from curvlin_nn.products.dual import from_rows
+from curvlin_nn.products.rows import RecordedRows
 from curvlin_nn.structures.low_rank import LowRank
+
+METHODS = ("nystrom", "dual")
+"""How `low_rank` approximates."""
 
 
 @outside_inference_mode()
@@ -27,6 +34,7 @@ def low_rank(
     columns: str = "exact",
     subset_of_weights: Selection = "all",
     *,
+    method: str = "nystrom",
     oversampling: int = 10,
     passes: int = 2,
     n_columns: int = 1,
@@ -38,8 +46,10 @@ def low_rank(
     Args:
         model: maps one argument to outputs ``(N, *T, C)``; it comes back as it was.
         likelihood: ``"classification"``, ``"regression"`` or a `Likelihood`.
-        loader: batches ``(inputs, targets)``; iterated `passes` times.
+        loader: batches ``(inputs, targets)``; iterated `passes` times, or once for "dual".
         rank: the columns of U at most.
+        method: "nystrom", randomised; or "dual", the best of its rank, which keeps all R rows of the data (samples
+            times columns) and decomposes their R x R kernel: for few data.
         columns: as in `curvature`; of "mc" and "sketch" it is the matrix drawn in the last pass.
         subset_of_weights: as in `curvature`.
         oversampling: columns more that are multiplied.
@@ -53,13 +63,21 @@ def low_rank(
         DataError: for a batch that cannot be used.
         OutputError: for outputs of the wrong shape, or not finite.
     """
+    if method not in METHODS:
+        raise UnsupportedError(f"method={method!r} is not supported; expected {one_of(METHODS)}")
+    structure = LowRank.of(rank, oversampling, passes, generator)
+    family, kind = likelihoods.resolve(likelihood), Columns(columns, n_columns, generator)
+    if method == "dual":
+        with random_state_kept(device_of(model)):  # loaders draw from the default generator
+            rows = list(RecordedRows(model, family, loader, subset_of_weights, kind, progress_bar))
+        return from_rows(rows, rank)
     accumulated = accumulate(
         model,
-        likelihoods.resolve(likelihood),
+        family,
         loader,
         subset_of_weights,
-        [LowRank.of(rank, oversampling, passes, generator)],
-        columns=Columns(columns, n_columns, generator),
+        [structure],
+        columns=kind,
         progress_bar=progress_bar,
     )
     (state,) = accumulated.states
