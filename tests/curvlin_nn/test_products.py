@@ -396,6 +396,22 @@ def test_a_low_rank_curvature_adds_to_the_prior_in_closed_form():
         torch.full((83,), 0.5).double(),
     )
     assert float(la.log_marginal_likelihood()) == pytest.approx(expected, rel=1e-10)
+    full = Laplace(p.model, "classification", "all", "full", prior_precision=0.5).fit(p.batches())
+    for posterior in (la, full):
+        posterior.optimize_prior_precision()
+    assert float(la.prior_precision) == pytest.approx(float(full.prior_precision), rel=1e-8)
+
+
+def test_rounding_of_a_singular_hessian_in_float32_is_not_taken_for_its_sign():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(20, 4), torch.randint(3, (20,))
+    evidence = [
+        Laplace(model, "classification", "all", "full", curvature=kind)
+        .fit([(x, y)])
+        .log_marginal_likelihood()
+        for kind in ("hessian", "ggn")
+    ]
+    assert float(evidence[0]) == pytest.approx(float(evidence[1]), rel=1e-5)
 
 
 # -- posteriors --------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class HessianSum:
         self.blocks = [a + b for a, b in zip(self.blocks, other.blocks, strict=True)]
 
     def finish(self) -> PrecisionOperator:
-        """The Hessian, positive semidefinite up to rounding.
+        """The Hessian, positive semidefinite: negative eigenvalues of the size of rounding are zero.
 
         Raises:
             IndefiniteHessianError: if it is not, and that is to raise.
@@ -120,7 +120,7 @@ class HessianSum:
         matrix = (matrix + matrix.mT) / 2
         values, vectors = torch.linalg.eigh(matrix)
         definite = self._definite(values, where)
-        if self.indefinite == "raise":
+        if torch.equal(definite, values):
             return matrix
         rebuilt = (vectors * definite) @ vectors.mT
         return (rebuilt + rebuilt.mT) / 2
@@ -132,7 +132,7 @@ class HessianSum:
             return values.abs()
         if bool(values.min() < -len(values) * self.resolution * values.abs().max()):
             raise IndefiniteHessianError(where, float(values.min()))
-        return values
+        return values.clamp(min=0.0)  # what is negative here is the rounding of the products
 
 
 def _blocks(batch: BatchHessian, structure: str, sizes: tuple[int, ...]) -> Iterator[Float[Tensor, D * D]]:
