@@ -4,5 +4,20 @@ from curvlin_nn import errors, feature_maps, likelihoods, structures
 from curvlin_nn.curvature import curvature
 from curvlin_nn.laplace import Laplace
 from curvlin_nn.parameters import ParameterSpace
+from curvlin_nn.products.eigenpairs import hessian_eigenpairs
+from curvlin_nn.products.low_rank import low_rank
+from curvlin_nn.products.matrix_free import from_linear_operator, matrix_free
 
-__all__ = ["Laplace", "ParameterSpace", "curvature", "errors", "feature_maps", "likelihoods", "structures"]
+__all__ = [
+    "Laplace",
+    "ParameterSpace",
+    "curvature",
+    "errors",
+    "feature_maps",
+    "from_linear_operator",
+    "hessian_eigenpairs",
+    "likelihoods",
+    "low_rank",
+    "matrix_free",
+    "structures",
+]

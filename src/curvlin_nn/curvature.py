@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
-from curvlin_nn.capture import Captures, Recorder, Recording, last_layer
-from curvlin_nn.capture.inputs import split_batch
+from curvlin_nn.batches import batches, choose
+from curvlin_nn.capture import Captures, Recorder, Recording
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import EXACT, Columns
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
+from curvlin_nn.products.hessian import Hessian
+from curvlin_nn.products.hessian_sums import MAX_PARAMETERS, HessianSum, check_structure
+from curvlin_nn.products.matrix_free import check_kind
 from curvlin_nn.structures import Structure, StructureChoice, StructureFactory
+
+
+class State(Protocol):
+    """What is kept of data: a sum that merges with the sum over other data."""
+
+    def merge(self, other: Any) -> None:
+        """Add the sum over other data."""
+
+    def finish(self) -> PrecisionOperator:
+        """The curvature of everything seen."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Accumulated:
     """
 
     recorder: Recorder
-    states: tuple[Structure, ...]
+    states: tuple[State, ...]
     n_data: int
     n_outputs: int
     statistics: Float[Tensor, " K"]
@@ -96,9 +108,12 @@ def curvature(
     *,
     n_columns: int = 1,
     generator: torch.Generator | None = None,
+    kind: str = "ggn",
+    indefinite: str = "raise",
+    max_parameters: int = MAX_PARAMETERS,
     progress_bar: bool = False,
 ) -> PrecisionOperator:
-    """The generalised Gauss-Newton matrix of the negative log-likelihood, summed over the data.
+    """The generalised Gauss-Newton matrix of the negative log-likelihood, or its Hessian, summed over the data.
 
     ``H = sum_n J_n^T Lambda_n J_n`` in the given structure, at ``sigma_noise = 1`` and temperature 1.
 
@@ -106,13 +121,18 @@ def curvature(
         model: maps one argument to outputs ``(N, C)``; it comes back as it was.
         likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
         loader: batches ``(inputs, targets)``.
-        hessian_structure: ``"full"``, ``"kron"``, ``"diag"``, ``"ekfac"``, ``"block"``, a `Structure` class,
-            or one of these for each ``fnmatch`` pattern of names of parameters or modules.
+        hessian_structure: ``"full"``, ``"kron"``, ``"diag"``, ``"ekfac"``, ``"block"``, ``"lowrank"``, a `Structure`
+            class, or one of these for each ``fnmatch`` pattern of names of parameters or modules; of a Hessian,
+            ``"full"``, ``"block"`` (one for each parameter tensor) or ``"diag"``.
         columns: ``"exact"``; ``"mc"`` or ``"sketch"``, which are unbiased; ``"empirical"`` for the empirical Fisher
             matrix instead.
         subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, or a predicate.
         n_columns: how many for ``"mc"`` and ``"sketch"``, for each sample.
         generator: source of randomness for these; None is torch's default generator.
+        kind: ``"ggn"``; or ``"hessian"``, exact, by P products of two backward passes for each batch.
+        indefinite: what a Hessian with negative eigenvalues (of each block, entries of a diagonal) does: ``"raise"``;
+            ``"clip"`` sets them to zero; ``"abs"`` takes absolute values.
+        max_parameters: P at most for a Hessian.
         progress_bar: whether to show one.
 
     Returns:
@@ -123,7 +143,15 @@ def curvature(
         UnsupportedError: for a model or option that is not served.
         DataError: for a batch that cannot be used.
         OutputError: for outputs of the wrong shape, or not finite.
+        IndefiniteHessianError: for a Hessian with a negative eigenvalue, if that is to raise.
     """
+    check_kind(kind, columns)
+    if kind == "hessian":
+        structure, indefinite = check_structure(hessian_structure, indefinite)
+        H = Hessian(model, likelihoods.resolve(likelihood), loader, subset_of_weights, progress_bar)
+        with random_state_kept(device_of(model)):  # loaders draw from the default generator
+            total = HessianSum.of(H, structure, indefinite, max_parameters)
+        return total.finish().to(next(iter(H.space.tensors(model).values())).dtype)
     factory = structures.resolve(hessian_structure)
     accumulated = accumulate(
         model,
@@ -151,15 +179,15 @@ def accumulate(
     """Send captures of all data through structures; several share the passes. See `curvature`."""
     device = device_of(model)
     with random_state_kept(device):  # loaders draw from the default generator
-        accumulated = _first_pass(
-            model, likelihood, _batches(loader, device, progress_bar), subset_of_weights, factories, columns
+        accumulated, states = _first_pass(
+            model, likelihood, batches(loader, device, progress_bar), subset_of_weights, factories, columns
         )
-        for pass_index in range(1, max(state.passes for state in accumulated.states)):
-            unfinished = [state for state in accumulated.states if pass_index < state.passes]
+        for pass_index in range(1, max((state.passes for state in states), default=1)):
+            unfinished = [state for state in states if pass_index < state.passes]
             for state in unfinished:
                 state.begin(pass_index)
             n_data = 0
-            for index, (x, targets) in enumerate(_batches(loader, device, progress_bar)):
+            for index, (x, targets) in enumerate(batches(loader, device, progress_bar)):
                 where = f"batch {index}"
                 recording = accumulated.recorder(x, where)
                 targets = likelihood.check(recording.outputs, targets, where)
@@ -178,25 +206,30 @@ def accumulate(
 def _first_pass(
     model: nn.Module,
     likelihood: Likelihood,
-    batches: Iterator[tuple[Any, Tensor]],
+    stream: Iterator[tuple[Any, Tensor]],
     subset_of_weights: Selection,
     factories: Sequence[StructureFactory],
     columns: Columns,
-) -> Accumulated:
+) -> tuple[Accumulated, tuple[Structure, ...]]:
     accumulated: Accumulated | None = None
-    for index, (x, targets) in enumerate(batches):
+    states: tuple[Structure, ...] = ()
+    for index, (x, targets) in enumerate(stream):
         where = f"batch {index}"
         if accumulated is None:
-            accumulated = _started(Recorder(model, choose(model, subset_of_weights, x, where)), factories)
+            recorder = Recorder(model, choose(model, subset_of_weights, x, where))
+            states = _started(recorder.space, factories)
+            nothing = torch.zeros(1, dtype=torch.float64, device=device_of(model))
+            accumulated = Accumulated(recorder, states, n_data=0, n_outputs=0, statistics=nothing)
         recording = accumulated.recorder(x, where)
         targets = likelihood.check(recording.outputs, targets, where)
         accumulated = accumulated.with_batch(likelihood, recording.outputs, targets, where)
-        for captures in _captures(recording, likelihood, targets, columns):
-            for state in accumulated.states:
-                state.update(captures)
+        if states:
+            for captures in _captures(recording, likelihood, targets, columns):
+                for state in states:
+                    state.update(captures)
     if accumulated is None:
         raise DataError("the loader yielded no batch, expected at least one (inputs, targets)")
-    return accumulated
+    return accumulated, states
 
 
 def _captures(
@@ -210,22 +243,8 @@ def _captures(
         yield replace(recording.captures(some, first=index == 0), kept=kept)
 
 
-def _started(recorder: Recorder, factories: Sequence[StructureFactory]) -> Accumulated:
-    states = tuple(factory(recorder.space) for factory in factories)
+def _started(space: ParameterSpace, factories: Sequence[StructureFactory]) -> tuple[Structure, ...]:
+    states = tuple(factory(space) for factory in factories)
     for state in states:
         state.begin(0)
-    nothing = torch.zeros(1, dtype=torch.float64, device=device_of(recorder.model))
-    return Accumulated(recorder, states, n_data=0, n_outputs=0, statistics=nothing)
-
-
-def choose(model: nn.Module, subset_of_weights: Selection, x: Any, where: str) -> ParameterSpace:
-    """The parameters that `subset_of_weights` names; the last layer is found by running the model on `x`."""
-    if isinstance(subset_of_weights, str) and subset_of_weights == "last_layer":
-        return last_layer(model, x, where)
-    return ParameterSpace.of(model, subset_of_weights)
-
-
-def _batches(loader: Iterable[Any], device: torch.device, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
-    for index, batch in enumerate(tqdm(loader, desc="curvature", disable=not progress_bar)):
-        x, targets = split_batch(batch, f"batch {index}")
-        yield x, targets.to(device)
+    return states

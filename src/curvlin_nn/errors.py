@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from curvlin.errors import NotPositiveDefiniteError
+
 __all__ = [
     "ConvergenceError",
     "CouplingError",
     "DataError",
+    "IndefiniteHessianError",
     "ModifiedInputError",
     "NoFiniteOptimumError",
     "NotFittedError",
@@ -69,6 +72,22 @@ class NotFittedError(RuntimeError):
 
 class DataError(ValueError):
     """A batch that cannot be used: its targets, or a loader that yields nothing."""
+
+
+class IndefiniteHessianError(NotPositiveDefiniteError):
+    """The Hessian of a negative log-likelihood has a negative eigenvalue: the parameters are at no minimum of it.
+
+    Attributes:
+        where: which structure or block has it.
+        value: the least eigenvalue.
+    """
+
+    def __init__(self, where: str, value: float, suggested_damping: float | None = None) -> None:
+        super().__init__(where, value, suggested_damping)
+        self.args = (
+            f"{where} is not positive semidefinite: found a least eigenvalue of {value:.3e}, expected >= 0; train "
+            "further, take kind='ggn', or name what to do with indefinite='clip' or 'abs'",
+        )
 
 
 class OutputError(ValueError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +16,10 @@ from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
 from curvlin_nn._check import numbers
+from curvlin_nn.capture.state import device_of, random_state_kept
+from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
-from curvlin_nn.errors import NotFittedError, OutputError, StaleModelError, UnsupportedError
+from curvlin_nn.errors import NotFittedError, OutputError, StaleModelError, UnsupportedError, one_of
 from curvlin_nn.evidence import Evidence, curvature_scale
 from curvlin_nn.feature_maps import JacobianMap
 from curvlin_nn.fingerprint import Fingerprint
@@ -34,8 +36,14 @@ from curvlin_nn.prior import (
     infer_structure,
 )
 from curvlin_nn.prior_search import Optimum, maximise
+from curvlin_nn.products.hessian import Hessian
+from curvlin_nn.products.hessian_sums import HessianSum
+from curvlin_nn.products.hessian_sums import check_structure as check_hessian
 from curvlin_nn.spectrum import Spectrum, spectrum
-from curvlin_nn.structures import StructureChoice
+from curvlin_nn.structures import StructureChoice, StructureFactory
+
+CURVATURES = {"ggn": "exact", "fisher_mc": "mc", "ef": "empirical", "hessian": "exact"}
+"""The curvatures by name, with the kind of columns that each is made of; a Hessian is made of none."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,12 @@ class Laplace:
         likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
         subset_of_weights: ``"all"`` (parameters that require a gradient), ``"last_layer"`` (the default),
             names of parameters or modules, or a predicate of name and parameter.
-        hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"``, ``"ekfac"``, ``"block"``,
+        hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"``, ``"ekfac"``, ``"block"``, ``"lowrank"``,
             a `Structure` class, or one of these for each ``fnmatch`` pattern of names of parameters or modules.
-        curvature: ``"ggn"``.
+        curvature: ``"ggn"``; ``"fisher_mc"``, of one draw of targets for each sample, unbiased; ``"ef"``, the empirical
+            Fisher matrix; or ``"hessian"`` (``"full"``, ``"block"`` or ``"diag"``), exact.
+        indefinite: what a Hessian with negative eigenvalues does; see `curvlin_nn.curvature`.
+        generator: source of randomness for ``"fisher_mc"``; None is torch's default generator.
         prior_precision: a number, one per parameter tensor, one per module, one per parameter, or an
             operator.
         prior_mean: a number or a flat vector.
@@ -90,6 +101,8 @@ class Laplace:
         hessian_structure: StructureChoice | None = None,
         *,
         curvature: str = "ggn",
+        indefinite: str = "raise",
+        generator: torch.Generator | None = None,
         prior_precision: float | Tensor | PrecisionOperator = 1.0,
         prior_mean: float | Tensor = 0.0,
         sigma_noise: float | Tensor = 1.0,
@@ -97,8 +110,8 @@ class Laplace:
         feature_map: object | None = None,
         prior_structure: str | None = None,
     ) -> None:
-        if curvature != "ggn":
-            raise UnsupportedError(f"curvature={curvature!r} is not supported; expected 'ggn'")
+        if curvature not in CURVATURES:
+            raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
         if feature_map is not None:
             raise UnsupportedError(
                 "feature_map is not supported; the exact Jacobian is used, leave it at None"
@@ -107,7 +120,14 @@ class Laplace:
         self.model = model
         self.likelihood = likelihoods.resolve(likelihood)
         self.subset_of_weights: Selection = "last_layer" if subset_of_weights is None else subset_of_weights
-        self._structure = structures.resolve("kron" if hessian_structure is None else hessian_structure)
+        structure = "kron" if hessian_structure is None else hessian_structure
+        self._hessian: tuple[str, str] | None = None
+        self._structures: list[StructureFactory] = []
+        self._columns = Columns(CURVATURES[curvature], generator=generator)
+        if curvature == "hessian":
+            self._hessian = check_hessian(structure, indefinite)
+        else:
+            self._structures = [structures.resolve(structure)]
         if prior_structure is not None:
             check_structure(prior_structure)
         if self.subset_of_weights != "last_layer":
@@ -204,9 +224,16 @@ class Laplace:
             self.likelihood,
             train_loader,
             self.subset_of_weights,
-            [self._structure],
+            self._structures,
+            columns=self._columns,
             progress_bar=progress_bar,
         )
+        if self._hessian is not None:
+            space = found.space
+            H = Hessian(self.model, self.likelihood, train_loader, list(space.names), progress_bar)
+            with random_state_kept(device_of(self.model)):
+                found = replace(found, states=(HessianSum.of(H, *self._hessian),))
+            H.check_count(found.n_data)
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
         mean = found.space.flatten(found.space.tensors(self.model))

@@ -18,6 +18,7 @@ from curvlin import (
     Diagonal,
     Isotropic,
     KroneckerSum,
+    LowRankPlusDiag,
     NotPositiveDefiniteError,
     SpectralKronecker,
 )
@@ -89,6 +90,15 @@ def _(H: KroneckerSum) -> Spectrum | None:
     ]
     eigenvalues = torch.outer(*sides).flatten()
     return _together(eigenvalues if H.shift is None else eigenvalues + H.shift.double())
+
+
+@spectrum.register
+def _(H: LowRankPlusDiag) -> Spectrum | None:
+    alone = H.core is None and H.weight is None and H.sign > 0
+    if not alone or not isinstance(H.U, Tensor) or H.U.ndim > 2 or bool((H.base.diagonal() != 0).any()):
+        return None
+    values = torch.linalg.svdvals(H.U.double()).square()
+    return _together(torch.cat([values, values.new_zeros(H.size - len(values))]))
 
 
 @spectrum.register

@@ -274,7 +274,7 @@ def test_single_precision_models_get_single_precision_predictions(structure):
             UnsupportedError,
             "'ekfax' is not supported; expected one of 'block', 'diag', 'ekfac', 'full'",
         ),
-        ({"curvature": "ef"}, UnsupportedError, "curvature='ef' is not supported; expected 'ggn'"),
+        ({"curvature": "gn"}, UnsupportedError, "curvature='gn' is not supported; expected one of 'ggn'"),
         ({"feature_map": object()}, UnsupportedError, "feature_map is not supported"),
         ({"prior_precision": 0.0}, ValueError, "prior_precision must be positive and finite, found 0.000e"),
         ({"prior_precision": -1.0}, ValueError, "prior_precision must be positive and finite, found -1.000e"),

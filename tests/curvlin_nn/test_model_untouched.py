@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from networks import assert_same, state
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvlin_nn import Laplace, curvature, feature_maps
+from curvlin_nn import Laplace, curvature, feature_maps, low_rank, matrix_free
 from curvlin_nn.errors import DataError, OutputError
 
 
@@ -46,8 +46,32 @@ def data(n: int = 12) -> TensorDataset:
     return TensorDataset(torch.randn(n, 4), torch.randint(3, (n,)))
 
 
+def _multiplied(H):
+    return H @ torch.ones(H.size)
+
+
 CALLS = {
     "curvature": lambda model, loader, x: curvature(model, "classification", loader, "diag"),
+    "empirical": lambda model, loader, x: curvature(model, "classification", loader, "diag", "empirical"),
+    "hessian": lambda model, loader, x: curvature(
+        model, "classification", loader, "diag", kind="hessian", indefinite="abs"
+    ),
+    "hessian blocks": lambda model, loader, x: curvature(
+        model, "classification", loader, "block", kind="hessian", indefinite="clip"
+    ),
+    "hessian fit": lambda model, loader, x: Laplace(
+        model, "classification", "all", "full", curvature="hessian", indefinite="abs"
+    ).fit(loader),
+    "low rank": lambda model, loader, x: low_rank(
+        model, "classification", loader, 3, generator=torch.Generator()
+    ),
+    "products": lambda model, loader, x: _multiplied(matrix_free(model, "classification", loader)),
+    "products anew": lambda model, loader, x: _multiplied(
+        matrix_free(model, "classification", loader, cache=False)
+    ),
+    "hessian products": lambda model, loader, x: _multiplied(
+        matrix_free(model, "classification", loader, kind="hessian")
+    ),
     "fit": lambda model, loader, x: Laplace(model, "classification", "all", "kron").fit(loader),
     "last layer": lambda model, loader, x: Laplace(model, "classification").fit(loader),
     "jacobian": lambda model, loader, x: feature_maps.JacobianMap(model)(x),
@@ -122,6 +146,40 @@ def test_a_module_under_two_names_keeps_its_parameters():
         feature_maps.JacobianMap(model, subset)(x)
         assert_same(before, state(model))
         assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+
+
+@given(
+    bad=st.integers(0, 2),
+    kind=st.sampled_from(["loader", "label", "nan"]),
+    call=st.sampled_from(
+        ["hessian", "hessian blocks", "low rank", "products", "products anew", "hessian products"]
+    ),
+    later=st.booleans(),
+)
+def test_everything_is_as_it_was_after_a_failure_at_any_batch_of_any_pass(bad, kind, call, later):
+    model = trained()
+
+    class Loader:
+        """Good in the first pass, if the failure is to come later."""
+
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            for index in range(3):
+                inputs, labels = torch.randn(3, 4), torch.randint(3, (3,))
+                if index == bad and (not later or self.passes > 1):
+                    if kind == "loader":
+                        raise OSError("the disk is gone")
+                    labels = labels + 3 if kind == "label" else labels
+                    inputs = inputs * float("nan") if kind == "nan" else inputs
+                yield inputs, labels
+
+    assume(not later or call in ("low rank", "products anew", "hessian products"))  # those of several passes
+    before = state(model)
+    with pytest.raises(OSError if kind == "loader" else DataError):
+        CALLS[call](model, Loader(), None)
+    assert_same(before, state(model))
 
 
 def test_a_failure_inside_the_forward_pass_leaves_nothing_behind():

@@ -6,7 +6,7 @@ from torch import nn
 
 from curvlin.testing import forbid_dense
 from curvlin.testing.guard import DenseTensorError
-from curvlin_nn import Laplace, feature_maps, predictive
+from curvlin_nn import Laplace, curvature, feature_maps, predictive, structures
 
 N, CLASSES = 60, 10
 
@@ -56,5 +56,18 @@ def test_memory_does_not_grow_with_the_number_of_inputs(monkeypatch):
     for inputs in (x[:60], x):
         with forbid_dense(10**9) as guard:
             la(inputs)
+        largest.append(guard.largest)
+    assert largest[0] == largest[1]
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", structures.LowRank.of(3, oversampling=2)])
+def test_memory_of_a_fit_does_not_grow_with_the_number_of_batches(structure):
+    model, x, y = wide(), torch.randn(200, 64), torch.randint(CLASSES, (200,))
+    largest = []
+    for n in (40, 200):
+        with forbid_dense(10**9) as guard:
+            curvature(
+                model, "classification", list(zip(x[:n].split(20), y[:n].split(20), strict=True)), structure
+            )
         largest.append(guard.largest)
     assert largest[0] == largest[1]

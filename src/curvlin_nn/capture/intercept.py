@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvlin_nn.capture.detours import linear_replaced
 from curvlin_nn.capture.references import Reference, References, tensors_in
-from curvlin_nn.capture.rules import RULES, Call, LayerRule, NotCovered, NotServable
+from curvlin_nn.capture.rules import RULES, Call, LayerRule, NotCovered, NotServable, load_entry_points
 from curvlin_nn.errors import UnsupportedError, UnsupportedUseError
 
 _EMBEDDINGS = (F.embedding, F.embedding_bag)
@@ -74,6 +74,7 @@ class Interceptor(TorchFunctionMode):
 
     def __init__(self, tracked: Mapping[str, Tensor], *, strict: bool = True) -> None:
         super().__init__()
+        load_entry_points()
         self._strict = strict
         self._references = References(tracked)
         self.uses: list[Use] = []

@@ -7,9 +7,11 @@ outer products: ``left (x) right`` with left made from g and right from the laye
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from jaxtyping import Float
@@ -107,6 +109,9 @@ class LayerRule(ABC):
         """
 
 
+ENTRY_POINTS = "curvlin.layers"
+"""The entry-point group under which other packages offer subclasses of `LayerRule`."""
+
 RULES: dict[Callable[..., Any], LayerRule] = {}
 """The rule of each function; filled by `register`."""
 
@@ -123,3 +128,15 @@ def register(rule: type[LayerRule]) -> type[LayerRule]:
 def named(**roles: Tensor | None) -> dict[str, Tensor]:
     """The roles that are filled."""
     return {role: tensor for role, tensor in roles.items() if tensor is not None}
+
+
+@functools.cache
+def load_entry_points() -> None:
+    """Register the rules of other packages, once, before the first capture.
+
+    A rule that its module has registered as it was imported is left as it is.
+    """
+    for point in entry_points(group=ENTRY_POINTS):
+        rule: type[LayerRule] = point.load()
+        if not all(type(RULES.get(function)) is rule for function in rule.functions):
+            register(rule)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlin import BlockFeatures, DenseFeatures, FeatureOperator, KhatriRaoFeatures
-from curvlin_nn.capture import Block, Recorder, last_layer
+from curvlin_nn.capture import Block, Captures, Recorder, last_layer
 from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.parameters import ParameterSpace, Selection
@@ -46,7 +46,7 @@ class JacobianMap(FeatureMap):
         n_samples, n_outputs = outputs.shape
         unit = torch.eye(n_outputs, dtype=outputs.dtype, device=outputs.device)
         captures = recording.captures(unit[:, None, :].expand(n_outputs, n_samples, n_outputs))
-        return outputs, BlockFeatures([_features(block) for block in captures.blocks], captures.partition)
+        return outputs, features(captures)
 
 
 class LastLayerMap(FeatureMap):
@@ -66,6 +66,11 @@ class LastLayerMap(FeatureMap):
         if self._jacobian is None:
             self._jacobian = JacobianMap(self._model, last_layer(self._model, x).names)
         return self._jacobian(x)
+
+
+def features(captures: Captures) -> BlockFeatures:
+    """The rows of captures as features ``(N, V, P)``, in factored form."""
+    return BlockFeatures([_features(block) for block in captures.blocks], captures.partition)
 
 
 def _features(block: Block) -> FeatureOperator:

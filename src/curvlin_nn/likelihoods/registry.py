@@ -1,9 +1,14 @@
-"""Likelihoods by name."""
+"""Likelihoods by name, those of other packages included."""
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.likelihoods.base import Likelihood
+
+ENTRY_POINTS = "curvlin.likelihoods"
+"""The entry-point group under which other packages offer subclasses of `Likelihood`, by name."""
 
 _FAMILIES: dict[str, type[Likelihood]] = {}
 
@@ -17,8 +22,8 @@ def register(family: type[Likelihood]) -> type[Likelihood]:
 
 
 def available() -> list[str]:
-    """The registered names."""
-    return sorted(_FAMILIES)
+    """The names that `resolve` knows."""
+    return sorted({*_FAMILIES, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
 def named(name: object) -> Likelihood:
@@ -27,9 +32,13 @@ def named(name: object) -> Likelihood:
     Raises:
         UnsupportedError: if there is none.
     """
-    if not isinstance(name, str) or name not in _FAMILIES:
-        raise UnsupportedError(
-            f"likelihood {name!r:.80} is not supported; expected {one_of(available())}, a loss of torch or a "
-            "curvlin_nn.likelihoods.Likelihood"
-        )
-    return _FAMILIES[name]()
+    if isinstance(name, str):
+        if name in _FAMILIES:
+            return _FAMILIES[name]()
+        for point in entry_points(group=ENTRY_POINTS, name=name):
+            family: type[Likelihood] = point.load()
+            return family()
+    raise UnsupportedError(
+        f"likelihood {name!r:.80} is not supported; expected {one_of(available())}, a loss of torch or a "
+        "curvlin_nn.likelihoods.Likelihood"
+    )

@@ -6,6 +6,7 @@ from curvlin_nn.structures.diagonal import Diagonal
 from curvlin_nn.structures.ekfac import EKFAC
 from curvlin_nn.structures.full import Full
 from curvlin_nn.structures.kronecker import Kronecker
+from curvlin_nn.structures.low_rank import LowRank
 from curvlin_nn.structures.mixed import Mixed
 from curvlin_nn.structures.registry import ENTRY_POINTS, StructureChoice, available, register, resolve
 
@@ -16,6 +17,7 @@ __all__ = [
     "Diagonal",
     "Full",
     "Kronecker",
+    "LowRank",
     "Mixed",
     "Structure",
     "StructureChoice",
