@@ -37,7 +37,8 @@ class EKFAC(Kronecker):
         if pass_index == 1:
             self._bases = tuple(None if f.right is None else _eigenbases(f.operator()) for f in self._blocks)
             self._squares = tuple(
-                None if f.right is None else f.left.new_zeros(f.place.size) for f in self._blocks
+                None if bases is None else bases[0].new_zeros(bases[0].shape[0] * bases[1].shape[0])
+                for bases in self._bases
             )
 
     def update(self, captures: Captures) -> None:

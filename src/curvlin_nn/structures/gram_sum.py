@@ -29,16 +29,27 @@ class GramSum:
 
     Args:
         size: D, the number of columns.
+
+    Attributes:
+        dtype: that of the products, the accuracy of the sum; None before the first.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._waiting: list[Tensor] = []
         self._sum: Tensor | None = None
+        self.dtype: torch.dtype | None = None
+
+    def copy(self) -> GramSum:
+        """A sum of its own over the same rows."""
+        other = GramSum(self.size)
+        other.merge(self)
+        return other
 
     def add(self, X: Float[Tensor, "*batch n D"]) -> None:
         """Add the rows of X, whose leading axes are more rows."""
         X = _in_order_of_memory(X.to(torch.float32) if X.dtype in (torch.float16, torch.bfloat16) else X)
+        self.dtype = X.dtype
         if X.ndim > 2 and X.stride(-1) != 1 and X.stride(-2) == 1:
             self._plus(_by_matrix(X))  # images with channels first: a product for each image, and no copy
         elif X.shape[:-1].numel() < self.size:
@@ -51,6 +62,7 @@ class GramSum:
     def merge(self, other: GramSum) -> None:
         """Add the sum over other rows, which stays as it is."""
         self._waiting += other._waiting
+        self.dtype = self.dtype or other.dtype
         if other._sum is not None:
             self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
         if sum(map(len, self._waiting)) >= self.size:
@@ -59,10 +71,13 @@ class GramSum:
     def value(self) -> Float[Tensor, "D D"]:
         """The sum, float64."""
         self._settle()
-        assert self._sum is not None
+        if self._sum is None:
+            return torch.zeros(self.size, self.size, dtype=torch.float64)
         value = self._sum.clone()
         for start, stop in _tiles(self.size):
             value[stop:, start:stop] = value[start:stop, stop:].mT
+            tile = value[start:stop, start:stop]
+            tile.copy_(tile.triu() + tile.triu(1).mT)  # symmetric beyond the rounding of a product
         return value
 
     def _settle(self) -> None:

@@ -13,84 +13,114 @@ and in the reduce form, exact where positions enter the output by their mean and
 A weight used both as it is and transposed has a product for either kind of use, and the one product that is nearest
 to their sum in the Frobenius norm.
 
+Products of rows are in their own dtype and sums of products in float64; the operator knows how accurate that is, and
+takes for zero what rounding may have made of it.
+
 Positions of ignored terms are left out of a's sums and of S where a sample has as many positions as terms.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlin import BlockDiag, Dense, KroneckerSum
-from curvlin.numerics import tall
 from curvlin.precision.base import PrecisionOperator
 from curvlin.projection import project
 from curvlin_nn.capture import Block, Captures, Place, partition
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
+from curvlin_nn.structures.gram_sum import GramSum
 from curvlin_nn.structures.registry import register
 
 MAX_BLOCK = 2**14
 """Coordinates of the largest dense block that is made without being asked for: 2 GiB in float64."""
 
 
-@dataclass(frozen=True)
 class _Factors:
-    """Sums over data for one block: of ``g g^T``, of ``a a^T`` (None for a bias), and of positions.
+    """Sums over data for one block: of ``g g^T``, of ``a a^T`` (None for a bias), and of positions."""
 
-    In float64, so that rounding leaves nothing to speak of where they have no rank.
-    """
+    def __init__(self, block: Block) -> None:
+        self.place = block.place
+        natural = block.uses[0] if block.uses else block
+        self.left = GramSum(natural.shape[0])
+        self.right = None if block.right is None else GramSum(natural.shape[1])
+        self.positions = 0
+        self.turned = _Factors(block.uses[1]) if block.uses else None
+        self.same_left: _Factors | None = None
 
-    place: Place
-    left: Float[Tensor, "out out"]
-    right: Float[Tensor, "in in"] | None
-    positions: int
-    turned: _Factors | None = None
-
-    @classmethod
-    def of(cls, block: Block, captures: Captures, *, reduce: bool) -> _Factors:
-        """The sums of one batch; with columns that are not its first, inputs have counted already."""
+    def add(self, block: Block, captures: Captures, *, reduce: bool) -> None:
+        """Add one batch; with columns that are not its first, inputs have counted already."""
         if block.uses:
-            natural, turned = (cls.of(use, captures, reduce=reduce) for use in block.uses)
-            return replace(natural, place=block.place, turned=turned)
-        g = block.left.double().sum(2) if reduce else block.left.flatten(1, 2)
-        left = tall.gram(g.flatten(0, 1))
-        if block.right is None:
-            return cls(block.place, left, None, 0)
-        a = _inputs(block.right, captures.kept, reduce=reduce) if captures.first else block.right[:0, 0]
-        if len(a) == 0:  # columns that are not the first, or a batch of ignored terms only
-            return cls(block.place, left, left.new_zeros(a.shape[-1], a.shape[-1]), 0)
-        return cls(block.place, left, tall.gram(a), len(a))
+            assert self.turned is not None  # as its place is that of the first batch
+            block, turned = block.uses
+            self.turned.add(turned, captures, reduce=reduce)
+        if self.same_left is None:
+            self.left.add(block.left.sum(2) if reduce else _by_sample(block.left))
+        if self.right is not None and block.right is not None and captures.first:
+            a = _inputs(block.right, captures.kept, reduce=reduce)
+            self.positions += a.shape[:-1].numel()
+            self.right.add(a)
 
-    def __add__(self, other: _Factors) -> _Factors:
-        right = None if self.right is None or other.right is None else self.right + other.right
-        turned = None if self.turned is None or other.turned is None else self.turned + other.turned
-        return _Factors(self.place, self.left + other.left, right, self.positions + other.positions, turned)
+    def merge(self, other: _Factors) -> None:
+        """Add the sums over other data, which stay as they are."""
+        if self.same_left is None:
+            self.left.merge(other.left)
+        if self.right is not None and other.right is not None:
+            self.right.merge(other.right)
+        if self.turned is not None and other.turned is not None:
+            self.turned.merge(other.turned)
+        self.positions += other.positions
+
+    def share(self, other: _Factors) -> None:
+        """Have the left sum of `other`: where a bias goes with a weight that is used once, they see the same g."""
+        self.left, self.same_left = other.left, other
+
+    def part(self) -> None:
+        """Have a left sum of one's own, from here on."""
+        if self.same_left is not None:
+            self.left, self.same_left = self.left.copy(), None
 
     def operator(self) -> PrecisionOperator:
+        """The block, of sums that are as accurate as the products that they are of; float64."""
+        return self._operator().to(self.left.dtype or torch.float64).to(torch.float64)
+
+    def _operator(self) -> PrecisionOperator:
         if self.right is None:
-            return Dense(self.left)
-        own = (self.left, self.right / max(1, self.positions))
+            return Dense(self.left.value())
+        own = (self.left.value(), self.right.value() / max(1, self.positions))
         if self.turned is None or self.turned.right is None:
             return KroneckerSum([own])
-        other = (self.turned.right / max(1, self.turned.positions), self.turned.left)
+        other = (self.turned.right.value() / max(1, self.turned.positions), self.turned.left.value())
         return project(KroneckerSum([own, other]), KroneckerSum, sizes=(len(own[0]), len(own[1]))).operator
+
+
+def _by_sample(left: Float[Tensor, "N V S out"]) -> Float[Tensor, "*batch n out"]:
+    """The same rows; without positions one axis less, so that they can stand in memory in any order."""
+    return left.squeeze(2) if left.shape[2] == 1 else left
+
+
+def _see_the_same(block: Block, other: Block) -> bool:
+    """Whether two blocks have one tensor as their left factors, without positions."""
+    kinds = [(b.left.data_ptr(), b.left.shape, b.left.stride()) for b in (block, other)]
+    return kinds[0] == kinds[1] and block.left.shape[2] == 1 and not (block.uses or other.uses)
 
 
 def _inputs(
     a: Float[Tensor, "N S in"], kept: Bool[Tensor, "N R"] | None, *, reduce: bool
-) -> Float[Tensor, "count in"]:
+) -> Float[Tensor, "*count in"]:
     """What counts as one input: each kept position, or the mean over the kept positions of a sample."""
     if kept is None or kept.shape != a.shape[:2]:
-        return a.double().mean(1) if reduce else a.flatten(0, 1)
+        return a.mean(1) if reduce else (a.squeeze(1) if a.shape[1] == 1 else a)
     if not reduce:
         return a[kept]
     some = kept.any(1)
-    weights = kept[some].double()
-    return (weights[:, None] @ a[some].double()).squeeze(1) / weights.sum(1, keepdim=True)
+    weights = kept[some].to(a.dtype)
+    return (weights[:, None] @ a[some]).squeeze(1) / weights.sum(1, keepdim=True)
 
 
 @register
@@ -133,18 +163,38 @@ class Kronecker(Structure):
                     f"parameter {block.parameter!r} has no Kronecker factors and {block.size} coordinates, expected "
                     f"at most max_block={self._max_block} for a dense block; raise max_block, or give it 'diag' by name"
                 )
-        self._add(tuple(_Factors.of(block, captures, reduce=self._reduce) for block in captures.blocks))
+        self._at(captures.blocks)
+        for index, (factors, block) in enumerate(zip(self._blocks, captures.blocks, strict=True)):
+            weight = captures.blocks[index - 1]
+            if factors.same_left is not None and not _see_the_same(block, weight):
+                factors.part()
+        for factors, block in zip(self._blocks, captures.blocks, strict=True):
+            factors.add(block, captures, reduce=self._reduce)
+
+    def _at(self, blocks: tuple[Block, ...]) -> None:
+        """Have sums for these blocks."""
+        if self._blocks:
+            self._check_places([block.place for block in blocks])
+            return
+        self._blocks = tuple(map(_Factors, blocks))
+        for index in range(1, len(blocks)):
+            if blocks[index].right is None and _see_the_same(blocks[index], blocks[index - 1]):
+                self._blocks[index].share(self._blocks[index - 1])
 
     def merge(self, other: Kronecker) -> None:
         """See `Structure.merge`."""
-        if other._blocks:
-            self._add(other._blocks)
-
-    def _add(self, blocks: tuple[_Factors, ...]) -> None:
-        if self._blocks:
-            self._check_places([f.place for f in blocks])
-            blocks = tuple(mine + theirs for mine, theirs in zip(self._blocks, blocks, strict=True))
-        self._blocks = blocks
+        if not other._blocks:
+            return
+        if not self._blocks:
+            self._blocks = copy.deepcopy(other._blocks)
+            return
+        self._check_places([f.place for f in other._blocks])
+        pairs = list(zip(self._blocks, other._blocks, strict=True))
+        for mine, theirs in pairs:
+            if theirs.same_left is None:
+                mine.part()
+        for mine, theirs in pairs:
+            mine.merge(theirs)
 
     def _check_places(self, places: list[Place]) -> None:
         if [f.place for f in self._blocks] != places:
