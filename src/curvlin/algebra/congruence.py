@@ -81,6 +81,7 @@ def by_rows(
         with torch.no_grad():
             white = _split(P.detach()._root_solve(X.detach(), factors), rows)
             value = white @ white.mT
+            value = (value + value.mT) / 2  # which a product of two matrices is not on every machine
         if not (P._needs_grad() or needs_grad(rows)):
             return value
         K = rows @ _split(P._solve(X, factors), rows).mT
