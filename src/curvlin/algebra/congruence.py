@@ -81,6 +81,7 @@ def by_rows(
         with torch.no_grad():
             white = _split(P.detach()._root_solve(X.detach(), factors), rows)
             value = white @ white.mT
+            value = (value + value.mT) / 2  # which a product of two matrices is not on every machine
         if not (P._needs_grad() or needs_grad(rows)):
             return value
         K = rows @ _split(P._solve(X, factors), rows).mT
@@ -388,20 +389,26 @@ def _less_low_rank(
 _KEPT = 1e-4
 """The part that a difference may leave of its terms before its twelve good digits are too few."""
 
+_KEPT_ACROSS = 1e-2
+"""The same for the largest covariance of a row with others, which may itself be small beside the rows' variances."""
+
 
 def _has_cancelled(result: Tensor, kept: Tensor, layout: str, cross: bool) -> bool:
     """Whether values may be looked at, and are far smaller than what they are left of."""
     if not is_concrete(result):
         return False
-    return bool((_sizes(result, layout, cross) < _KEPT * _sizes(kept, layout, cross)).any())
+    least = _KEPT_ACROSS if cross else _KEPT
+    return bool((_sizes(result, layout, cross) < least * _sizes(kept, layout, cross)).any())
 
 
 def _sizes(K: Tensor, layout: str, cross: bool) -> Tensor:
-    """The variances in K; the magnitude of its largest entry where samples meet others."""
+    """The variances in K; where samples meet others, the magnitude of the largest covariance of each row with them."""
     if layout == "diagonal":
         return K
     matrix = K.flatten(-2).flatten(-3, -2) if layout == "joint" else K
-    return matrix.abs().amax((-2, -1)) if cross else matrix.diagonal(dim1=-2, dim2=-1)
+    if cross:
+        return torch.cat([matrix.abs().amax(-1), matrix.abs().amax(-2)], dim=-1)
+    return matrix.diagonal(dim1=-2, dim2=-1)
 
 
 def _whitening(P: Woodbury, factors: Any, chunk: Chunk) -> Callable[[FeatureOperator], Tensor]:

@@ -170,11 +170,20 @@ def worst_counted(quantity: str, observed: Tensor, allowed: Tensor, size: Tensor
         yield worst(quantity, observed[counted], allowed[counted])
 
 
+UNDERFLOW = 2.0**10
+"""Up to how many times the least normal number a sum of D terms may have lost digits to underflow, for D up to that."""
+
+
 def differing(quantity: str, left: Tensor, right: Tensor) -> Measurement:
-    """The number of entries that are not the same bits; none is allowed."""
+    """The number of entries that are not the same bits; none is allowed.
+
+    Entries so small that terms of their sums may have underflowed do not count: there a scale costs digits.
+    """
     if left.shape != right.shape or left.dtype != right.dtype:
         return Measurement(f"{quantity} (shape or dtype)", float("inf"), 0.0)
     same = (left == right) | (left.isnan() & right.isnan())
+    if left.is_floating_point():
+        same = same | (torch.maximum(left.abs(), right.abs()) < UNDERFLOW * torch.finfo(left.dtype).tiny)
     return Measurement(quantity, float((~same).sum()), 0.0)
 
 
