@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,10 +12,16 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from curvlin_nn.capture.graph import Graph
-from curvlin_nn.capture.inputs import map_tensors
+from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.capture.intercept import Use
 from curvlin_nn.capture.layout import Layout, candidates
 from curvlin_nn.errors import CouplingError, OutputError, StochasticModelError
+
+WATCHED = 16
+"""The number of samples of which every pair is tried."""
+
+RADIX = 17
+"""Powers of two from 2^-8 to 2^8 tell that many samples apart at once."""
 
 Possibilities = tuple[tuple[Layout, ...], ...]
 """Layouts by use: what a probe has to choose between."""
@@ -81,7 +86,7 @@ def possible_layouts(graph: Graph) -> Possibilities:
 
 
 def find_layouts(graph: Graph) -> tuple[tuple[Layout | None, ...], bool]:
-    """The layout of every use, by probing with cotangents of some samples.
+    """The layout of every use, by probing with cotangents that tell samples apart.
 
     Each probe must reach the positions of its samples, and no others, among those that a cotangent of all samples
     reaches. As the probes separate any two samples, layouts that agree with all of them differ at most where nothing
@@ -94,18 +99,48 @@ def find_layouts(graph: Graph) -> tuple[tuple[Layout | None, ...], bool]:
     """
     n_samples, n_outputs = graph.outputs.shape
     weights = 1 + torch.arange(n_outputs).to(graph.outputs).cos() / 2  # no output goes unnoticed
-    everywhere = _reached(graph, weights.expand(n_samples, n_outputs))
+    everywhere = _by_position(graph, weights.expand(n_samples, n_outputs))
+    options = _proportional(graph, weights, everywhere)
+    if not all(options):
+        options = _separated(graph, weights, everywhere)
+    layouts = tuple(layouts[0] if layouts else None for layouts in options)
+    return layouts, all(len(layouts) == 1 for layouts in options)
+
+
+def _proportional(graph: Graph, weights: Tensor, everywhere: list[Tensor]) -> list[list[Layout]]:
+    """The layouts in which a sample's positions follow the scale of its cotangent, to the bit.
+
+    A backward pass is linear, and a power of two is not rounded: where samples do not meet, a probe that gives each a
+    power of its own multiplies the gradients at its positions by just that. A few probes tell all samples apart.
+    Rounding that depends on other samples, or underflow, may break this where nothing is wrong.
+    """
+    n_samples = len(graph.outputs)
     options = [list(layouts) for layouts in possible_layouts(graph)]
-    for members in separating_sets(n_samples).to(graph.outputs.device):
-        probe = _reached(graph, members[:, None] * weights)
-        for i, reached in enumerate(probe):
+    for exponents in _distinct_digits(n_samples):
+        scale = torch.pow(2.0, exponents).to(graph.outputs)
+        for i, found in enumerate(_by_position(graph, scale[:, None] * weights)):
             options[i] = [
                 layout
                 for layout in options[i]
-                if torch.equal(reached, everywhere[i] & members[_owner(layout, reached, n_samples)])
+                if torch.equal(found, everywhere[i] * scale[_owner(layout, found, n_samples)].unsqueeze(-1))
             ]
-    layouts = tuple(layouts[0] if layouts else None for layouts in options)
-    return layouts, all(len(layouts) == 1 for layouts in options)
+    return options
+
+
+def _separated(graph: Graph, weights: Tensor, everywhere: list[Tensor]) -> list[list[Layout]]:
+    """The layouts in which a cotangent of some samples reaches their positions and no others."""
+    n_samples = len(graph.outputs)
+    reached = [(gradient != 0).any(dim=-1) for gradient in everywhere]
+    options = [list(layouts) for layouts in possible_layouts(graph)]
+    for members in separating_sets(n_samples).to(graph.outputs.device):
+        for i, gradient in enumerate(_by_position(graph, members[:, None] * weights)):
+            found = (gradient != 0).any(dim=-1)
+            options[i] = [
+                layout
+                for layout in options[i]
+                if torch.equal(found, reached[i] & members[_owner(layout, gradient, n_samples)])
+            ]
+    return options
 
 
 def coupling_at(parameter: str) -> CouplingError:
@@ -131,25 +166,31 @@ def check_repeatable(outputs: Tensor, again: Tensor) -> None:
 def check_independent(run: Callable[[Any], Tensor], x: Any, outputs: Tensor) -> None:
     """A sample's outputs must stay when other samples take other values: those of their neighbours in the batch.
 
-    Which samples are kept is chosen such that each sample is kept while any given other one is not. Gradients, which
-    `find_layouts` looks at, know only what happens behind the chosen parameters.
+    Each half of the batch is kept while the other is not; and among the first samples, alone, each is kept while any
+    given other one is not. Gradients, which `find_layouts` looks at, know only what happens behind the chosen
+    parameters.
 
     Raises:
         CouplingError: if an output moves.
     """
     n_samples = len(outputs)
 
-    def mix(t: Tensor, kept: Tensor) -> Tensor:
-        if t.shape[:1] != (n_samples,):
-            return t
-        return torch.where(kept.reshape(-1, *(1,) * (t.ndim - 1)), t, t.roll(1, dims=0))
-
-    for kept in separating_sets(n_samples).to(outputs.device):
-        mixed = run(map_tensors(functools.partial(mix, kept=kept), x))
-        if mixed.shape != outputs.shape or not close(outputs[kept], mixed[kept]):
+    def check(kept: Tensor) -> None:
+        """Whether these stay, of as many first samples as there are entries, where each other is its neighbour."""
+        own = torch.arange(len(kept), device=kept.device)
+        mixed = run(select_samples(x, torch.where(kept, own, own.roll(1)), n_samples))
+        expected = outputs[: len(kept)]
+        if mixed.shape != expected.shape or not close(expected[kept], mixed[kept]):
             raise CouplingError(
                 f"the output for one sample changes when other samples of the batch do, {_EXPECTED_INDEPENDENT}"
             )
+
+    if n_samples > WATCHED:
+        first_half = torch.arange(n_samples, device=outputs.device) < n_samples // 2
+        check(first_half)
+        check(~first_half)
+    for kept in separating_sets(min(n_samples, WATCHED)).to(outputs.device):
+        check(kept)
 
 
 def separating_sets(n_samples: int) -> Bool[Tensor, "M N"]:
@@ -169,11 +210,21 @@ def close(outputs: Tensor, others: Tensor) -> bool:
     return bool(gap <= torch.finfo(outputs.dtype).eps ** 0.5 * outputs.detach().abs().max())
 
 
-def _reached(graph: Graph, cotangent: Tensor) -> list[Tensor]:
-    """For each use, the positions at which the gradient is not zero."""
+def _by_position(graph: Graph, cotangent: Tensor) -> list[Tensor]:
+    """For each use, the gradient at each position, features last."""
     gradients = zip(graph.uses, graph.gradients(cotangent[None]), strict=True)
-    return [(use.rule.by_position(use.call, gradient)[0] != 0).any(dim=-1) for use, gradient in gradients]
+    return [use.rule.by_position(use.call, gradient)[0] for use, gradient in gradients]
 
 
-def _owner(layout: Layout, positions: Tensor, n_samples: int) -> Tensor:
-    return layout.owner(tuple(positions.shape), n_samples).to(positions.device)
+def _distinct_digits(n_samples: int) -> Iterator[Tensor]:
+    """Few vectors of small integers, such that any two samples differ in one."""
+    left = torch.arange(n_samples)
+    while True:
+        yield left % RADIX - RADIX // 2
+        left = left // RADIX
+        if not left.any():
+            return
+
+
+def _owner(layout: Layout, by_position: Tensor, n_samples: int) -> Tensor:
+    return layout.owner(tuple(by_position.shape[:-1]), n_samples).to(by_position.device)
