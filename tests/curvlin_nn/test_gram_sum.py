@@ -16,11 +16,13 @@ def rows(kind: str, n: int, size: int) -> torch.Tensor:
         return torch.randn(3, n, 2, size).double().movedim(0, 1)
     if kind == "channels first":  # (N, V, H W, C) from (V, N, C, H W)
         return torch.randn(3, n, size, 5).double().movedim(0, 1).movedim(2, 3)
+    if kind == "large images":
+        return torch.randn(2, 1, size, 2 * size + 1).double().movedim(0, 1).movedim(2, 3)
     return torch.randn(1, size).double().expand(n, size)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", ["matrix", "columns first", "channels first", "expanded"])
+@pytest.mark.parametrize("kind", ["matrix", "columns first", "channels first", "large images", "expanded"])
 def test_the_sum_is_that_of_all_outer_products(kind, size):
     total, expected = GramSum(size), torch.zeros(size, size, dtype=torch.float64)
     for n in (1, 4, size // 2 + 1, 3):

@@ -50,7 +50,7 @@ class GramSum:
         """Add the rows of X, whose leading axes are more rows."""
         X = _in_order_of_memory(X.to(torch.float32) if X.dtype in (torch.float16, torch.bfloat16) else X)
         self.dtype = X.dtype
-        if X.ndim > 2 and X.stride(-1) != 1 and X.stride(-2) == 1:
+        if X.ndim > 2 and X.stride(-1) != 1 and X.stride(-2) == 1 and X.shape[-2] >= 2 * self.size:
             self._plus(_by_matrix(X))  # images with channels first: a product for each image, and no copy
         elif X.shape[:-1].numel() < self.size:
             self._waiting.append(X.reshape(-1, self.size).clone())
