@@ -51,8 +51,8 @@ class EKFAC(Kronecker):
             for total, block, bases in zip(self._squares, captures.blocks, self._bases, strict=True)
         )
 
-    def merge(self, other: Kronecker) -> None:
-        """See `Structure.merge`.
+    def check_merge(self, other: Kronecker) -> None:
+        """See `Structure.check_merge`.
 
         Raises:
             UnsupportedError: after the second pass has begun, when the sums are in bases of their own.
@@ -62,7 +62,7 @@ class EKFAC(Kronecker):
                 "hessian_structure='ekfac' cannot merge eigenvalues in different bases, expected states before "
                 "their second pass; fit on all data at once, or use 'kron'"
             )
-        super().merge(other)
+        super().check_merge(other)
 
     def finish(self) -> BlockDiag:
         """See `Structure.finish`."""

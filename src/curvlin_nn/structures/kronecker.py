@@ -135,8 +135,14 @@ class Kronecker(Structure):
                 )
         self._add(tuple(_Factors.of(block, captures, reduce=self._reduce) for block in captures.blocks))
 
+    def check_merge(self, other: Kronecker) -> None:
+        """See `Structure.check_merge`."""
+        if self._blocks and other._blocks:
+            self._check_places([f.place for f in other._blocks])
+
     def merge(self, other: Kronecker) -> None:
         """See `Structure.merge`."""
+        self.check_merge(other)
         if other._blocks:
             self._add(other._blocks)
 
