@@ -222,7 +222,14 @@ class GroupedPrior(Prior):
         if len(precision) == 1:
             return Isotropic(precision[0], H.size)
         if isinstance(H, BlockDiag):
-            groups = H.indices.split(self.groups, dim=0)
-            if all(bool((g == g[0]).all()) for g in groups):
-                return BlockDiag([Isotropic(precision[g[0]], len(g)) for g in groups], H.indices)
+            return BlockDiag(
+                [_on_block(precision, g) for g in H.indices.split(self.groups, dim=0)], H.indices
+            )
         return Diagonal(precision[self.groups])
+
+
+def _on_block(precision: Float[Tensor, " K"], groups: Int[Tensor, " size"]) -> PrecisionOperator:
+    """The precision of the coordinates of one block of H."""
+    if bool((groups == groups[0]).all()):
+        return Isotropic(precision[groups[0]], len(groups))
+    return Diagonal(precision[groups])
