@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from curvlin import BlockDiag, Diagonal, Isotropic
+from curvlin import BlockDiag, Diagonal, Isotropic, KroneckerSum
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn._check import numbers
 from curvlin_nn.errors import UnsupportedError, one_of
@@ -222,14 +222,20 @@ class GroupedPrior(Prior):
         if len(precision) == 1:
             return Isotropic(precision[0], H.size)
         if isinstance(H, BlockDiag):
-            return BlockDiag(
-                [_on_block(precision, g) for g in H.indices.split(self.groups, dim=0)], H.indices
-            )
+            groups = H.indices.split(self.groups, dim=0)
+            blocks = [_on_block(precision, g, block) for g, block in zip(groups, H.blocks, strict=True)]
+            return BlockDiag(blocks, H.indices)
         return Diagonal(precision[self.groups])
 
 
-def _on_block(precision: Float[Tensor, " K"], groups: Int[Tensor, " size"]) -> PrecisionOperator:
+def _on_block(
+    precision: Float[Tensor, " K"], groups: Int[Tensor, " size"], H: PrecisionOperator
+) -> PrecisionOperator:
     """The precision of the coordinates of one block of H."""
     if bool((groups == groups[0]).all()):
         return Isotropic(precision[groups[0]], len(groups))
+    if isinstance(H, KroneckerSum):
+        matrix = groups.view(H.sizes)
+        if bool((matrix == matrix[0]).all()):  # weight and bias as one matrix: I (x) D adds to a product
+            return KroneckerSum([(None, precision[matrix[0]].diag())], sizes=H.sizes)
     return Diagonal(precision[groups])

@@ -45,10 +45,11 @@ class EKFAC(Kronecker):
         if self._bases is None:
             super().update(captures)
             return
-        self._check_places([block.place for block in captures.blocks])
+        blocks = self._of(captures)
+        self._check_places([block.place for block in blocks])
         self._squares = tuple(
             None if bases is None or total is None else total + squares(_rotated(block, bases))
-            for total, block, bases in zip(self._squares, captures.blocks, self._bases, strict=True)
+            for total, block, bases in zip(self._squares, blocks, self._bases, strict=True)
         )
 
     def check_merge(self, other: Kronecker) -> None:

@@ -31,6 +31,7 @@ from curvlin_nn.capture import Block, Captures, Place, partition
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
+from curvlin_nn.structures.joint_bias import joint
 from curvlin_nn.structures.registry import register
 
 MAX_BLOCK = 2**14
@@ -103,6 +104,7 @@ class Kronecker(Structure):
         space: all parameters.
         approximation: ``"expand"`` or ``"reduce"``, how positions that share a weight are treated.
         max_block: the most coordinates of a parameter whose rows have no factors, which has an exact dense block.
+        joint_bias: whether the weight and the bias of a module share a product, over ``[W b]``; see `joint`.
 
     Raises:
         UnsupportedError: for another approximation.
@@ -111,14 +113,19 @@ class Kronecker(Structure):
     name = "kron"
 
     def __init__(
-        self, space: ParameterSpace, *, approximation: str = "expand", max_block: int = MAX_BLOCK
+        self,
+        space: ParameterSpace,
+        *,
+        approximation: str = "expand",
+        max_block: int = MAX_BLOCK,
+        joint_bias: bool = False,
     ) -> None:
         super().__init__(space)
         if approximation not in ("expand", "reduce"):
             raise UnsupportedError(
                 f"approximation={approximation!r} is not supported; expected {one_of(('expand', 'reduce'))}"
             )
-        self._reduce, self._max_block = approximation == "reduce", max_block
+        self._reduce, self._max_block, self._joint_bias = approximation == "reduce", max_block, joint_bias
         self._blocks: tuple[_Factors, ...] = ()
 
     def update(self, captures: Captures) -> None:
@@ -127,13 +134,18 @@ class Kronecker(Structure):
         Raises:
             UnsupportedError: if a parameter without factors has more than `max_block` coordinates.
         """
-        for block in captures.blocks:
+        blocks = self._of(captures)
+        for block in blocks:
             if block.right is None and block.size > self._max_block:
                 raise UnsupportedError(
                     f"parameter {block.parameter!r} has no Kronecker factors and {block.size} coordinates, expected "
                     f"at most max_block={self._max_block} for a dense block; raise max_block, or give it 'diag' by name"
                 )
-        self._add(tuple(_Factors.of(block, captures, reduce=self._reduce) for block in captures.blocks))
+        self._add(tuple(_Factors.of(block, captures, reduce=self._reduce) for block in blocks))
+
+    def _of(self, captures: Captures) -> tuple[Block, ...]:
+        """One block for each product or dense block."""
+        return joint(captures.blocks) if self._joint_bias else captures.blocks
 
     def check_merge(self, other: Kronecker) -> None:
         """See `Structure.check_merge`."""
