@@ -5,6 +5,7 @@ from curvlin_nn.structures.block import Block
 from curvlin_nn.structures.diagonal import Diagonal
 from curvlin_nn.structures.ekfac import EKFAC
 from curvlin_nn.structures.full import Full
+from curvlin_nn.structures.kfoc import KFOC
 from curvlin_nn.structures.kronecker import Kronecker
 from curvlin_nn.structures.low_rank import LowRank
 from curvlin_nn.structures.mixed import Mixed
@@ -13,6 +14,7 @@ from curvlin_nn.structures.registry import ENTRY_POINTS, StructureChoice, availa
 __all__ = [
     "EKFAC",
     "ENTRY_POINTS",
+    "KFOC",
     "Block",
     "Diagonal",
     "Full",
