@@ -15,6 +15,7 @@ from curvlin import (
     KhatriRaoFeatures,
     KroneckerSum,
     SpectralKronecker,
+    Woodbury,
 )
 from curvlin.index import IndexSet
 from curvlin.precision.base import PrecisionOperator
@@ -104,13 +105,14 @@ def _joint(
 
     The bias is one position more, with the last unit vector for its input; or a one behind the input of the only one.
     """
-    if not isinstance(block, (KroneckerSum, SpectralKronecker)) or len(parts) != 2:
+    sizes = _matrix_sizes(block)
+    if sizes is None or len(parts) != 2:
         return None
     by_kind = sorted(
         zip(parts, order.blocks, strict=True), key=lambda part: isinstance(part[0], DenseFeatures)
     )
     (weight, places), (bias, _) = by_kind
-    grid = torch.arange(block.size).view(block.sizes)[:, :-1].flatten()
+    grid = torch.arange(block.size).view(sizes)[:, :-1].flatten()
     if not (isinstance(weight, KhatriRaoFeatures) and isinstance(bias, DenseFeatures)):
         return None
     if not torch.equal(places, grid):
@@ -122,3 +124,12 @@ def _joint(
     unit[..., -1] = 1
     left = torch.cat([weight.left, bias.matrix.unsqueeze(-2)], dim=-2)
     return KhatriRaoFeatures(left, torch.cat([right, unit], dim=-2))
+
+
+def _matrix_sizes(block: PrecisionOperator) -> tuple[int, int] | None:
+    """The numbers of rows and columns of the matrix that a block is over, if it is made of their factors."""
+    if isinstance(block, (KroneckerSum, SpectralKronecker)):
+        return block.sizes
+    if isinstance(block, Woodbury) and isinstance(block.U, KhatriRaoFeatures):
+        return block.U.out_features, block.U.in_features
+    return None

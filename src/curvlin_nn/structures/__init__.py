@@ -7,6 +7,7 @@ from curvlin_nn.structures.ekfac import EKFAC
 from curvlin_nn.structures.full import Full
 from curvlin_nn.structures.kfoc import KFOC
 from curvlin_nn.structures.kronecker import Kronecker
+from curvlin_nn.structures.kronecker_low_rank import KroneckerLowRank, Truncation
 from curvlin_nn.structures.low_rank import LowRank
 from curvlin_nn.structures.mixed import Mixed
 from curvlin_nn.structures.registry import ENTRY_POINTS, StructureChoice, available, register, resolve
@@ -19,11 +20,13 @@ __all__ = [
     "Diagonal",
     "Full",
     "Kronecker",
+    "KroneckerLowRank",
     "LowRank",
     "Mixed",
     "Structure",
     "StructureChoice",
     "StructureFactory",
+    "Truncation",
     "available",
     "register",
     "resolve",
