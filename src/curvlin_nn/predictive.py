@@ -18,6 +18,7 @@ from curvlin import FeatureOperator
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.feature_maps import FeatureMap
+from curvlin_nn.feature_maps.alignment import aligned
 from curvlin_nn.likelihoods import Likelihood
 
 FEATURE_BUDGET = 2**23
@@ -56,7 +57,7 @@ class Predictive:
 
     def joint(self, x: Any) -> tuple[Float[Tensor, " NC"], Float[Tensor, "NC NC"]]:
         """Mean and covariance of all outputs of all samples, sample-major."""
-        f, Phi = self.feature_map(x)
+        f, Phi = self._features(x)
         covariance = self.precision.inv_congruence(Phi, joint=True)
         return f.flatten(), covariance.reshape(f.numel(), f.numel())
 
@@ -79,13 +80,18 @@ class Predictive:
     def _chunks(self, x: Any) -> Iterator[tuple[Tensor, FeatureOperator]]:
         """Outputs and features of x, a bounded number of samples at a time; one sample measures the size."""
         if not isinstance(x, Tensor) or x.shape[:1].numel() <= 1:
-            yield self.feature_map(x)
+            yield self._features(x)
             return
-        probe = self.feature_map(x[:1])
+        probe = self._features(x[:1])
         per_sample = sum(t.numel() for t, _ in probe[1]._tensors())
         chunk = max(1, FEATURE_BUDGET // per_sample)
         for start in tqdm(range(0, len(x), chunk), desc="prediction", disable=not self.progress_bar):
-            yield self.feature_map(x[start : start + chunk])
+            yield self._features(x[start : start + chunk])
+
+    def _features(self, x: Any) -> tuple[Tensor, FeatureOperator]:
+        """Outputs, and features cut into the blocks of the precision."""
+        f, Phi = self.feature_map(x)
+        return f, aligned(Phi, self.precision)
 
 
 def draw(

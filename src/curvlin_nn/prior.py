@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from curvlin import BlockDiag, Diagonal, Isotropic
+from curvlin import BlockDiag, Diagonal, Isotropic, KroneckerSum
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn._check import numbers
 from curvlin_nn.errors import UnsupportedError, one_of
@@ -223,6 +223,19 @@ class GroupedPrior(Prior):
             return Isotropic(precision[0], H.size)
         if isinstance(H, BlockDiag):
             groups = H.indices.split(self.groups, dim=0)
-            if all(bool((g == g[0]).all()) for g in groups):
-                return BlockDiag([Isotropic(precision[g[0]], len(g)) for g in groups], H.indices)
+            blocks = [_on_block(precision, g, block) for g, block in zip(groups, H.blocks, strict=True)]
+            return BlockDiag(blocks, H.indices)
         return Diagonal(precision[self.groups])
+
+
+def _on_block(
+    precision: Float[Tensor, " K"], groups: Int[Tensor, " size"], H: PrecisionOperator
+) -> PrecisionOperator:
+    """The precision of the coordinates of one block of H."""
+    if bool((groups == groups[0]).all()):
+        return Isotropic(precision[groups[0]], len(groups))
+    if isinstance(H, KroneckerSum):
+        matrix = groups.view(H.sizes)
+        if bool((matrix == matrix[0]).all()):  # weight and bias as one matrix: I (x) D adds to a product
+            return KroneckerSum([(None, precision[matrix[0]].diag())], sizes=H.sizes)
+    return Diagonal(precision[groups])

@@ -18,9 +18,9 @@ from curvlin import (
     Diagonal,
     Isotropic,
     KroneckerSum,
-    LowRankPlusDiag,
     NotPositiveDefiniteError,
     SpectralKronecker,
+    Woodbury,
 )
 from curvlin.numerics.rounding import without_rounding
 from curvlin.precision.base import PrecisionOperator
@@ -93,11 +93,15 @@ def _(H: KroneckerSum) -> Spectrum | None:
 
 
 @spectrum.register
-def _(H: LowRankPlusDiag) -> Spectrum | None:
-    alone = H.core is None and H.weight is None and H.sign > 0
-    if not alone or not isinstance(H.U, Tensor) or H.U.ndim > 2 or bool((H.base.diagonal() != 0).any()):
+def _(H: Woodbury) -> Spectrum | None:
+    alone = H.core is None and H.weight is None and H.sign > 0 and isinstance(H.base, (Diagonal, Isotropic))
+    if not alone or H.batch_shape or bool((H.base.diagonal() != 0).any()):
         return None
-    values = torch.linalg.svdvals(H.U.double()).square()
+    if isinstance(H.U, Tensor):
+        values = torch.linalg.svdvals(H.U.double()).square()
+    else:
+        gram = H.U.to(torch.float64).gram().flatten(2).flatten(0, 1)
+        values = _eigenvalues("Woodbury", gram, H.resolution)
     return _together(torch.cat([values, values.new_zeros(H.size - len(values))]))
 
 

@@ -58,9 +58,21 @@ def test_rows_that_wait_are_copies():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_products_of_low_precision_rows_are_accurate_to_float32(dtype):
-    X, total = torch.randn(4000, 40).to(dtype), GramSum(40)
+@pytest.mark.parametrize(
+    ("products", "allowed"), [(torch.float64, 1e-13), (torch.float32, 500**0.5 * 2**-23)]
+)
+def test_products_are_as_accurate_as_their_dtype(dtype, products, allowed):
+    X, total = torch.randn(4000, 40).to(dtype), GramSum(40, products)
     for part in X.split(500):
         total.add(part)
     exact = X.double().T @ X.double()
-    assert (total.value() - exact).abs().max() <= 500**0.5 * torch.finfo(torch.float32).eps * exact.max()
+    assert (total.value() - exact).abs().max() <= allowed * exact.max()
+
+
+@pytest.mark.parametrize("n", [3, 40])
+def test_few_rows_in_single_precision_give_no_more_rank_than_they_have(n):
+    X, total = torch.randn(n, 300), GramSum(300)
+    total.add(X)
+    total.add(X)
+    eigenvalues = torch.linalg.eigvalsh(total.value())
+    assert eigenvalues[:-n].abs().max() <= 1e-12 * eigenvalues[-1]

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from networks import problem
 
-from curvlin_nn import ParameterSpace, structures
+from curvlin_nn import ParameterSpace, curvature, structures
 from curvlin_nn.capture import Block, Captures
 from curvlin_nn.capture.blocks import merged
+from curvlin_nn.errors import UnsupportedError
 
 SPACE = ParameterSpace(("w",), (torch.Size((2, 3)),))
 REDUCE = functools.partial(structures.Kronecker, approximation="reduce")
@@ -131,3 +133,21 @@ def test_uses_in_both_orientations_have_the_nearest_product():
     U, s, Vh = torch.linalg.svd(rearranged)
     expected = s[0] * torch.kron(U[:, 0].view(2, 2), Vh[0].view(3, 3))
     torch.testing.assert_close(H, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_products_in_single_precision_are_asked_for_by_name_and_known_to_be_such():
+    p = problem("mlp", "classification")
+    fast = functools.partial(structures.Kronecker, dtype=torch.float32)
+    found, exact = (curvature(p.model, p.likelihood, p.batches(), s) for s in (fast, "kron"))
+    for block, other in zip(found.blocks, exact.blocks, strict=True):
+        assert block.resolution == torch.finfo(torch.float32).eps
+        assert other.resolution == torch.finfo(torch.float64).eps
+        scale = float(other.to_dense().abs().max())
+        torch.testing.assert_close(block.to_dense(), other.to_dense(), rtol=0, atol=1e-6 * scale)
+        assert not torch.equal(block.to_dense(), other.to_dense())
+    with pytest.raises(
+        UnsupportedError, match=r"dtype must be torch.float32 or torch.float64, found torch.float16"
+    ):
+        curvature(
+            p.model, p.likelihood, p.batches(), functools.partial(structures.Kronecker, dtype=torch.float16)
+        )

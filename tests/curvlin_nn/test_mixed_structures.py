@@ -8,7 +8,8 @@ import torch
 from networks import Sequences, problem
 from torch import nn
 
-from curvlin_nn import Laplace, curvature, structures
+from curvlin_nn import Laplace, curvature, likelihoods, structures
+from curvlin_nn.curvature import accumulate
 from curvlin_nn.errors import UnsupportedError
 
 MIXED = {"0": "full", "2*": "kron", "*": "ekfac"}
@@ -142,6 +143,50 @@ def test_ekfac_in_different_bases_does_not_merge():
     la.fit(p.batches())
     with pytest.raises(UnsupportedError, match="cannot merge eigenvalues in different bases"):
         la.fit(p.batches(), override=False)
+
+
+def fitted_state(p, choice, data):
+    (state,) = accumulate(p.model, likelihoods.resolve(p.likelihood), data, "all", [choice]).states
+    return state
+
+
+@pytest.mark.parametrize("choice", [{"0": "full", "2*": "diag", "*": "ekfac"}, {"0": "diag", "*": "lowrank"}])
+def test_a_mixed_structure_of_which_one_part_cannot_merge_stays_as_it_is(choice):
+    p = problem("mlp", "classification")
+    factory = structures.resolve(choice)
+    mine, theirs = (fitted_state(p, factory, data) for data in (p.batches()[:2], p.batches()[2:]))
+    before = [state.finish().to_dense() for state in (mine, theirs)]
+    with pytest.raises(UnsupportedError, match="cannot"):
+        mine.merge(theirs)
+    for state, expected in zip((mine, theirs), before, strict=True):
+        assert torch.equal(state.finish().to_dense(), expected)
+
+
+def test_mixed_structures_of_different_groups_do_not_merge():
+    p = problem("mlp", "classification")
+    mine, theirs = (
+        fitted_state(p, structures.resolve({first: "full", "*": "full"}), p.batches()) for first in ("0", "2")
+    )
+    before = mine.finish().to_dense()
+    with pytest.raises(UnsupportedError, match="group the parameters in different ways"):
+        mine.merge(theirs)
+    assert torch.equal(mine.finish().to_dense(), before)
+
+
+def test_a_fit_that_cannot_continue_leaves_the_posterior_as_it_was():
+    p = problem("mlp", "classification")
+    la = Laplace(p.model, p.likelihood, "all", {"0": "full", "*": "ekfac"}, prior_precision=0.3)
+    la.fit(p.batches())
+
+    def facts():
+        noise = torch.Generator().manual_seed(0)
+        return la.curvature.to_dense(), la.log_marginal_likelihood(), la(p.x_test), la.sample(3, noise)
+
+    before = facts()
+    with pytest.raises(UnsupportedError, match="cannot merge eigenvalues in different bases"):
+        la.fit(p.batches()[:1], override=False)
+    assert all(map(torch.equal, before, facts()))
+    assert la.n_data == 8
 
 
 def test_ekfac_keeps_the_trace_where_a_layer_is_used_several_times():

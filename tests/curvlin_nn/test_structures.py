@@ -265,7 +265,8 @@ def test_entry_points_offer_structures_by_name(monkeypatch):
     assert structures.resolve("trace") is Trace
     assert "trace" in structures.available()
     with pytest.raises(
-        UnsupportedError, match="expected one of 'block', 'diag', 'ekfac', 'full', 'kron', 'lowrank', 'trace'"
+        UnsupportedError,
+        match="expected one of 'block', 'diag', 'ekfac', 'full', 'kfoc', 'kron', 'kron-lowrank', 'lowrank', 'trace'",
     ):
         structures.resolve("ekfax")
 

@@ -4,7 +4,7 @@ One file per layer family; a new family is a new file that registers a `LayerRul
 """
 
 from curvlin_nn.capture import conv, conv_transpose, elementwise, embedding, linear, norms
-from curvlin_nn.capture.blocks import Block, Captures, Place, partition
+from curvlin_nn.capture.blocks import Block, Captures, JointBlock, Place, partition
 from curvlin_nn.capture.last_layer import last_layer
 from curvlin_nn.capture.recorder import Recorder, Recording
 from curvlin_nn.capture.rules import RULES, Call, LayerRule, Piece, register
@@ -14,6 +14,7 @@ __all__ = [
     "Block",
     "Call",
     "Captures",
+    "JointBlock",
     "LayerRule",
     "Piece",
     "Place",

@@ -82,6 +82,26 @@ class Block:
 
 
 @dataclass(frozen=True)
+class JointBlock(Block):
+    """The rows of ``[W b]``, the weight of a layer with its bias as one column more: right ends in a one.
+
+    Attributes:
+        bias: where the bias begins in the flat vector of the parameter space.
+    """
+
+    bias: int = 0
+
+    @property
+    def place(self) -> Place:
+        """Where the block stands in the flat vector."""
+        return replace(super().place, bias=self.bias)
+
+    def moved(self, by: int) -> JointBlock:
+        """See `Block.moved`."""
+        return replace(self, start=self.start + by, bias=self.bias + by)
+
+
+@dataclass(frozen=True)
 class Place:
     """The coordinates of a matrix (out, in) in the flat vector.
 
@@ -90,12 +110,19 @@ class Place:
         out: rows.
         inputs: columns.
         transposed: whether the flat vector holds the transpose.
+        bias: where the last column begins if it stands apart from the others, as in ``[W b]``; None if it does not.
     """
 
     start: int
     out: int
     inputs: int
     transposed: bool = False
+    bias: int | None = None
+
+    @property
+    def consecutive(self) -> bool:
+        """Whether the coordinates in the order (out, in) are consecutive numbers."""
+        return not self.transposed and self.bias is None
 
     @property
     def size(self) -> int:
@@ -105,8 +132,13 @@ class Place:
     @property
     def coordinates(self) -> Int[Tensor, " size"]:
         """The coordinate of each entry, in the order (out, in)."""
-        span = torch.arange(self.start, self.start + self.size)
-        return span.view(self.inputs, self.out).mT.flatten() if self.transposed else span
+        inputs = self.inputs if self.bias is None else self.inputs - 1
+        span = torch.arange(self.start, self.start + self.out * inputs)
+        matrix = span.view(inputs, self.out).mT if self.transposed else span.view(self.out, inputs)
+        if self.bias is not None:
+            bias = torch.arange(self.bias, self.bias + self.out)
+            matrix = torch.cat([matrix, bias[:, None]], dim=1)
+        return matrix.flatten()
 
 
 def partition(places: Sequence[Place]) -> IndexSet:
@@ -119,7 +151,7 @@ def partition(places: Sequence[Place]) -> IndexSet:
 
 @functools.lru_cache(maxsize=64)
 def _partition(places: tuple[Place, ...]) -> IndexSet:
-    if not any(place.transposed for place in places):
+    if all(place.consecutive for place in places):
         return IndexSet.of_sizes([place.size for place in places])
     return IndexSet([place.coordinates for place in places])
 

@@ -5,7 +5,9 @@ from curvlin_nn.structures.block import Block
 from curvlin_nn.structures.diagonal import Diagonal
 from curvlin_nn.structures.ekfac import EKFAC
 from curvlin_nn.structures.full import Full
+from curvlin_nn.structures.kfoc import KFOC
 from curvlin_nn.structures.kronecker import Kronecker
+from curvlin_nn.structures.kronecker_low_rank import KroneckerLowRank, Truncation
 from curvlin_nn.structures.low_rank import LowRank
 from curvlin_nn.structures.mixed import Mixed
 from curvlin_nn.structures.registry import ENTRY_POINTS, StructureChoice, available, register, resolve
@@ -13,15 +15,18 @@ from curvlin_nn.structures.registry import ENTRY_POINTS, StructureChoice, availa
 __all__ = [
     "EKFAC",
     "ENTRY_POINTS",
+    "KFOC",
     "Block",
     "Diagonal",
     "Full",
     "Kronecker",
+    "KroneckerLowRank",
     "LowRank",
     "Mixed",
     "Structure",
     "StructureChoice",
     "StructureFactory",
+    "Truncation",
     "available",
     "register",
     "resolve",

@@ -38,9 +38,20 @@ class Structure(ABC):
     def update(self, captures: Captures) -> None:
         """Add one batch."""
 
+    def check_merge(self: SelfT, other: SelfT) -> None:  # noqa: B027 - most structures merge always
+        """Whether `merge` would add `other`; asked of all states that merge together before the first of them does.
+
+        Raises:
+            UnsupportedError: if it would refuse.
+        """
+
     @abstractmethod
     def merge(self: SelfT, other: SelfT) -> None:
-        """Add the state of other data, over the same parameters."""
+        """Add the state of other data, over the same parameters.
+
+        Raises:
+            UnsupportedError: where `check_merge` does, with both states as they were.
+        """
 
     @abstractmethod
     def finish(self) -> PrecisionOperator:

@@ -46,14 +46,15 @@ class EKFAC(Kronecker):
         if self._bases is None:
             super().update(captures)
             return
-        self._check_places([block.place for block in captures.blocks])
+        blocks = self._of(captures)
+        self._check_places([block.place for block in blocks])
         self._squares = tuple(
             None if bases is None or total is None else total + squares(_rotated(block, bases))
-            for total, block, bases in zip(self._squares, captures.blocks, self._bases, strict=True)
+            for total, block, bases in zip(self._squares, blocks, self._bases, strict=True)
         )
 
-    def merge(self, other: Kronecker) -> None:
-        """See `Structure.merge`.
+    def check_merge(self, other: Kronecker) -> None:
+        """See `Structure.check_merge`.
 
         Raises:
             UnsupportedError: after the second pass has begun, when the sums are in bases of their own.
@@ -63,7 +64,7 @@ class EKFAC(Kronecker):
                 "hessian_structure='ekfac' cannot merge eigenvalues in different bases, expected states before "
                 "their second pass; fit on all data at once, or use 'kron'"
             )
-        super().merge(other)
+        super().check_merge(other)
 
     def finish(self) -> BlockDiag:
         """See `Structure.finish`."""

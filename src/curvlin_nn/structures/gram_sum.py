@@ -1,6 +1,6 @@
 """Sums of ``X^T X`` over a stream of rows: what the factors of a Kronecker product are made of.
 
-Products are in the dtype of the rows (half precision in float32), sums of products in float64.
+Products are in float64 unless another dtype is asked for, sums of products in float64 always.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ TILED_SIZE = 256
 """The least size of a product that pays for it."""
 
 PRODUCT_BUDGET = 2**20
-"""Entries of the products of single matrices that are held at once."""
+"""Entries of matrices that are multiplied by themselves at once."""
+
+ROWS = 2**12
+"""Rows that are converted at once."""
 
 
 class GramSum:
@@ -29,40 +32,38 @@ class GramSum:
 
     Args:
         size: D, the number of columns.
-
-    Attributes:
-        dtype: that of the products, the accuracy of the sum; None before the first.
+        dtype: that of the products. In float64 the product of few rows has no more rank than they have, whatever the
+            dtype of the rows, but for rounding that any prior precision in use outweighs.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, dtype: torch.dtype = torch.float64) -> None:
+        self.size, self.dtype = size, dtype
         self._waiting: list[Tensor] = []
         self._sum: Tensor | None = None
-        self.dtype: torch.dtype | None = None
 
     def copy(self) -> GramSum:
         """A sum of its own over the same rows."""
-        other = GramSum(self.size)
+        other = GramSum(self.size, self.dtype)
         other.merge(self)
         return other
 
     def add(self, X: Float[Tensor, "*batch n D"]) -> None:
         """Add the rows of X, whose leading axes are more rows."""
-        X = _in_order_of_memory(X.to(torch.float32) if X.dtype in (torch.float16, torch.bfloat16) else X)
-        self.dtype = X.dtype
+        X = _in_order_of_memory(X)
         if X.ndim > 2 and X.stride(-1) != 1 and X.stride(-2) == 1 and X.shape[-2] >= 2 * self.size:
-            self._plus(_by_matrix(X))  # images with channels first: a product for each image, and no copy
+            self._plus(
+                _by_matrix(X, self.dtype)
+            )  # images with channels first: a product for each image, and no copy
         elif X.shape[:-1].numel() < self.size:
             self._waiting.append(X.reshape(-1, self.size).clone())
             if sum(map(len, self._waiting)) >= self.size:
                 self._settle()
         else:
-            self._plus(upper_gram(X.reshape(-1, self.size)))
+            self._plus(upper_gram(X.reshape(-1, self.size), self.dtype))
 
     def merge(self, other: GramSum) -> None:
         """Add the sum over other rows, which stays as it is."""
         self._waiting += other._waiting
-        self.dtype = self.dtype or other.dtype
         if other._sum is not None:
             self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
         if sum(map(len, self._waiting)) >= self.size:
@@ -83,21 +84,20 @@ class GramSum:
     def _settle(self) -> None:
         if self._waiting:
             rows, self._waiting = torch.cat(self._waiting), []
-            self._plus(upper_gram(rows))
+            self._plus(upper_gram(rows, self.dtype))
 
     def _plus(self, product: Tensor) -> None:
         self._sum = product.double() if self._sum is None else self._sum.add_(product)
 
 
-def upper_gram(X: Float[Tensor, "n D"]) -> Float[Tensor, "D D"]:
+def upper_gram(X: Float[Tensor, "n D"], dtype: torch.dtype) -> Float[Tensor, "D D"]:
     """``X^T X`` on and above the diagonal tiles; what stands below them is not it."""
     size = X.shape[-1]
-    if size < TILED_SIZE:
-        return X.mT @ X
-    product = X.new_empty(size, size)
-    for start, stop in _tiles(size):
-        product[start:stop, start:] = X[:, start:stop].mT @ X[:, start:]
-        product[stop:, start:stop] = 0
+    product = torch.zeros(size, size, dtype=dtype, device=X.device)
+    for rows in X.split(ROWS):
+        part = rows.to(dtype)
+        for start, stop in _tiles(size):
+            product[start:stop, start:].addmm_(part[:, start:stop].mT, part[:, start:])
     return product
 
 
@@ -107,11 +107,11 @@ def _tiles(size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, size)
 
 
-def _by_matrix(X: Float[Tensor, "*batch n D"]) -> Float[Tensor, "D D"]:
+def _by_matrix(X: Float[Tensor, "*batch n D"], dtype: torch.dtype) -> Float[Tensor, "D D"]:
     """The sum of one product for each matrix."""
-    matrices = X.flatten(0, -3)
-    at_once = max(1, PRODUCT_BUDGET // X.shape[-1] ** 2)
-    return torch.stack([(part.mT @ part).sum(0) for part in matrices.split(at_once)]).sum(0)
+    at_once = max(1, PRODUCT_BUDGET // X.shape[-2:].numel())
+    parts = (part.to(dtype) for part in X.flatten(0, -3).split(at_once))
+    return torch.stack([(part.mT @ part).sum(0) for part in parts]).sum(0)
 
 
 def _in_order_of_memory(X: Tensor) -> Tensor:

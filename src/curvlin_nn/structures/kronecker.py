@@ -13,8 +13,9 @@ and in the reduce form, exact where positions enter the output by their mean and
 A weight used both as it is and transposed has a product for either kind of use, and the one product that is nearest
 to their sum in the Frobenius norm.
 
-Products of rows are in their own dtype and sums of products in float64; the operator knows how accurate that is, and
-takes for zero what rounding may have made of it.
+Sums are in float64. So are products, unless float32 is asked for, which takes half the time: the operator then knows
+how accurate it is and takes for zero what rounding may have made of it, which is all below some 1e-7 of a factor's
+largest eigenvalue; where the data leave a factor without rank, a prior precision smaller than that is not seen.
 
 Positions of ignored terms are left out of a's sums and of S where a sample has as many positions as terms.
 """
@@ -35,6 +36,7 @@ from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
 from curvlin_nn.structures.gram_sum import GramSum
+from curvlin_nn.structures.joint_bias import joint
 from curvlin_nn.structures.registry import register
 
 MAX_BLOCK = 2**14
@@ -44,13 +46,13 @@ MAX_BLOCK = 2**14
 class _Factors:
     """Sums over data for one block: of ``g g^T``, of ``a a^T`` (None for a bias), and of positions."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
         self.place = block.place
         natural = block.uses[0] if block.uses else block
-        self.left = GramSum(natural.shape[0])
-        self.right = None if block.right is None else GramSum(natural.shape[1])
+        self.left = GramSum(natural.shape[0], dtype)
+        self.right = None if block.right is None else GramSum(natural.shape[1], dtype)
         self.positions = 0
-        self.turned = _Factors(block.uses[1]) if block.uses else None
+        self.turned = _Factors(block.uses[1], dtype) if block.uses else None
         self.same_left: _Factors | None = None
 
     def add(self, block: Block, captures: Captures, *, reduce: bool) -> None:
@@ -60,7 +62,7 @@ class _Factors:
             block, turned = block.uses
             self.turned.add(turned, captures, reduce=reduce)
         if self.same_left is None:
-            self.left.add(block.left.sum(2) if reduce else _by_sample(block.left))
+            self.left.add(block.left.double().sum(2) if reduce else _by_sample(block.left))
         if self.right is not None and block.right is not None and captures.first:
             a = _inputs(block.right, captures.kept, reduce=reduce)
             self.positions += a.shape[:-1].numel()
@@ -87,7 +89,7 @@ class _Factors:
 
     def operator(self) -> PrecisionOperator:
         """The block, of sums that are as accurate as the products that they are of; float64."""
-        return self._operator().to(self.left.dtype or torch.float64).to(torch.float64)
+        return self._operator().to(self.left.dtype).to(torch.float64)
 
     def _operator(self) -> PrecisionOperator:
         if self.right is None:
@@ -115,12 +117,12 @@ def _inputs(
 ) -> Float[Tensor, "*count in"]:
     """What counts as one input: each kept position, or the mean over the kept positions of a sample."""
     if kept is None or kept.shape != a.shape[:2]:
-        return a.mean(1) if reduce else (a.squeeze(1) if a.shape[1] == 1 else a)
+        return a.double().mean(1) if reduce else (a.squeeze(1) if a.shape[1] == 1 else a)
     if not reduce:
         return a[kept]
     some = kept.any(1)
-    weights = kept[some].to(a.dtype)
-    return (weights[:, None] @ a[some]).squeeze(1) / weights.sum(1, keepdim=True)
+    weights = kept[some].double()
+    return (weights[:, None] @ a[some].double()).squeeze(1) / weights.sum(1, keepdim=True)
 
 
 @register
@@ -133,22 +135,33 @@ class Kronecker(Structure):
         space: all parameters.
         approximation: ``"expand"`` or ``"reduce"``, how positions that share a weight are treated.
         max_block: the most coordinates of a parameter whose rows have no factors, which has an exact dense block.
+        dtype: that of products of rows, float64 or float32.
+        joint_bias: whether the weight and the bias of a module share a product, over ``[W b]``; see `joint`.
 
     Raises:
-        UnsupportedError: for another approximation.
+        UnsupportedError: for another approximation or dtype.
     """
 
     name = "kron"
 
     def __init__(
-        self, space: ParameterSpace, *, approximation: str = "expand", max_block: int = MAX_BLOCK
+        self,
+        space: ParameterSpace,
+        *,
+        approximation: str = "expand",
+        max_block: int = MAX_BLOCK,
+        joint_bias: bool = False,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__(space)
         if approximation not in ("expand", "reduce"):
             raise UnsupportedError(
                 f"approximation={approximation!r} is not supported; expected {one_of(('expand', 'reduce'))}"
             )
-        self._reduce, self._max_block = approximation == "reduce", max_block
+        if dtype not in (torch.float32, torch.float64):
+            raise UnsupportedError(f"dtype must be torch.float32 or torch.float64, found {dtype}")
+        self._reduce, self._max_block, self._joint_bias = approximation == "reduce", max_block, joint_bias
+        self._dtype = dtype
         self._blocks: tuple[_Factors, ...] = ()
 
     def update(self, captures: Captures) -> None:
@@ -157,18 +170,19 @@ class Kronecker(Structure):
         Raises:
             UnsupportedError: if a parameter without factors has more than `max_block` coordinates.
         """
-        for block in captures.blocks:
+        blocks = self._of(captures)
+        for block in blocks:
             if block.right is None and block.size > self._max_block:
                 raise UnsupportedError(
                     f"parameter {block.parameter!r} has no Kronecker factors and {block.size} coordinates, expected "
                     f"at most max_block={self._max_block} for a dense block; raise max_block, or give it 'diag' by name"
                 )
-        self._at(captures.blocks)
-        for index, (factors, block) in enumerate(zip(self._blocks, captures.blocks, strict=True)):
-            weight = captures.blocks[index - 1]
+        self._at(blocks)
+        for index, (factors, block) in enumerate(zip(self._blocks, blocks, strict=True)):
+            weight = blocks[index - 1]
             if factors.same_left is not None and not _see_the_same(block, weight):
                 factors.part()
-        for factors, block in zip(self._blocks, captures.blocks, strict=True):
+        for factors, block in zip(self._blocks, blocks, strict=True):
             factors.add(block, captures, reduce=self._reduce)
 
     def _at(self, blocks: tuple[Block, ...]) -> None:
@@ -176,19 +190,28 @@ class Kronecker(Structure):
         if self._blocks:
             self._check_places([block.place for block in blocks])
             return
-        self._blocks = tuple(map(_Factors, blocks))
+        self._blocks = tuple(_Factors(block, self._dtype) for block in blocks)
         for index in range(1, len(blocks)):
             if blocks[index].right is None and _see_the_same(blocks[index], blocks[index - 1]):
                 self._blocks[index].share(self._blocks[index - 1])
 
+    def _of(self, captures: Captures) -> tuple[Block, ...]:
+        """One block for each product or dense block."""
+        return joint(captures.blocks) if self._joint_bias else captures.blocks
+
+    def check_merge(self, other: Kronecker) -> None:
+        """See `Structure.check_merge`."""
+        if self._blocks and other._blocks:
+            self._check_places([f.place for f in other._blocks])
+
     def merge(self, other: Kronecker) -> None:
         """See `Structure.merge`."""
+        self.check_merge(other)
         if not other._blocks:
             return
         if not self._blocks:
             self._blocks = copy.deepcopy(other._blocks)
             return
-        self._check_places([f.place for f in other._blocks])
         pairs = list(zip(self._blocks, other._blocks, strict=True))
         for mine, theirs in pairs:
             if theirs.same_left is None:

@@ -95,7 +95,7 @@ class LowRank(Structure):
         self._Y = Y if self._Y is None else self._Y + Y
         self._trace = trace if self._trace is None else self._trace + trace
 
-    def merge(self, other: LowRank) -> None:
+    def check_merge(self, other: LowRank) -> None:
         """Not a sum of states: the columns of either were turned towards its own eigenvectors.
 
         Raises:
@@ -105,6 +105,10 @@ class LowRank(Structure):
             raise UnsupportedError(
                 "hessian_structure='lowrank' cannot be continued with other data; fit all data at once (override=True)"
             )
+
+    def merge(self, other: LowRank) -> None:
+        """See `Structure.merge`."""
+        self.check_merge(other)
 
     def approximation(self) -> LowRankApproximation:
         """U, with the exact trace of what is left, ``tr(H - U U^T)``, which bounds every norm of it."""

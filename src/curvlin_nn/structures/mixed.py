@@ -51,8 +51,19 @@ class SideBySide(Structure):
         for part in self._unfinished():
             part.update(_restricted(captures, self.space, part.space))
 
+    def check_merge(self, other: SideBySide) -> None:
+        """See `Structure.check_merge`."""
+        if [part.space for part in self._parts] != [part.space for part in other._parts]:
+            raise UnsupportedError(
+                f"hessian_structure={self.name!r} cannot merge states that group the parameters in different ways; "
+                "give both the same choice of structures"
+            )
+        for mine, theirs in zip(self._parts, other._parts, strict=True):
+            mine.check_merge(theirs)
+
     def merge(self, other: SideBySide) -> None:
-        """See `Structure.merge`."""
+        """See `Structure.merge`: all groups, or none where one cannot."""
+        self.check_merge(other)
         for mine, theirs in zip(self._parts, other._parts, strict=True):
             mine.merge(theirs)
 
