@@ -1,8 +1,8 @@
 """The leading eigenvectors of each Kronecker product of KFAC: what a truncation to low rank keeps of it.
 
 With ``B = Q_B diag(l) Q_B^T`` and ``A = Q_A diag(m) Q_A^T``, the eigenvalues of ``B (x) A`` are the products
-``l_i m_j`` and its eigenvectors the products of columns, so the k largest give its best approximation of rank k. Kept in
-factored form: ``k (out + in)`` numbers, never ``k out in``. Biases are exact dense blocks.
+``l_i m_j`` and its eigenvectors the products of columns, so the k largest give its best approximation of rank k. Kept
+in factored form: ``k (out + in)`` numbers, never ``k out in``. Biases are exact dense blocks.
 """
 
 from __future__ import annotations
