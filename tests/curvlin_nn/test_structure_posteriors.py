@@ -9,6 +9,7 @@ from networks import problem
 from torch import nn
 
 from curvlin_nn import Laplace, structures
+from curvlin_nn.errors import UnsupportedError
 
 CHOICES = {
     "ekfac": "ekfac",
@@ -171,3 +172,26 @@ def test_predictions_in_float32_are_those_of_float64_to_its_rounding(kind, choic
         la.fit([(x.to(dtype), y.to(dtype)) for x, y in p.batches()])
         variances.append(la(p.x_test.to(dtype), diagonal_output=True)[1].double())
     torch.testing.assert_close(variances[1], variances[0], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("choice", [name for name in SINGLE if name not in ("block by module", "mixed")])
+def test_the_best_priors_by_layer_are_a_maximum_of_the_dense_evidence(choice):
+    p = problem("mlp", "regression")
+    la = fitted(p, SINGLE[choice])
+    if choice in ("mixed out of order", "joint", "joint ekfac"):  # one block for several layers or parameters
+        with pytest.raises(UnsupportedError, match="cuts through blocks"):
+            la.optimize_prior_precision(prior_structure="layerwise")
+        return
+    optimum = la.optimize_prior_precision(prior_structure="layerwise")
+    H, sizes = la.curvature.to_dense(), torch.tensor([q.numel() for q in p.model.parameters()])
+
+    def evidence(values):
+        prior = values.repeat_interleave(sizes)
+        return oracle.log_marginal_likelihood(p.model, p.x, p.y, p.likelihood, H, prior)
+
+    best = optimum.prior_precision.double()
+    top = evidence(best)
+    assert float(optimum.log_marginal_likelihood) == pytest.approx(top, rel=1e-9)
+    for k in range(len(sizes)):
+        for factor in (0.98, 1.02):
+            assert evidence(best * torch.where(torch.arange(len(sizes)) == k, factor, 1.0)) < top
