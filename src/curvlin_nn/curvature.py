@@ -121,9 +121,10 @@ def curvature(
         model: maps one argument to outputs ``(N, C)``; it comes back as it was.
         likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
         loader: batches ``(inputs, targets)``.
-        hessian_structure: ``"full"``, ``"kron"``, ``"diag"``, ``"ekfac"``, ``"block"``, ``"lowrank"``, a `Structure`
-            class, or one of these for each ``fnmatch`` pattern of names of parameters or modules; of a Hessian,
-            ``"full"``, ``"block"`` (one for each parameter tensor) or ``"diag"``.
+        hessian_structure: a name (`structures.available`: ``"full"``, ``"kron"``, ``"diag"``, ``"ekfac"``, ``"kfoc"``,
+            ``"kron-lowrank"``, ``"block"``, ``"lowrank"``), a `Structure` class, or one of these for each ``fnmatch``
+            pattern of names of parameters or modules; of a Hessian, ``"full"``, ``"block"`` (one for each parameter
+            tensor) or ``"diag"``.
         columns: ``"exact"``; ``"mc"`` or ``"sketch"``, which are unbiased; ``"empirical"`` for the empirical Fisher
             matrix instead.
         subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, or a predicate.

@@ -73,8 +73,9 @@ class Laplace:
         likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
         subset_of_weights: ``"all"`` (parameters that require a gradient), ``"last_layer"`` (the default),
             names of parameters or modules, or a predicate of name and parameter.
-        hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"``, ``"ekfac"``, ``"block"``, ``"lowrank"``,
-            a `Structure` class, or one of these for each ``fnmatch`` pattern of names of parameters or modules.
+        hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"``, ``"ekfac"``, ``"kfoc"``,
+            ``"kron-lowrank"``, ``"block"``, ``"lowrank"``, a `Structure` class, or one of these for each ``fnmatch``
+            pattern of names of parameters or modules.
         curvature: ``"ggn"``; ``"fisher_mc"``, of one draw of targets for each sample, unbiased; ``"ef"``, the empirical
             Fisher matrix; or ``"hessian"`` (``"full"``, ``"block"`` or ``"diag"``), exact.
         indefinite: what a Hessian with negative eigenvalues does; see `curvlin_nn.curvature`.

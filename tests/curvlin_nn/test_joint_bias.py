@@ -8,7 +8,7 @@ import torch
 from networks import problem
 from torch import nn
 
-from curvlin_nn import Laplace, curvature, structures
+from curvlin_nn import Laplace, curvature, likelihoods, structures
 from curvlin_nn.errors import UnsupportedError
 
 kron = functools.partial(structures.Kronecker, joint_bias=True)
@@ -182,6 +182,80 @@ def test_a_bias_of_other_uses_than_its_weight_is_refused():
             return self.layer(x) + nn.functional.linear(x, self.layer.weight)
 
     with pytest.raises(
-        UnsupportedError, match=r"joint_bias=True needs parameter 'layer\.weight' to be used by"
+        UnsupportedError, match=r"needs parameter 'layer\.weight' to be used at the same positions"
     ):
         curvature(Apart(), "regression", [(torch.randn(4, 3), torch.randn(4, 3))], kron)
+
+
+@pytest.mark.parametrize("choice", ["expand", "ekfac"])
+def test_a_sequence_is_its_kept_tokens_where_tokens_do_not_meet(choice):
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(6, 4, 3).double(), torch.randint(3, (6, 4))
+    y[torch.rand(6, 4) < 0.4] = -7
+    likelihood = likelihoods.Categorical(ignore_index=-7)
+    found = curvature(model, likelihood, [(x[:4], y[:4]), (x[4:], y[4:])], CHOICES[choice]).to_dense()
+    kept = y != -7
+    close(found, curvature(model, "classification", [(x[kept], y[kept])], CHOICES[choice]).to_dense())
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_joint_products_stand_beside_other_structures(choice):
+    p = problem("cnn", "regression")
+    mixed = {"0": CHOICES[choice], "*.weight": "diag", "*": "full"}
+    la = Laplace(p.model, p.likelihood, "all", mixed, prior_precision=0.5).fit(p.batches())
+    H = la.curvature.to_dense()
+    alone = curvature(p.model, p.likelihood, p.batches(), CHOICES[choice], subset_of_weights=["0"])
+    n = alone.size
+    close(H[:n, :n], alone.to_dense())
+    assert bool((H[:n, n:] == 0).all())
+    _, joint = la(p.x_test, joint=True)
+    close(joint, oracle.covariance(p.model, p.x_test, H + torch.eye(len(H)).double() / 2))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_last_layer_alone_has_a_joint_product(choice):
+    p = problem("mlp", "regression")
+    la = Laplace(p.model, p.likelihood, "last_layer", CHOICES[choice], prior_precision=0.5).fit(p.batches())
+    J = oracle.jacobian(p.model, p.x, ["4.weight", "4.bias"]).detach()
+    close(la.curvature.to_dense(), torch.einsum("ncp,ncq->pq", J, J))
+    J = oracle.jacobian(p.model, p.x_test, ["4.weight", "4.bias"]).detach().flatten(0, 1)
+    P = la.curvature.to_dense() + torch.eye(18).double() / 2
+    close(la(p.x_test, joint=True)[1], J @ torch.linalg.inv(P) @ J.T)
+
+
+def test_a_transposed_convolution_has_no_joint_product():
+    model = nn.Sequential(nn.ConvTranspose1d(2, 2, 2), nn.Flatten())
+    with pytest.raises(UnsupportedError, match="or a transposed convolution"):
+        curvature(model, "regression", [(torch.randn(4, 2, 3), torch.randn(4, 8))], kron)
+
+
+def test_attention_and_grouped_convolutions_have_joint_products_and_norms_stay_as_they_are():
+
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.norm = nn.LayerNorm(4)
+            self.conv = nn.Conv1d(4, 4, 2, groups=2)
+
+        def forward(self, x):
+            h = self.norm(self.attention(x, x, x, need_weights=False)[0])
+            return self.conv(h.mT).mean(2)
+
+    torch.manual_seed(0)
+    model = Many().double()
+    x, y = torch.randn(5, 3, 4).double(), torch.randn(5, 4).double()
+    la = Laplace(model, "regression", "all", ekfac, prior_precision=0.5).fit([(x, y)])
+    H, J = la.curvature.to_dense(), oracle.jacobian_row_by_row(model, [(sample[None],) for sample in x])
+    torch.testing.assert_close(H.trace(), J.square().sum(), rtol=1e-11, atol=0)
+    names = [name for name, _ in model.named_parameters()]
+    sizes = [p.numel() for p in model.parameters()]
+    for weight, bias in (("in_proj_weight", "in_proj_bias"), ("out_proj.weight", "out_proj.bias")):
+        rows, columns = (
+            slice(sum(sizes[: (i := names.index(f"attention.{name}"))]), sum(sizes[: i + 1]))
+            for name in (weight, bias)
+        )
+        assert bool((H[rows, columns] != 0).any())
+    J = J.flatten(0, 1)
+    close(la(x, joint=True)[1], J @ torch.linalg.inv(H + torch.eye(len(H)).double() / 2) @ J.T)

@@ -44,12 +44,12 @@ def state(factory, *batches: Captures):
     return made
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", [*FACTORIES, "kfoc", "kron-lowrank"])
 def test_columns_in_pieces_are_the_columns(name):
-    c = captures(5, 0)
+    c, factory = captures(5, 0), FACTORIES.get(name) or structures.resolve(name)
     pieces = [columns(c, slice(0, 1), first=True), columns(c, slice(1, 2), first=False)]
-    whole = state(FACTORIES[name], c).finish().to_dense()
-    parts = state(FACTORIES[name], *pieces).finish().to_dense()
+    whole = state(factory, c).finish().to_dense()
+    parts = state(factory, *pieces).finish().to_dense()
     torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-12)
 
 
@@ -62,16 +62,18 @@ def test_states_of_disjoint_data_merge_to_the_state_of_all(name):
     torch.testing.assert_close(mine.finish().to_dense(), whole, rtol=1e-12, atol=1e-13)
 
 
-def test_ekfac_merges_before_its_second_pass():
+@pytest.mark.parametrize("factory", [structures.EKFAC, structures.KFOC])
+def test_structures_of_several_passes_merge_before_their_second(factory):
     a, b = captures(5, 0), captures(3, 1)
-    mine, theirs = structures.EKFAC(SPACE), structures.EKFAC(SPACE)
+    mine, theirs = factory(SPACE), factory(SPACE)
     mine.update(a)
     theirs.update(b)
     mine.merge(theirs)
-    mine.begin(1)
-    mine.update(a)
-    mine.update(b)
-    whole = state(structures.EKFAC, a, b).finish().to_dense()
+    for index in range(1, mine.passes):
+        mine.begin(index)
+        mine.update(a)
+        mine.update(b)
+    whole = state(factory, a, b).finish().to_dense()
     torch.testing.assert_close(mine.finish().to_dense(), whole, rtol=1e-9, atol=1e-11)
 
 

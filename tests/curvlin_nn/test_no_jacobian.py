@@ -1,5 +1,7 @@
 """Fitting and predicting never hold a Jacobian: tensors stay far below samples x parameters."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from curvlin.testing.guard import DenseTensorError
 from curvlin_nn import Laplace, curvature, feature_maps, predictive, structures
 
 N, CLASSES = 60, 10
+JOINT = functools.partial(structures.KFOC, joint_bias=True)
 
 
 def wide() -> nn.Module:
@@ -26,7 +29,7 @@ def convolutional() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "ekfac", "kfoc", "kron-lowrank", JOINT], ids=str)
 @pytest.mark.parametrize(("make", "widest"), [(wide, 128), (convolutional, 16 * 64)])
 def test_no_tensor_of_the_size_of_a_jacobian_is_made(make, widest, structure):
     """Nothing is larger than the gradients of C outputs with respect to the widest layer."""

@@ -9,6 +9,7 @@ from networks import problem
 from torch import nn
 
 from curvlin_nn import Laplace, structures
+from curvlin_nn.errors import UnsupportedError
 
 CHOICES = {
     "ekfac": "ekfac",
@@ -114,3 +115,83 @@ def test_a_fit_that_continues_is_the_fit_of_all_data(choice):
     assert float(parts.log_marginal_likelihood()) == pytest.approx(
         float(whole.log_marginal_likelihood()), rel=1e-11
     )
+
+
+class Tied(nn.Module):
+    """A small language model whose output layer is its embedding; logits for each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.mix(self.embed(x)).cumsum(1)))
+
+
+@pytest.mark.parametrize(
+    "choice", ["full", "diag", "block", "kron", "ekfac", "kfoc", "kron-lowrank", "lowrank"]
+)
+def test_posteriors_of_a_tied_weight_are_those_of_the_dense_matrix(choice):
+    torch.manual_seed(4)
+    model = Tied().double()
+    x, y = torch.randint(5, (6, 2)), torch.randn(6, 2, 5).double()
+    la = Laplace(model, "regression", "all", choice, prior_precision=0.5).fit(
+        [(x[:4], y[:4]), (x[4:], y[4:])]
+    )
+    P = dense_posterior(la, torch.full((la.n_params,), 0.5).double())
+    J = oracle.jacobian_row_by_row(model, [(sample[None],) for sample in x]).flatten(0, 1)
+    expected = J @ torch.linalg.inv(P) @ J.T
+    _, joint = la(x, joint=True)
+    torch.testing.assert_close(joint, expected, rtol=1e-8, atol=1e-10 * float(expected.norm()))
+    complexity = torch.logdet(P) - len(P) * torch.tensor(0.5).double().log()
+    theta, f = la.mean, model(x).detach()
+    log_p = torch.distributions.Normal(f, 1.0).log_prob(y).sum()
+    evidence = log_p - theta @ theta * 0.25 - complexity / 2
+    assert float(la.log_marginal_likelihood()) == pytest.approx(float(evidence), rel=1e-9)
+
+
+SINGLE = {
+    **CHOICES,
+    "joint": functools.partial(structures.Kronecker, joint_bias=True),
+    "joint ekfac": functools.partial(structures.EKFAC, joint_bias=True),
+    "kfoc": "kfoc",
+    "kron-lowrank": functools.partial(structures.KroneckerLowRank, rank=5),
+}
+
+
+@pytest.mark.parametrize("choice", SINGLE)
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_predictions_in_float32_are_those_of_float64_to_its_rounding(kind, choice):
+    """A prior far below the curvature, where factors of no full rank would show what rounding leaves in them."""
+    p = problem(kind, "regression")
+    variances = []
+    for dtype in (torch.float64, torch.float32):
+        model = p.model.to(dtype)
+        la = Laplace(model, "regression", "all", SINGLE[choice], prior_precision=2.0**-10)
+        la.fit([(x.to(dtype), y.to(dtype)) for x, y in p.batches()])
+        variances.append(la(p.x_test.to(dtype), diagonal_output=True)[1].double())
+    torch.testing.assert_close(variances[1], variances[0], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("choice", [name for name in SINGLE if name not in ("block by module", "mixed")])
+def test_the_best_priors_by_layer_are_a_maximum_of_the_dense_evidence(choice):
+    p = problem("mlp", "regression")
+    la = fitted(p, SINGLE[choice])
+    if choice in ("mixed out of order", "joint", "joint ekfac"):  # one block for several layers or parameters
+        with pytest.raises(UnsupportedError, match="cuts through blocks"):
+            la.optimize_prior_precision(prior_structure="layerwise")
+        return
+    optimum = la.optimize_prior_precision(prior_structure="layerwise")
+    H, sizes = la.curvature.to_dense(), torch.tensor([q.numel() for q in p.model.parameters()])
+
+    def evidence(values):
+        prior = values.repeat_interleave(sizes)
+        return oracle.log_marginal_likelihood(p.model, p.x, p.y, p.likelihood, H, prior)
+
+    best = optimum.prior_precision.double()
+    top = evidence(best)
+    assert float(optimum.log_marginal_likelihood) == pytest.approx(top, rel=1e-9)
+    for k in range(len(sizes)):
+        for factor in (0.98, 1.02):
+            assert evidence(best * torch.where(torch.arange(len(sizes)) == k, factor, 1.0)) < top

@@ -44,29 +44,28 @@ def aligned(Phi: FeatureOperator, P: PrecisionOperator) -> FeatureOperator:
 
 def _cut(Phi: BlockFeatures, coarse: IndexSet) -> BlockFeatures:
     """The bias of a layer whose weight has several blocks stands in each of them with a part of its own."""
-    cuts = _cuts(Phi.indices, coarse)
-    if all(len(cut) == 1 for cut in cuts):
-        return Phi
+    cuts, indices = _cuts(Phi.indices, coarse)
     parts: list[FeatureOperator] = []
-    indices: list[torch.Tensor] = []
-    for part, coordinates, cut in zip(Phi.parts, Phi.indices.blocks, cuts, strict=True):
-        if len(cut) == 1 or not isinstance(part, DenseFeatures):
+    for part, cut in zip(Phi.parts, cuts, strict=True):
+        if len(cut) == 1:
             parts.append(part)
-            indices.append(coordinates)
-        else:
+        elif isinstance(part, DenseFeatures):
             parts += [DenseFeatures(part.matrix[..., some.to(part.device)]) for some in cut]
-            indices += [coordinates[some] for some in cut]
+        else:
+            return Phi
     return BlockFeatures(parts, indices)
 
 
 @functools.lru_cache(maxsize=64)
-def _cuts(fine: IndexSet, coarse: IndexSet) -> tuple[tuple[torch.Tensor, ...], ...]:
-    """For each fine block, which of its entries stand in one coarse block."""
+def _cuts(fine: IndexSet, coarse: IndexSet) -> tuple[tuple[tuple[torch.Tensor, ...], ...], IndexSet]:
+    """For each fine block, which of its entries stand in one coarse block; and the blocks that are left."""
     owner, _ = _whereabouts(coarse)
-    return tuple(
+    cuts = tuple(
         tuple((owner[coordinates] == number).nonzero().squeeze(1) for number in owner[coordinates].unique())
         for coordinates in fine.blocks
     )
+    pieces = [coordinates[some] for coordinates, cut in zip(fine.blocks, cuts, strict=True) for some in cut]
+    return cuts, fine if len(pieces) == len(cuts) else IndexSet(pieces)
 
 
 @functools.lru_cache(maxsize=64)

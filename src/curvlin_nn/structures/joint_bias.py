@@ -22,7 +22,8 @@ def joint(blocks: Sequence[Block]) -> tuple[Block, ...]:
     does a weight or bias without the other.
 
     Raises:
-        UnsupportedError: if a weight and its bias are not used by the same calls, so that they have no common input.
+        UnsupportedError: if a weight and its bias are not used at the same positions and have no common input: by other
+            calls, or in a transposed convolution, where those of the weight are input pixels.
     """
     by_name: dict[str, list[Block]] = {}
     for block in blocks:
@@ -69,6 +70,6 @@ def _same_uses(weight: Block, bias: torch.Tensor) -> bool:
 
 def _apart(name: str) -> UnsupportedError:
     return UnsupportedError(
-        f"joint_bias=True needs parameter {name!r} to be used by the same calls as its bias, found other uses of "
-        "either; take joint_bias=False there, by name"
+        f"joint_bias=True needs parameter {name!r} to be used at the same positions as its bias, found other uses of "
+        "either, or a transposed convolution; take joint_bias=False there, by name"
     )
