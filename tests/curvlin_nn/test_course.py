@@ -47,6 +47,12 @@ def unpadded(net: Net, x: Tensor, mask: Tensor) -> Tensor:
     return h.new_zeros(*mask.shape, h.shape[-1]).index_put((mask,), h).sum(1)
 
 
+def pooled(net: Net, x: Tensor, mask: Tensor) -> Tensor:
+    """The same, with the tokens of each sample summed by a matrix that the mask makes."""
+    h = net.b(torch.tanh(net.a(x[mask])))
+    return torch.nn.functional.one_hot(mask.nonzero()[:, 0], len(mask)).to(h).mT @ h
+
+
 def _rows(recorder: Recorder, x: Tensor | tuple[Tensor, ...]) -> Tensor:
     recording = recorder(x)
     n, c = recording.outputs.shape
@@ -78,10 +84,11 @@ def ggn_alone(model: nn.Module, *args: Tensor) -> Tensor:
     return J.mT @ J
 
 
-def test_tokens_of_samples_are_found_where_every_batch_has_them_elsewhere():
+@pytest.mark.parametrize("forward", [unpadded, pooled])
+def test_tokens_of_samples_are_found_where_every_batch_has_them_elsewhere(forward):
     """12 tokens, all in order; 8, of samples of different lengths; 8, as many for each sample."""
     torch.manual_seed(1)
-    model = Net(unpadded, a=nn.Linear(2, 4), b=nn.Linear(4, 3))
+    model = Net(forward, a=nn.Linear(2, 4), b=nn.Linear(4, 3))
     recorder = Recorder(model, ParameterSpace.of(model))
     for lengths in ([3, 3, 3, 3], [2, 2, 2, 2], [2, 1, 3, 2], [1, 3, 1, 3]):
         mask = torch.arange(3) < torch.tensor(lengths)[:, None]

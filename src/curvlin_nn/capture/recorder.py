@@ -252,7 +252,11 @@ class Recorder:
         if question in self._layouts:
             return self._layouts[question]
         layouts, certain = find_layouts(graph)
-        if certain and not graph.course.placed_by_values:
+        flattened = any(
+            layout is not None and use.positions[layout.axis] > len(graph.outputs)
+            for use, layout in zip(graph.uses, layouts, strict=True)
+        )  # a sample's positions may be as many as its data say, and be summed by a matrix of them
+        if certain and not flattened and not graph.course.placed_by_values:
             self._layouts[question] = tuple(layout for layout in layouts if layout is not None)
         return layouts
 
