@@ -70,7 +70,8 @@ class Accumulated:
         n_samples, n_outputs = len(outputs), outputs.shape[1:].numel()
         if self.n_outputs not in (0, n_outputs):
             raise OutputError(
-                f"model outputs on {where} must have {self.n_outputs} columns as before, found {n_outputs}"
+                f"model outputs on {where} must have {self.n_outputs} columns as before, found {n_outputs}; pad "
+                "sequences to one length, with targets of the padding that are ignored"
             )
         statistics = self.statistics + likelihood.statistics(outputs, targets)
         return replace(

@@ -130,6 +130,10 @@ def check_model(model: object) -> None:
             "was made from"
         )
     for name, p in model.named_parameters():
+        if nn.parameter.is_lazy(p):
+            raise UnsupportedError(
+                f"parameter {name!r} is uninitialized, expected one with a shape; call the model once on an input"
+            )
         if p.is_inference():
             raise UnsupportedError(
                 f"parameter {name!r} was made in torch.inference_mode, expected an ordinary one; make the model "

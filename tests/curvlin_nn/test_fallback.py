@@ -665,3 +665,15 @@ def oracle(model: nn.Module, x: Tensor, names: list[str] | None = None) -> Tenso
 def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
     assert float(expected.abs().max()) > 0
+
+
+def test_a_parameter_that_is_viewed_as_complex_numbers_is_served_by_autodiff():
+    """A spectral filter, ``irfft(w rfft(x))``."""
+    torch.manual_seed(5)
+    model = Net(
+        lambda net, x: torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(net.w), n=3), w=weight(2, 2)
+    )
+    x = torch.randn(4, 3).double()
+    found = curvature(model, "regression", [(x, torch.randn(4, 3).double())], "full").to_dense()
+    J = jacobian_row_by_row(model, [(sample,) for sample in x.split(1)]).flatten(0, 1)
+    torch.testing.assert_close(found, J.mT @ J, rtol=1e-10, atol=1e-14)

@@ -1,15 +1,18 @@
 """The user's model and torch's state come back as they were: after every call, and after every failure."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from network_oracle import jacobian_row_by_row
 from networks import assert_same, state
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvlin_nn import Laplace, curvature, feature_maps, low_rank, matrix_free
-from curvlin_nn.errors import DataError, OutputError
+from curvlin_nn.errors import DataError, OutputError, UnsupportedError
 
 
 class Model(nn.Module):
@@ -341,3 +344,49 @@ def test_progress_bar_is_shown_on_request_only(capfd):
         assert capfd.readouterr().err == ""
         action(*arguments, progress_bar=True)
         assert shown in capfd.readouterr().err
+
+
+class Caching(nn.Module):
+    """Holds a table for the longest sequence so far, a row made of its parameters, and its last outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("table", torch.arange(2.0).cos()[:, None])
+        self.register_buffer("made", None)
+        self.longest = 2
+        self.row: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > self.longest:
+            self.longest = x.shape[1]
+            self.table = torch.arange(self.longest).to(x).cos()[:, None]
+        if self.row is None:
+            self.row = torch.tanh(self.layer(torch.ones(3).to(x)))
+            self.made = torch.ones(2).to(x)
+        self.last = (self.layer(x) * self.table[: x.shape[1]]).sum(1) + self.row * self.made
+        return self.last
+
+
+def test_what_a_model_caches_is_as_it_was_and_out_of_date_in_no_batch():
+    torch.manual_seed(4)
+    model = Caching().double()
+    table = model.table
+    batches = [(torch.randn(3, length, 3).double(), torch.randn(3, 2).double()) for length in (2, 5, 4)]
+    found = curvature(model, "regression", batches, "full").to_dense()
+    assert model.table is table and model.longest == 2
+    assert model.row is None and model.made is None and not hasattr(model, "last")
+    J = torch.cat(
+        [
+            jacobian_row_by_row(copy.deepcopy(model), [(sample,)])[0]
+            for x, _ in batches
+            for sample in x.split(1)
+        ]
+    )
+    expected = J.mT @ J
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+def test_parameters_that_no_input_has_given_a_shape_are_refused_by_name():
+    with pytest.raises(UnsupportedError, match=r"parameter 'weight' is uninitialized.* call the model once"):
+        curvature(nn.LazyLinear(2), "regression", [(torch.randn(3, 2), torch.randn(3, 2))])

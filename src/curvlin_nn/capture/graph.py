@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from curvlin_nn.capture.course import Course
 from curvlin_nn.capture.detours import loops_of_vmap_unannounced
 from curvlin_nn.capture.intercept import Use
 from curvlin_nn.capture.references import Reference
@@ -31,16 +32,18 @@ class Graph:
         uses: their uses, in order.
         outputs: the model's outputs with their graph, all of a sample's in one row.
         shape: the shape that the outputs of one sample had.
+        course: what the whole graph looks like.
     """
 
     leaves: dict[str, Tensor]
     uses: tuple[Use, ...]
     outputs: Float[Tensor, "N C"]
     shape: torch.Size
+    course: Course
 
     @property
     def signature(self) -> Signature:
-        """What distinguishes one course of the forward pass from another."""
+        """How the parameters are used by rule, which distinguishes one course of the forward pass from another."""
         return tuple(
             (
                 type(use.rule).__name__,

@@ -25,6 +25,7 @@ from curvlin_nn.capture.checks import (
     possible_layouts,
 )
 from curvlin_nn.capture.completeness import incomplete
+from curvlin_nn.capture.course import Course
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.inputs import map_tensors
 from curvlin_nn.capture.intercept import Interceptor
@@ -74,8 +75,10 @@ class Recording:
         ):
             check_gradient(gradient, use, self._where)
             for name, piece in named_pieces(use, gradient):
-                left = layout.split(piece.left, n_samples, 1).movedim(0, 1)
-                right = None if piece.right is None else layout.split(piece.right.detach(), n_samples, 0)
+                left = _occupied(layout.split(piece.left, n_samples, 1).movedim(0, 1))
+                right = None
+                if piece.right is not None:
+                    right = _occupied(layout.split(piece.right.detach(), n_samples, 0))
                 if right is None and left.shape[2] > 1:
                     left = left.sum(2, keepdim=True)
                 start = self._space.spans[name].start + piece.start
@@ -113,8 +116,8 @@ class Recorder:
 
     def __init__(self, model: nn.Module, space: ParameterSpace, *, fallback: bool = True) -> None:
         self.model, self.space, self.fallback = model, space, fallback
-        self._verified: set[tuple[Signature, frozenset[str], bool]] = set()
-        self._layouts: dict[tuple[Signature, Possibilities], tuple[Layout, ...]] = {}
+        self._verified: set[tuple[object, ...]] = set()
+        self._layouts: dict[tuple[Signature, Course, Possibilities], tuple[Layout, ...]] = {}
         self._unserved: dict[str, str] = {}
         self._shared: set[str] = set()
         self._alone: Recorder | None = None
@@ -165,10 +168,15 @@ class Recorder:
             outputs = checked_outputs(outputs, where)
             if not self._partial:
                 check_dependent(outputs, where)
-            graph = Graph(
-                leaves, tuple(interceptor.uses), outputs.reshape(len(outputs), -1), outputs.shape[1:]
+            rows = outputs.reshape(len(outputs), -1)
+            names = {id(t): name for tensors in (leaves, originals) for name, t in tensors.items()}
+            graph = Graph(leaves, tuple(interceptor.uses), rows, outputs.shape[1:], Course.of(rows, names))
+            question = (
+                graph.signature,
+                graph.course.steps,
+                frozenset(interceptor.unserved),
+                len(graph.outputs) > 1,
             )
-            question = graph.signature, frozenset(interceptor.unserved), len(graph.outputs) > 1
             new = question not in self._verified
             self._leave_out(interceptor.unserved)
             graph = graph.without(self._unserved)
@@ -240,11 +248,15 @@ class Recorder:
 
     def _layouts_of(self, graph: Graph) -> tuple[Layout | None, ...]:
         # One position per sample allows fewer layouts than several: an answer holds where the question is the same.
-        question = graph.signature, possible_layouts(graph)
+        question = graph.signature, graph.course, possible_layouts(graph)
         if question in self._layouts:
             return self._layouts[question]
         layouts, certain = find_layouts(graph)
-        if certain:
+        flattened = any(
+            layout is not None and use.positions[layout.axis] > len(graph.outputs)
+            for use, layout in zip(graph.uses, layouts, strict=True)
+        )  # a sample's positions may be as many as its data say, and be summed by a matrix of them
+        if certain and not flattened and not graph.course.placed_by_values:
             self._layouts[question] = tuple(layout for layout in layouts if layout is not None)
         return layouts
 
@@ -265,6 +277,11 @@ class Recorder:
 
 def _nothing(columns: Tensor) -> Mapping[str, list[Block]]:
     return {}
+
+
+def _occupied(tensor: Tensor) -> Tensor:
+    """With an axis of positions (the last but one) that is not empty: no position says what one of zeros says."""
+    return tensor if tensor.shape[-2] else tensor.new_zeros(*tensor.shape[:-2], 1, tensor.shape[-1])
 
 
 def _zero_block(name: str, start: int, shape: torch.Size, columns: Tensor) -> Block:

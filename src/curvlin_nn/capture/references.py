@@ -51,7 +51,9 @@ class References:
             return Reference(self._tracked[id(tensor)][0])
         name, whole = self._tracked[id(tensor._base)]
         start = int(tensor.storage_offset()) - int(whole.storage_offset())
-        if not whole.is_contiguous():
+        if (
+            not whole.is_contiguous() or tensor.dtype != whole.dtype
+        ):  # a view of pairs of numbers as complex ones
             return None
         if tensor.is_contiguous():
             return Reference(name, start)

@@ -50,6 +50,7 @@ def capturing(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         evaluation_mode(model),
+        attributes_kept(model),
         module_hooks_suspended(model),
         TensorHooksSuspended(),
         attention_unfused(),
@@ -75,6 +76,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module has the attributes and buffers outside that it had before, whatever a forward pass assigns.
+
+    What a model caches (a table for the longest sequence so far, a weight made of parameters) would else be of tensors
+    that stood in for its own, and no longer fit buffers that come back.
+    """
+    held = [(own, dict(own)) for module in model.modules() for own in (vars(module), module._buffers)]
+    try:
+        yield
+    finally:
+        for own, before in held:
+            for added in own.keys() - before.keys():
+                del own[added]
+            own.update(before)
 
 
 @contextmanager

@@ -1,0 +1,67 @@
+"""The course of a forward pass, as its autograd graph tells it: when an answer about one batch holds for another.
+
+The functions that rules see are not all there is. A hand-written autograd function shows in the graph only, and so does
+what a model does to its positions between two layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+_PLACING = ("dim", "dim0", "dim1", "dims", "start", "end", "length", "split_size", "split_sizes")
+"""Arguments, as nodes save them, that say which positions a view takes."""
+
+_BY_INDEX = ("Index", "Gather", "Scatter", "Masked", "Take", "Put", "Sort", "Topk", "PackPadded")
+"""Beginnings of the names of operations (after underscores) that place positions by values of tensors."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """The nodes of a graph in the order of a depth-first search.
+
+    Attributes:
+        steps: the operation of each node, or the parameter, and the nodes that it reads.
+        places: of each node, the arguments that say which positions it takes.
+        placed_by_values: whether an operation may place positions by the values in a batch, so that two passes of one
+            course need not have samples at the same positions.
+    """
+
+    steps: tuple[tuple[str, tuple[int, ...]], ...]
+    places: tuple[tuple[object, ...], ...]
+    placed_by_values: bool
+
+    @classmethod
+    def of(cls, outputs: Tensor, names: Mapping[int, str]) -> Course:
+        """The course that led to the outputs.
+
+        Args:
+            outputs: with their graph.
+            names: what to call the parameters, by the `id` of the tensor.
+        """
+        found: dict[Node, int] = {}
+        waiting = [outputs.grad_fn] if outputs.grad_fn is not None else []
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found[node] = len(found)
+                waiting += [child for child, _ in node.next_functions if child is not None]
+        steps, places = [], []
+        for node in found:
+            reads = tuple(-1 if child is None else found[child] for child, _ in node.next_functions)
+            steps.append((names.get(id(getattr(node, "variable", None)), node.name()), reads))
+            places.append(tuple(_plain(getattr(node, f"_saved_{name}", None)) for name in _PLACING))
+        return cls(tuple(steps), tuple(places), any(map(_places_by_values, found)))
+
+
+def _places_by_values(node: Node) -> bool:
+    """Whether an operation is one of these, or unknown."""
+    return isinstance(node, BackwardCFunction) or node.name().lstrip("_").startswith(_BY_INDEX)
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
