@@ -81,12 +81,10 @@ def run(
     fitted = time.perf_counter() - started
     started = time.perf_counter()
     P = (H + Isotropic(torch.tensor(1.0), H.size)).factor()
-    jacobians = feature_maps.JacobianMap(model, options.get("subset_of_weights", "all"))
-    if name in ("llm", "lora"):  # 128 x 512 outputs each: those of the last token
-        last = LastToken(model)
-        jacobians = feature_maps.JacobianMap(last)
-    if options.get("subset_of_weights") == "last_layer":
-        jacobians = feature_maps.LastLayerMap(model)
+    last_layer = options.get("subset_of_weights") == "last_layer"
+    # A story has 128 x 512 outputs: some of the last token's stand for them.
+    predicted = LastToken(model) if name in ("llm", "lora") else model
+    jacobians = feature_maps.LastLayerMap(predicted) if last_layer else feature_maps.JacobianMap(predicted)
     for part in x[: 4 if name in ("llm", "lora") else 200].split(2 if name in ("llm", "lora") else 50):
         P.inv_congruence_diagonal(jacobians(part)[1])
     return [fitted, time.perf_counter() - started, peak_memory() - before, float(H.diagonal().sum())]
@@ -129,7 +127,7 @@ def main() -> None:
             images = 10_000 if label == "kron" and name == "resnet20" else 1000
             samples = chosen.samples or (256 if text else images)
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                work = pool.submit(run, name, arguments, folder, samples, 8 if text else 100, chosen.threads)
+                work = pool.submit(run, name, arguments, folder, samples, 4 if text else 50, chosen.threads)
                 fit, predict, memory, trace = work.result()
             print(
                 f"{name:10}{label:20}{samples:9d}{fit:9.1f}{predict:10.1f}{memory:8.0f}{trace:12.4g}",

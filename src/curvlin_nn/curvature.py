@@ -44,9 +44,10 @@ class Accumulated:
         recorder: the verified recorder of the model.
         states: the state of each structure.
         n_data: the number of samples seen.
-        n_outputs: C, the number of outputs per sample.
+        n_outputs: C, the number of outputs per sample (of the last one, where sequences vary in length).
         statistics: what the log-likelihood needs to know of the data.
         output_shape: of the last sample's outputs, which C is the number of.
+        of_a_term: E, how many of the outputs are of one term of the log-likelihood.
     """
 
     recorder: Recorder
@@ -55,6 +56,7 @@ class Accumulated:
     n_outputs: int
     statistics: Float[Tensor, " K"]
     output_shape: tuple[int, ...] = ()
+    of_a_term: int = 0
 
     @property
     def space(self) -> ParameterSpace:
@@ -65,13 +67,17 @@ class Accumulated:
         """The counts and statistics with one batch more.
 
         Raises:
-            OutputError: if the number of outputs is not that of earlier batches.
+            OutputError: if the outputs have another shape than in earlier batches, but for the length of sequences.
         """
         n_samples, n_outputs = len(outputs), outputs.shape[1:].numel()
-        if self.n_outputs not in (0, n_outputs):
+        of_a_term = likelihood.terms(outputs).shape[-1]
+        # Sequences may be of another length in each batch; a vector of outputs may not.
+        same = self.of_a_term == of_a_term and (outputs.ndim > 2 or self.n_outputs == n_outputs)
+        if self.n_data and not (same and len(self.output_shape) == outputs.ndim - 1):
+            before = ", ".join(("N", *map(str, self.output_shape)))
             raise OutputError(
-                f"model outputs on {where} must have {self.n_outputs} columns as before, found {n_outputs}; pad "
-                "sequences to one length, with targets of the padding that are ignored"
+                f"model outputs on {where} must have shape ({before}) as before, but for the length of sequences, "
+                f"found {tuple(outputs.shape)}"
             )
         statistics = self.statistics + likelihood.statistics(outputs, targets)
         return replace(
@@ -80,6 +86,7 @@ class Accumulated:
             n_outputs=n_outputs,
             statistics=statistics,
             output_shape=outputs.shape[1:],
+            of_a_term=of_a_term,
         )
 
     def merged(self, other: Accumulated) -> Accumulated:

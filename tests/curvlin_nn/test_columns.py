@@ -49,6 +49,19 @@ def test_exact_columns_give_the_ggn_of_a_model_of_tokens(name, structure, monkey
         torch.testing.assert_close(found.to_dense(), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("structure", ["full", "diag", "kron"])
+def test_sequences_may_be_of_another_length_in_each_batch(structure):
+    """As many samples with padding whose targets are ignored give the same."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4)).double()
+    x, y = torch.randn(6, 5, 2).double(), torch.randint(4, (6, 5))
+    y[3:, 3:] = -100
+    padded, ragged = [(x[:3], y[:3]), (x[3:], y[3:])], [(x[:3], y[:3]), (x[3:, :3], y[3:, :3])]
+    likelihood = Categorical(ignore_index=-100)
+    found, expected = (curvature(model, likelihood, data, structure).to_dense() for data in (ragged, padded))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("name", ["weight, smoothing", "pos_weight", "covariance", "counts"])
 def test_empirical_columns_give_the_sum_of_squares_of_per_sample_gradients(name):
     case = CASES[name]
