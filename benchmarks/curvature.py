@@ -43,7 +43,7 @@ try:
 except ImportError:  # run from a checkout, in an environment that has the peers only
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from curvlin_nn import curvature, feature_maps, structures
+from curvlin_nn import curvature, feature_maps, matrix_free, structures
 
 SINGLE = functools.partial(structures.Kronecker, dtype=torch.float32)
 Data = list[tuple[Tensor, Tensor]]
@@ -217,6 +217,35 @@ def s6(repeats: int) -> None:
     report("S6  NTK Gram, MLP, 128 points", found, {"J J^T": 1 / 100})
 
 
+def s10(repeats: int) -> None:
+    model, ((x, y),) = mlp(10), data(128, 10, 1)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    H = matrix_free(model, "classification", [(x, y)])
+
+    def product(v: Tensor) -> Tensor:
+        parts = v.split([p.numel() for p in parameters.values()])
+        tangent = {n: t.view_as(p) for (n, p), t in zip(parameters.items(), parts, strict=True)}
+        f, Jv = torch.func.jvp(
+            lambda p: torch.func.functional_call(model, p, (x,)), (parameters,), (tangent,)
+        )
+        p = f.softmax(-1)
+        HJv = p * Jv - p * (p * Jv).sum(-1, keepdim=True)
+        (gradient,) = torch.func.vjp(lambda p: torch.func.functional_call(model, p, (x,)), parameters)[1](HJv)
+        return torch.cat([gradient[name].flatten() for name in parameters])
+
+    for n_columns in (1, 8, 32):
+        V = torch.randn(sum(p.numel() for p in parameters.values()), n_columns)
+        found = least(
+            {
+                "ours": lambda V=V: H @ V,
+                "torch.func, loop": lambda V=V: torch.stack([product(v) for v in V.mT], dim=1),
+                "torch.func, vmap": lambda V=V: torch.func.vmap(product, 1, 1)(V),
+            },
+            repeats,
+        )
+        report(f"S10 GGN times {n_columns}", found, {"torch.func, loop": 0.6, "torch.func, vmap": 0.6})
+
+
 def s12(repeats: int) -> None:
     """Each size in a process of its own, so that each has a peak of memory of its own."""
     for name in ("mlp", "cnn"):
@@ -260,7 +289,7 @@ def peak_memory(reset: bool = False) -> float:
 
 
 def main() -> None:
-    measurements = {"S1": s1, "S2": s2, "S3": s3, "S4": s4, "S6": s6, "S12": s12}
+    measurements = {"S1": s1, "S2": s2, "S3": s3, "S4": s4, "S6": s6, "S10": s10, "S12": s12}
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

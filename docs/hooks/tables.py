@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import network_tables
 import torch
 
 from curvlin import (
@@ -135,7 +136,23 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"sums": sums, "congruences": congruences, "laws": laws}
+def layers() -> str:
+    """How each layer is served, by capturing a model around it."""
+    return table(["layer", "served by"], network_tables.layers())
+
+
+def families() -> str:
+    """The registered likelihoods."""
+    return table(["likelihood", "is", "outputs", "terms", "exact columns"], network_tables.families())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "sums": sums,
+    "congruences": congruences,
+    "laws": laws,
+    "layers": layers,
+    "families": families,
+}
 
 
 def main(check: bool) -> None:
