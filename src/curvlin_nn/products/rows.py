@@ -86,11 +86,13 @@ def product_with(
 
     @outside_inference_mode()
     def multiply(X: Tensor) -> Tensor:
-        total = torch.zeros(X.shape, dtype=torch.float64, device=X.device)
+        total: Tensor | None = None
         with random_state_kept(device):  # loaders draw from the default generator
             for Phi in rows:
-                total += Phi.T @ (Phi @ X)
-        return total.to(X.dtype)
+                product = Phi.T @ (Phi @ X)
+                # One batch is no sum, and a wider copy of its product takes as long as the product.
+                total = product if total is None else total.double().add_(product)
+        return torch.zeros_like(X) if total is None else total.to(X.dtype)
 
     return multiply
 
