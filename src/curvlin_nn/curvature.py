@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -43,18 +44,16 @@ class Accumulated:
     Attributes:
         recorder: the verified recorder of the model.
         states: the state of each structure.
-        n_data: the number of samples seen.
-        n_outputs: C, the number of outputs per sample (of the last one, where sequences vary in length).
         statistics: what the log-likelihood needs to know of the data.
-        output_shape: of the last sample's outputs, which C is the number of.
+        n_data: the number of samples seen.
+        output_shape: of the outputs of one sample (of the last one, where sequences vary in length).
         of_a_term: E, how many of the outputs are of one term of the log-likelihood.
     """
 
     recorder: Recorder
     states: tuple[State, ...]
-    n_data: int
-    n_outputs: int
     statistics: Float[Tensor, " K"]
+    n_data: int = 0
     output_shape: tuple[int, ...] = ()
     of_a_term: int = 0
 
@@ -63,31 +62,31 @@ class Accumulated:
         """The parameters the curvature is about."""
         return self.recorder.space
 
+    @property
+    def n_outputs(self) -> int:
+        """C, the number of outputs per sample."""
+        return math.prod(self.output_shape)
+
     def with_batch(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor, where: str) -> Accumulated:
         """The counts and statistics with one batch more.
 
         Raises:
             OutputError: if the outputs have another shape than in earlier batches, but for the length of sequences.
         """
-        n_samples, n_outputs = len(outputs), outputs.shape[1:].numel()
-        of_a_term = likelihood.terms(outputs).shape[-1]
-        # Sequences may be of another length in each batch; a vector of outputs may not.
-        same = self.of_a_term == of_a_term and (outputs.ndim > 2 or self.n_outputs == n_outputs)
-        if self.n_data and not (same and len(self.output_shape) == outputs.ndim - 1):
+        with_it = replace(
+            self,
+            statistics=self.statistics + likelihood.statistics(outputs, targets),
+            n_data=self.n_data + len(outputs),
+            output_shape=tuple(outputs.shape[1:]),
+            of_a_term=likelihood.terms(outputs).shape[-1],
+        )
+        if self.n_data and not self._is_about_outputs_of(with_it):
             before = ", ".join(("N", *map(str, self.output_shape)))
             raise OutputError(
                 f"model outputs on {where} must have shape ({before}) as before, but for the length of sequences, "
                 f"found {tuple(outputs.shape)}"
             )
-        statistics = self.statistics + likelihood.statistics(outputs, targets)
-        return replace(
-            self,
-            n_data=self.n_data + n_samples,
-            n_outputs=n_outputs,
-            statistics=statistics,
-            output_shape=outputs.shape[1:],
-            of_a_term=of_a_term,
-        )
+        return with_it
 
     def merged(self, other: Accumulated) -> Accumulated:
         """The sums over this data and that of `other`, whose states stay as they are.
@@ -95,7 +94,7 @@ class Accumulated:
         Raises:
             UnsupportedError: if they are about different parameters or outputs.
         """
-        if (self.space, self.n_outputs) != (other.space, other.n_outputs):
+        if self.space != other.space or not self._is_about_outputs_of(other):
             raise UnsupportedError(
                 "the two fits are about different parameters or outputs, expected the same"
             )
@@ -103,6 +102,12 @@ class Accumulated:
             mine.merge(theirs)
         n_data, statistics = self.n_data + other.n_data, self.statistics + other.statistics
         return replace(self, n_data=n_data, statistics=statistics)
+
+    def _is_about_outputs_of(self, other: Accumulated) -> bool:
+        """Sequences may be of another length in each batch; a vector of outputs may not."""
+        if self.of_a_term != other.of_a_term or len(self.output_shape) != len(other.output_shape):
+            return False
+        return len(self.output_shape) > 1 or self.output_shape == other.output_shape
 
 
 @outside_inference_mode()
@@ -160,7 +165,7 @@ def curvature(
         H = Hessian(model, likelihoods.resolve(likelihood), loader, subset_of_weights, progress_bar)
         with random_state_kept(device_of(model)):  # loaders draw from the default generator
             total = HessianSum.of(H, structure, indefinite, max_parameters)
-        return total.finish().to(next(iter(H.space.tensors(model).values())).dtype)
+        return total.finish().to(H.space.dtype(model))
     factory = structures.resolve(hessian_structure)
     accumulated = accumulate(
         model,
@@ -171,8 +176,7 @@ def curvature(
         columns=Columns(columns, n_columns, generator),
         progress_bar=progress_bar,
     )
-    dtype = next(iter(accumulated.space.tensors(model).values())).dtype
-    return accumulated.states[0].finish().to(dtype)
+    return accumulated.states[0].finish().to(accumulated.space.dtype(model))
 
 
 def accumulate(
@@ -228,7 +232,7 @@ def _first_pass(
             recorder = Recorder(model, choose(model, subset_of_weights, x, where))
             states = _started(recorder.space, factories)
             nothing = torch.zeros(1, dtype=torch.float64, device=device_of(model))
-            accumulated = Accumulated(recorder, states, n_data=0, n_outputs=0, statistics=nothing)
+            accumulated = Accumulated(recorder, states, nothing)
         recording = accumulated.recorder(x, where)
         targets = likelihood.check(recording.outputs, targets, where)
         accumulated = accumulated.with_batch(likelihood, recording.outputs, targets, where)

@@ -533,9 +533,8 @@ class Laplace:
             )
         f, V = predictive.mean_and_covariance(x)
         places = torch.arange(f.shape[-1], device=f.device).reshape(1, *self._output_shape)
-        order = (
-            self.likelihood.terms(places).squeeze(0).mT.flatten()
-        )  # the first number of every term comes first
+        # The first number of every term comes first.
+        order = self.likelihood.terms(places).squeeze(0).mT.flatten()
         f, V = f[:, order], V[:, order][:, :, order]
         mean, covariance = self.likelihood.moments(f, V)
         if observation_noise:

@@ -96,6 +96,10 @@ class ParameterSpace:
         """The model's current values, detached and sharing its memory."""
         return {name: model.get_parameter(name).detach() for name in self.names}
 
+    def dtype(self, model: nn.Module) -> torch.dtype:
+        """The dtype that the model has them in now."""
+        return model.get_parameter(self.names[0]).dtype
+
     def flatten(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, " P"]:
         """Named tensors as one flat vector."""
         return torch.cat([tensors[name].reshape(-1) for name in self.names])

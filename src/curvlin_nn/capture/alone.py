@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from curvlin_nn.capture.blocks import Block, joined
 from curvlin_nn.capture.checks import close
 from curvlin_nn.capture.graph import Graph
-from curvlin_nn.capture.inputs import select_samples, tensors_of
+from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.errors import CouplingError, OutputError
 from curvlin_nn.parameters import ParameterSpace
 
@@ -135,8 +135,3 @@ class SampleBySample:
             name: [block.moved(offsets[name]) for block in joined(name, of_samples)]
             for name, of_samples in by_sample.items()
         }
-
-
-def can_be_cut(x: Any, n_samples: int) -> bool:
-    """Whether some tensor of the input has samples along axis 0."""
-    return any(t.shape[:1] == (n_samples,) for t in tensors_of(x))

@@ -63,20 +63,17 @@ def check_dependent(outputs: Tensor, where: str) -> None:
         raise OutputError(f"model outputs on {where} depend on none of the chosen parameters")
 
 
-def check_gradient(gradient: Tensor, use: Use, where: str) -> None:
-    """Whether the gradient of a layer's output, and the layer's input, are finite.
+def check_finite(what: str, tensor: Tensor, use: Use, where: str) -> None:
+    """Whether the gradient of a layer's output, or the layer's input, is finite.
 
     Raises:
         OutputError: naming a parameter of the layer.
     """
     # A sum that is finite says that all terms are, at the cost of one pass and no mask; one that is not may overflow.
-    for what, tensor in (("gradient", gradient), ("input", use.call.input)):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach().sum())):
-            if bool(torch.isfinite(tensor.detach()).all()):
-                continue
-            raise OutputError(
-                f"the {what} of the layer with parameter {use.names[0]!r} on {where} must be finite, found NaN or Inf"
-            )
+    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        raise OutputError(
+            f"the {what} of the layer with parameter {use.names[0]!r} on {where} must be finite, found NaN or Inf"
+        )
 
 
 def possible_layouts(graph: Graph) -> Possibilities:

@@ -52,9 +52,8 @@ class ConvTransposeRule(LayerRule):
 
     def by_position(self, call: Call, gradient: Tensor) -> Tensor:
         """See `LayerRule.by_position`."""
-        return gradient.flatten(
-            2
-        )  # pixels of the input are not those of the output: neither is a position here
+        # Pixels of the input are not those of the output: neither is a position here.
+        return gradient.flatten(2)
 
     def pieces(self, call: Call, gradient: Tensor) -> Iterator[Piece]:
         """See `LayerRule.pieces`."""

@@ -69,6 +69,11 @@ def select_samples(x: Any, index: slice | Tensor, n_samples: int) -> Any:
     return map_tensors(lambda t: t[index] if t.shape[:1] == (n_samples,) else t, x)
 
 
+def can_be_cut(x: Any, n_samples: int) -> bool:
+    """Whether some tensor of the input has samples along axis 0."""
+    return any(t.shape[:1] == (n_samples,) for t in tensors_of(x))
+
+
 def arguments(model: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments that a model is called with on an input.
 

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlin_nn.capture.alone import Autodiff, Rest, SampleBySample, can_be_cut
+from curvlin_nn.capture.alone import Autodiff, Rest, SampleBySample
 from curvlin_nn.capture.blocks import Block, Captures, merged
 from curvlin_nn.capture.checks import (
     Possibilities,
     check_dependent,
-    check_gradient,
+    check_finite,
     check_independent,
     check_repeatable,
     checked_outputs,
@@ -27,11 +27,11 @@ from curvlin_nn.capture.checks import (
 from curvlin_nn.capture.completeness import incomplete
 from curvlin_nn.capture.course import Course
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
-from curvlin_nn.capture.inputs import map_tensors
+from curvlin_nn.capture.inputs import can_be_cut, map_tensors
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
-from curvlin_nn.capture.state import capturing, device_of, forward, prepared, random_state
-from curvlin_nn.errors import CouplingError, StochasticModelError, UnsupportedUseError
+from curvlin_nn.capture.state import capturing, device_of, forward, nothing_drawn, prepared
+from curvlin_nn.errors import CouplingError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
 
 _RULE, _RULE_ALONE, _AUTODIFF_ALONE = "rule", "rule on each sample", "autodiff on each sample"
@@ -50,11 +50,7 @@ class Recording:
     @property
     def outputs(self) -> Float[Tensor, N * C]:
         """The model's outputs, detached."""
-        return (
-            self._graph.outputs.detach()
-            .unflatten(1, self._graph.shape or (1,))
-            .reshape(-1, *self._graph.shape)
-        )
+        return self._graph.outputs.detach().reshape(-1, *self._graph.shape)
 
     def captures(self, columns: Float[Tensor, "V N *C"], *, first: bool = True) -> Captures:
         """The rows ``column^T J`` of every sample and column; unit columns give the Jacobian itself.
@@ -73,7 +69,7 @@ class Recording:
         for use, layout, gradient in zip(
             self._graph.uses, self._layouts, self._graph.gradients(columns), strict=True
         ):
-            check_gradient(gradient, use, self._where)
+            check_finite("gradient", gradient, use, self._where)
             for name, piece in named_pieces(use, gradient):
                 left = _occupied(layout.split(piece.left, n_samples, 1).movedim(0, 1))
                 right = None
@@ -154,17 +150,10 @@ class Recorder:
         """
         x = prepared(self.model, x, where)
         originals = {name: self.model.get_parameter(name) for name in self.space.names}
-        device = device_of(self.model)
         with capturing(self.model, originals.values()):
             leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
-            before = random_state(device)
-            with Interceptor(leaves) as interceptor:
+            with nothing_drawn(device_of(self.model), where), Interceptor(leaves) as interceptor:
                 outputs = forward(self.model, leaves, x, where)
-            if not all(map(torch.equal, before, random_state(device))):
-                raise StochasticModelError(
-                    f"the model drew random numbers on {where}, expected the same outputs each time in "
-                    "evaluation mode; is dropout applied with training=True?"
-                )
             outputs = checked_outputs(outputs, where)
             if not self._partial:
                 check_dependent(outputs, where)
@@ -181,6 +170,8 @@ class Recorder:
             self._leave_out(interceptor.unserved)
             graph = graph.without(self._unserved)
             graph.check_untouched()
+            for use in graph.uses:
+                check_finite("input", use.call.input.detach(), use, where)
             if new:
                 self._leave_out(incomplete(graph, originals, self._unserved))
                 graph = graph.without(self._unserved)

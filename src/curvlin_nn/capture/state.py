@@ -20,7 +20,7 @@ from curvlin_nn.capture.detours import (
     recurrent_layers_without_cudnn,
 )
 from curvlin_nn.capture.inputs import arguments, dtypes_of, map_tensors, outputs_of, tensors_of
-from curvlin_nn.errors import DataError, UnsupportedError
+from curvlin_nn.errors import DataError, StochasticModelError, UnsupportedError
 from curvlin_nn.parameters import check_model
 
 
@@ -150,8 +150,23 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-def random_state(device: torch.device) -> list[Tensor]:
-    """The state of torch's default generators, to compare."""
+@contextmanager
+def nothing_drawn(device: torch.device, where: str) -> Iterator[None]:
+    """Inside, the model must leave torch's default generators as they are.
+
+    Raises:
+        StochasticModelError: if it does not.
+    """
+    before = _random_state(device)
+    yield
+    if not all(map(torch.equal, before, _random_state(device))):
+        raise StochasticModelError(
+            f"the model drew random numbers on {where}, expected the same outputs each time in evaluation mode; is "
+            "dropout applied with training=True?"
+        )
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 

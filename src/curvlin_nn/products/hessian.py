@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlin_nn.batches import batches, choose
 from curvlin_nn.capture.checks import check_independent, checked_outputs
-from curvlin_nn.capture.inputs import tensors_of
-from curvlin_nn.capture.state import capturing, device_of, forward, prepared, random_state, random_state_kept
-from curvlin_nn.errors import DataError, OutputError, StochasticModelError, UnsupportedError
+from curvlin_nn.capture.inputs import can_be_cut
+from curvlin_nn.capture.state import capturing, device_of, forward, nothing_drawn, prepared, random_state_kept
+from curvlin_nn.errors import DataError, OutputError, UnsupportedError
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
@@ -148,18 +148,13 @@ class Hessian:
             )
 
     def _of_batch(self, x: Any, targets: Tensor, where: str, check: bool) -> BatchHessian:
-        model, space, device = self._model, self.space, device_of(self._model)
+        model, space = self._model, self.space
         x = prepared(model, x, where)
         leaves = {name: p.clone().requires_grad_() for name, p in space.tensors(model).items()}
         with capturing(model, ()), sdpa_kernel(SDPBackend.MATH):
-            before = random_state(device)
-            outputs = checked_outputs(forward(model, leaves, x, where), where)
-            if not all(map(torch.equal, before, random_state(device))):
-                raise StochasticModelError(
-                    f"the model drew random numbers on {where}, expected the same outputs each time in evaluation "
-                    "mode; is dropout applied with training=True?"
-                )
-            if check and len(outputs) > 1 and any(t.shape[:1] == outputs.shape[:1] for t in tensors_of(x)):
+            with nothing_drawn(device_of(model), where):
+                outputs = checked_outputs(forward(model, leaves, x, where), where)
+            if check and len(outputs) > 1 and can_be_cut(x, len(outputs)):
                 check_independent(
                     lambda x: checked_outputs(forward(model, leaves, x, where), where).detach(), x, outputs
                 )

@@ -16,7 +16,7 @@ from curvlin_nn.columns import Columns
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
-from curvlin_nn.parameters import ParameterSpace, Selection
+from curvlin_nn.parameters import Selection
 from curvlin_nn.products.hessian import Hessian
 from curvlin_nn.products.rows import RecordedRows, product_with, root_of
 
@@ -85,9 +85,12 @@ def matrix_free(
         H = Hessian(model, family, loader, subset_of_weights, progress_bar)
         with random_state_kept(device):
             H.check()
-        like = _values(H.space, model)
         return IterativePrecision(
-            H, size=H.space.size, dtype=like.dtype, device=device, preconditioner=preconditioner
+            H,
+            size=H.space.size,
+            dtype=H.space.dtype(model),
+            device=device,
+            preconditioner=preconditioner,
         )
     if columns in ("mc", "sketch") and not cache:
         raise UnsupportedError(
@@ -143,7 +146,3 @@ def from_linear_operator(
     return IterativePrecision(
         multiply, size=int(shape[0]), dtype=like.dtype, device=like.device, preconditioner=preconditioner
     )
-
-
-def _values(space: ParameterSpace, model: nn.Module) -> Tensor:
-    return next(iter(space.tensors(model).values()))

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from curvlin import BlockDiag, KroneckerSum, SpectralKronecker
+from curvlin import BlockDiag, SpectralKronecker
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.capture import Block, Captures, partition
 from curvlin_nn.errors import UnsupportedError
@@ -35,7 +35,7 @@ class EKFAC(Kronecker):
     def begin(self, pass_index: int) -> None:
         """See `Structure.begin`."""
         if pass_index == 1:
-            self._bases = tuple(None if f.right is None else _eigenbases(f.operator()) for f in self._blocks)
+            self._bases = tuple(_eigenbases(factors.product()) for factors in self._blocks)
             self._squares = tuple(
                 None if bases is None else bases[0].new_zeros(bases[0].shape[0] * bases[1].shape[0])
                 for bases in self._bases
@@ -80,10 +80,10 @@ class EKFAC(Kronecker):
         return BlockDiag(blocks, partition([factors.place for factors in self._blocks]))
 
 
-def _eigenbases(product: PrecisionOperator) -> _Bases:
-    assert isinstance(product, KroneckerSum)
-    ((left, right),) = product.terms
-    assert left is not None and right is not None
+def _eigenbases(product: tuple[Tensor, Tensor] | None) -> _Bases | None:
+    if product is None:
+        return None
+    left, right = product
     return torch.linalg.eigh(left).eigenvectors, torch.linalg.eigh(right).eigenvectors
 
 

@@ -51,9 +51,8 @@ class GramSum:
         """Add the rows of X, whose leading axes are more rows."""
         X = _in_order_of_memory(X)
         if X.ndim > 2 and X.stride(-1) != 1 and X.stride(-2) == 1 and X.shape[-2] >= 2 * self.size:
-            self._plus(
-                _by_matrix(X, self.dtype)
-            )  # images with channels first: a product for each image, and no copy
+            # Images with channels first: a product for each image, and no copy.
+            self._plus(_by_matrix(X, self.dtype))
         elif X.shape[:-1].numel() < self.size:
             self._waiting.append(X.reshape(-1, self.size).clone())
             if sum(map(len, self._waiting)) >= self.size:

@@ -108,8 +108,7 @@ class KFOC(Kronecker):
         if pass_index == 0:
             return
         if self._halves is None:
-            starts = [factors.operator() for factors in self._blocks]
-            products = [_factors(start) if isinstance(start, KroneckerSum) else None for start in starts]
+            products = [factors.product() for factors in self._blocks]
         else:
             products = [None if half is None else half.product for half in self._halves]
         self._halves = tuple(
@@ -150,9 +149,3 @@ class KFOC(Kronecker):
             for factors, half in zip(self._blocks, self._halves, strict=True)
         ]
         return BlockDiag(blocks, partition([factors.place for factors in self._blocks]))
-
-
-def _factors(start: KroneckerSum) -> tuple[Tensor, Tensor]:
-    ((left, right),) = start.terms
-    assert left is not None and right is not None
-    return left, right

@@ -87,6 +87,15 @@ class _Factors:
         if self.same_left is not None:
             self.left, self.same_left = self.left.copy(), None
 
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """The factors of outputs and inputs of the block; None where it is dense."""
+        operator = self.operator()
+        if not isinstance(operator, KroneckerSum):
+            return None
+        ((left, right),) = operator.terms
+        assert left is not None and right is not None  # neither was left out as the identity
+        return left, right
+
     def operator(self) -> PrecisionOperator:
         """The block, of sums that are as accurate as the products that they are of; float64."""
         return self._operator().to(self.left.dtype).to(torch.float64)

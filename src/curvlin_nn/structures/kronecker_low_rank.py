@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin import BlockDiag, Isotropic, KhatriRaoFeatures, KroneckerSum, Woodbury
+from curvlin import BlockDiag, Isotropic, KhatriRaoFeatures, Woodbury
 from curvlin._check import positive_integer
 from curvlin.numerics.rounding import without_rounding
 from curvlin.precision.base import PrecisionOperator
@@ -36,10 +36,8 @@ class Truncation:
     kept_share: float
 
     @classmethod
-    def of(cls, product: KroneckerSum, rank: int) -> Truncation:
-        """The best approximation of at most this rank; eigenvalues below rounding stand for zero."""
-        ((left, right),) = product.terms
-        assert left is not None and right is not None
+    def of(cls, left: Float[Tensor, "out out"], right: Float[Tensor, "in in"], rank: int) -> Truncation:
+        """The best approximation of their product of at most this rank; eigenvalues below rounding stand for zero."""
         (l, Q_left), (m, Q_right) = _eigenpairs(left), _eigenpairs(right)
         products = torch.outer(l, m).flatten()
         top = products.topk(min(rank, max(1, int((products > 0).sum()))))
@@ -49,7 +47,7 @@ class Truncation:
         )
         total = products.sum()
         share = float(top.values.sum() / total) if total > 0 else 1.0
-        return cls(Woodbury(Isotropic(l.new_zeros(()), product.size), features), share)
+        return cls(Woodbury(Isotropic(l.new_zeros(()), len(products)), features), share)
 
 
 @register
@@ -80,8 +78,8 @@ class KroneckerLowRank(Kronecker):
 
     def truncations(self) -> list[Truncation | None]:
         """What is kept of each product, and how much of its trace; None for a dense block."""
-        products = [factors.operator() for factors in self._blocks]
-        return [Truncation.of(P, self._rank) if isinstance(P, KroneckerSum) else None for P in products]
+        products = [factors.product() for factors in self._blocks]
+        return [None if product is None else Truncation.of(*product, self._rank) for product in products]
 
     def finish(self) -> BlockDiag:
         """See `Structure.finish`."""
