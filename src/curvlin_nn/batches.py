@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from curvlin_nn.capture import last_layer
 from curvlin_nn.capture.inputs import split_batch
+from curvlin_nn.capture.state import device_of
+from curvlin_nn.errors import DataError
 from curvlin_nn.parameters import ParameterSpace, Selection
 
 
@@ -21,6 +23,49 @@ def batches(
     for index, batch in enumerate(tqdm(loader, desc="curvature", disable=not progress_bar)):
         x, targets = split_batch(batch, f"batch {index}")
         yield x, targets.to(device)
+
+
+class Passes:
+    """A loader that is gone through several times, with as many samples each time.
+
+    Args:
+        loader: batches ``(inputs, targets)``.
+        model: where targets go is where it is.
+        progress_bar: whether to show one for each pass.
+    """
+
+    def __init__(self, loader: Iterable[Any], model: nn.Module, progress_bar: bool = False) -> None:
+        self._loader, self._model, self._progress_bar = loader, model, progress_bar
+        self._n_data: int | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Any, Tensor]]:
+        """What to call each batch, its inputs and its targets.
+
+        Raises:
+            DataError: if the loader yields nothing, or another number of samples than the first time.
+        """
+        n_data = 0
+        for index, (x, targets) in enumerate(
+            batches(self._loader, device_of(self._model), self._progress_bar)
+        ):
+            n_data += len(targets)
+            yield f"batch {index}", x, targets
+        if n_data == 0:
+            raise DataError("the loader yielded no batch, expected at least one (inputs, targets)")
+        self.check_count(n_data)
+        self._n_data = n_data
+
+    def check_count(self, n_data: int) -> None:
+        """Whether another pass saw as many samples.
+
+        Raises:
+            DataError: if it did not.
+        """
+        if self._n_data not in (None, n_data):
+            raise DataError(
+                f"two passes over the loader yielded {self._n_data} and {n_data} samples, expected the same; give a "
+                "loader that can be iterated several times"
+            )
 
 
 def choose(model: nn.Module, subset_of_weights: Selection, x: Any, where: str) -> ParameterSpace:

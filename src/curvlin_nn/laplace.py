@@ -234,7 +234,7 @@ class Laplace:
             H = Hessian(self.model, self.likelihood, train_loader, list(space.names), progress_bar)
             with random_state_kept(device_of(self.model)):
                 found = replace(found, states=(HessianSum.of(H, *self._hessian),))
-            H.check_count(found.n_data)
+            H.passes.check_count(found.n_data)
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
         mean = found.space.flatten(found.space.tensors(self.model))

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from curvlin.testing import forbid_dense
 from curvlin.testing.guard import DenseTensorError
+from curvlin_nn import Laplace, curvature
 from curvlin_nn import columns as columns_module
-from curvlin_nn import curvature
 from curvlin_nn.columns import EXACT, Columns
 from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.likelihoods import Bernoulli, Categorical
@@ -60,6 +60,8 @@ def test_sequences_may_be_of_another_length_in_each_batch(structure):
     likelihood = Categorical(ignore_index=-100)
     found, expected = (curvature(model, likelihood, data, structure).to_dense() for data in (ragged, padded))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    la = Laplace(model, likelihood, "all", structure).fit(ragged[:1]).fit(ragged[1:], override=False)
+    torch.testing.assert_close(la.curvature.to_dense(), expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["weight, smoothing", "pos_weight", "covariance", "counts"])

@@ -63,7 +63,9 @@ def test_memory_does_not_grow_with_the_number_of_inputs(monkeypatch):
     assert largest[0] == largest[1]
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", structures.LowRank.of(3, oversampling=2)])
+@pytest.mark.parametrize(
+    "structure", ["kron", "diag", functools.partial(structures.LowRank, rank=3, oversampling=2)]
+)
 def test_memory_of_a_fit_does_not_grow_with_the_number_of_batches(structure):
     model, x, y = wide(), torch.randn(200, 64), torch.randint(CLASSES, (200,))
     largest = []

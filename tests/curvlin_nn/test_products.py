@@ -1,5 +1,6 @@
 """Curvature known by its products: against per-sample autodiff, and against `torch.func.hessian` of the summed loss."""
 
+import functools
 import itertools
 
 import network_oracle as oracle
@@ -382,7 +383,12 @@ def test_passes_bring_low_rank_to_the_best_of_its_rank():
 def test_a_low_rank_curvature_adds_to_the_prior_in_closed_form():
     p = problem("mlp", "classification")
     exact = oracle.ggn(p.model, p.x, p.y, oracle.cross_entropy) + 0.5 * torch.eye(83).double()
-    H = curvature(p.model, "classification", p.batches(), structures.LowRank.of(20, generator=generator()))
+    H = curvature(
+        p.model,
+        "classification",
+        p.batches(),
+        functools.partial(structures.LowRank, rank=20, generator=generator()),
+    )
     P = H + Isotropic(torch.tensor(0.5, dtype=torch.float64), 83)
     assert isinstance(P, LowRankPlusDiag)
     assert float(P.logdet()) == pytest.approx(float(torch.logdet(exact)), rel=1e-10)

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvlin_nn.batches import batches, choose
+from curvlin_nn.batches import Passes, choose
 from curvlin_nn.capture.checks import check_independent, checked_outputs
 from curvlin_nn.capture.inputs import can_be_cut
 from curvlin_nn.capture.state import capturing, device_of, forward, nothing_drawn, prepared, random_state_kept
-from curvlin_nn.errors import DataError, OutputError, UnsupportedError
+from curvlin_nn.errors import OutputError, UnsupportedError
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
@@ -76,6 +76,9 @@ class Hessian:
         loader: batches ``(inputs, targets)``.
         subset_of_weights: see `curvlin_nn.curvature`.
         progress_bar: whether to show one.
+
+    Attributes:
+        passes: over the data.
     """
 
     def __init__(
@@ -86,10 +89,10 @@ class Hessian:
         subset_of_weights: Selection,
         progress_bar: bool = False,
     ) -> None:
-        self._model, self._likelihood, self._loader = model, likelihood, loader
-        self._subset, self._progress_bar = subset_of_weights, progress_bar
+        self._model, self._likelihood, self._subset = model, likelihood, subset_of_weights
         self._space: ParameterSpace | None = None
-        self._n_data: int | None = None
+        self._independent = False
+        self.passes = Passes(loader, model, progress_bar)
 
     @property
     def space(self) -> ParameterSpace:
@@ -121,43 +124,23 @@ class Hessian:
         Raises:
             DataError: if the loader yields nothing, or another number of samples than the first time.
         """
-        n_data = 0
-        for index, (x, targets) in enumerate(
-            batches(self._loader, device_of(self._model), self._progress_bar)
-        ):
-            where = f"batch {index}"
+        for where, x, targets in self.passes:
             if self._space is None:
                 self._space = choose(self._model, self._subset, x, where)
-            n_data += len(targets)
-            yield self._of_batch(x, targets, where, check=index == 0 and self._n_data is None)
-        if n_data == 0:
-            raise DataError("the loader yielded no batch, expected at least one (inputs, targets)")
-        self.check_count(n_data)
-        self._n_data = n_data
+            yield self._of_batch(x, targets, where)
 
-    def check_count(self, n_data: int) -> None:
-        """Whether another pass saw as many samples.
-
-        Raises:
-            DataError: if it did not.
-        """
-        if self._n_data not in (None, n_data):
-            raise DataError(
-                f"two passes over the loader yielded {self._n_data} and {n_data} samples, expected the same; give a "
-                "loader that can be iterated several times"
-            )
-
-    def _of_batch(self, x: Any, targets: Tensor, where: str, check: bool) -> BatchHessian:
+    def _of_batch(self, x: Any, targets: Tensor, where: str) -> BatchHessian:
         model, space = self._model, self.space
         x = prepared(model, x, where)
         leaves = {name: p.clone().requires_grad_() for name, p in space.tensors(model).items()}
         with capturing(model, ()), sdpa_kernel(SDPBackend.MATH):
             with nothing_drawn(device_of(model), where):
                 outputs = checked_outputs(forward(model, leaves, x, where), where)
-            if check and len(outputs) > 1 and can_be_cut(x, len(outputs)):
+            if not self._independent and len(outputs) > 1 and can_be_cut(x, len(outputs)):
                 check_independent(
                     lambda x: checked_outputs(forward(model, leaves, x, where), where).detach(), x, outputs
                 )
+            self._independent = True  # as far as the first batch shows
             targets = self._likelihood.check(outputs.detach(), targets, where)
             loss = self._loss(outputs, targets)
             gradients = _derivatives([loss], tuple(leaves.values()), None, create_graph=True)

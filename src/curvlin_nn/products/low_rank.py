@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import Selection
 from curvlin_nn.products.dual import from_rows
 from curvlin_nn.products.rows import RecordedRows
-from curvlin_nn.structures.low_rank import LowRank
+from curvlin_nn.structures.low_rank import LowRank, check_numbers
 
 METHODS = ("nystrom", "dual")
 """How `low_rank` approximates."""
@@ -65,7 +66,7 @@ def low_rank(
     """
     if method not in METHODS:
         raise UnsupportedError(f"method={method!r} is not supported; expected {one_of(METHODS)}")
-    structure = LowRank.of(rank, oversampling, passes, generator)
+    check_numbers(rank, oversampling, passes)
     family, kind = likelihoods.resolve(likelihood), Columns(columns, n_columns, generator)
     if method == "dual":
         with random_state_kept(device_of(model)):  # loaders draw from the default generator
@@ -76,7 +77,7 @@ def low_rank(
         family,
         loader,
         subset_of_weights,
-        [structure],
+        [partial(LowRank, rank=rank, oversampling=oversampling, passes=passes, generator=generator)],
         columns=kind,
         progress_bar=progress_bar,
     )

@@ -16,11 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlin import BlockFeatures
-from curvlin_nn.batches import batches, choose
+from curvlin_nn.batches import Passes, choose
 from curvlin_nn.capture import Recorder
-from curvlin_nn.capture.state import device_of, random_state_kept
+from curvlin_nn.capture.state import random_state_kept
 from curvlin_nn.columns import Columns
-from curvlin_nn.errors import DataError
 from curvlin_nn.feature_maps.jacobian import features
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
@@ -48,10 +47,10 @@ class RecordedRows:
         columns: Columns,
         progress_bar: bool = False,
     ) -> None:
-        self._model, self._likelihood, self._loader = model, likelihood, loader
-        self._subset, self._columns, self._progress_bar = subset_of_weights, columns, progress_bar
+        self._model, self._likelihood = model, likelihood
+        self._subset, self._columns = subset_of_weights, columns
+        self._passes = Passes(loader, model, progress_bar)
         self._recorder: Recorder | None = None
-        self._n_data: int | None = None
 
     def __iter__(self) -> Iterator[BlockFeatures]:
         """The rows, a batch and some columns at a time.
@@ -59,24 +58,13 @@ class RecordedRows:
         Raises:
             DataError: if the loader yields nothing, or another number of samples than the first time.
         """
-        device, n_data = device_of(self._model), 0
-        for index, (x, targets) in enumerate(batches(self._loader, device, self._progress_bar)):
-            where = f"batch {index}"
+        for where, x, targets in self._passes:
             if self._recorder is None:
                 self._recorder = Recorder(self._model, choose(self._model, self._subset, x, where))
             recording = self._recorder(x, where)
             targets = self._likelihood.check(recording.outputs, targets, where)
-            n_data += len(targets)
             for some in self._columns(self._likelihood, recording.outputs, targets):
                 yield features(recording.captures(some))
-        if n_data == 0:
-            raise DataError("the loader yielded no batch, expected at least one (inputs, targets)")
-        if self._n_data not in (None, n_data):
-            raise DataError(
-                f"the loader yielded {n_data} samples, expected {self._n_data} as in the first pass; give a loader "
-                "that can be iterated several times"
-            )
-        self._n_data = n_data
 
 
 def product_with(

@@ -7,9 +7,6 @@ Udell & Cevher, 2017, algorithm 3). A pass over the data multiplies all columns 
 
 from __future__ import annotations
 
-from types import new_class
-from typing import ClassVar, cast
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -29,51 +26,34 @@ from curvlin_nn.structures.registry import register
 class LowRank(Structure):
     """``H ~ U U^T`` from below, exact where the rank of H is at most `rank`.
 
-    Give a subclass with other attributes, or `of`, to `curvature` as ``hessian_structure``.
-
-    Attributes:
+    Args:
+        space: all parameters.
         rank: the columns of U.
         oversampling: columns more that are multiplied.
         passes: over the data; all but the last turn the columns towards the leading eigenvectors.
         generator: source of randomness; None is torch's default generator.
+
+    Raises:
+        UnsupportedError: if a number is out of range.
     """
 
     name = "lowrank"
-    rank: ClassVar[int] = 100
-    oversampling: ClassVar[int] = 10
-    passes = 2
-    generator: ClassVar[torch.Generator | None] = None
 
-    def __init__(self, space: ParameterSpace) -> None:
-        super().__init__(space)
-        self._X: Tensor | None = None
-        self._Y: Tensor | None = None
-        self._trace: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls,
-        rank: int,
+    def __init__(
+        self,
+        space: ParameterSpace,
+        *,
+        rank: int = 100,
         oversampling: int = 10,
         passes: int = 2,
         generator: torch.Generator | None = None,
-    ) -> type[LowRank]:
-        """The structure with these attributes.
-
-        Raises:
-            UnsupportedError: if a number is out of range.
-        """
-        for name, value, least in (
-            ("rank", rank, 1),
-            ("oversampling", oversampling, 0),
-            ("passes", passes, 1),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise UnsupportedError(f"{name} must be an integer of at least {least}, found {value!r}")
-        chosen = {"rank": rank, "oversampling": oversampling, "passes": passes, "generator": generator}
-        return cast(
-            type[LowRank], new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(chosen))
-        )
+    ) -> None:
+        super().__init__(space)
+        check_numbers(rank, oversampling, passes)
+        self._rank, self._oversampling, self.passes, self._generator = rank, oversampling, passes, generator
+        self._X: Tensor | None = None
+        self._Y: Tensor | None = None
+        self._trace: Tensor | None = None
 
     def begin(self, pass_index: int) -> None:
         """See `Structure.begin`."""
@@ -86,9 +66,9 @@ class LowRank(Structure):
         """See `Structure.update`."""
         Phi = features(captures)
         if self._X is None:
-            width = min(self.space.size, self.rank + self.oversampling)
+            width = min(self.space.size, self._rank + self._oversampling)
             like = torch.empty(0, dtype=torch.float64, device=Phi.device)
-            noise = standard_normal((self.space.size, width), torch.Size(), self.generator, like)
+            noise = standard_normal((self.space.size, width), torch.Size(), self._generator, like)
             self._X = torch.linalg.qr(noise).Q
         product = Phi.to(torch.float64)
         Y, trace = product.T @ (product @ self._X), _trace(captures)
@@ -113,7 +93,7 @@ class LowRank(Structure):
     def approximation(self) -> LowRankApproximation:
         """U, with the exact trace of what is left, ``tr(H - U U^T)``, which bounds every norm of it."""
         assert self._X is not None and self._Y is not None and self._trace is not None
-        U = _nystrom(self._X, self._Y, self.rank)
+        U = _nystrom(self._X, self._Y, self._rank)
         left = (self._trace - U.square().sum()).clamp(min=0.0)
         return LowRankApproximation(U, exactly(left, self._X.shape[1] * self.passes))
 
@@ -121,6 +101,17 @@ class LowRank(Structure):
         """See `Structure.finish`: ``0 + U U^T``, singular until a prior is added."""
         U = self.approximation().U
         return LowRankPlusDiag(U.new_zeros(len(U)), U)
+
+
+def check_numbers(rank: int, oversampling: int, passes: int) -> None:
+    """Whether these are numbers that the structure can work with.
+
+    Raises:
+        UnsupportedError: if one is out of range.
+    """
+    for name, value, least in (("rank", rank, 1), ("oversampling", oversampling, 0), ("passes", passes, 1)):
+        if not isinstance(value, int) or value < least:
+            raise UnsupportedError(f"{name} must be an integer of at least {least}, found {value!r}")
 
 
 def _nystrom(X: Float[Tensor, "P K"], Y: Float[Tensor, "P K"], rank: int) -> Float[Tensor, "P rank"]:
