@@ -31,12 +31,13 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from _networks import cnn, mlp, peak_memory
 
 try:
     import curvlin  # noqa: F401
@@ -48,23 +49,6 @@ from curvlin_nn import curvature, feature_maps, matrix_free, structures
 SINGLE = functools.partial(structures.Kronecker, dtype=torch.float32)
 Data = list[tuple[Tensor, Tensor]]
 PEERS = ("torch", "curvlinops-for-pytorch", "backpack-for-pytorch")
-
-
-def mlp(n_outputs: int) -> nn.Module:
-    torch.manual_seed(0)
-    widths = (784, 512, 512, n_outputs)
-    layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), *layers[:-1])
-
-
-def cnn(n_outputs: int = 10) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten()),
-        *(nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, n_outputs)),
-    )
 
 
 def data(n_samples: int, n_outputs: int, n_batches: int = 10) -> Data:
@@ -278,14 +262,6 @@ def growth(name: str, n_batches: int) -> tuple[float, float, float, float]:
         figures += [time.process_time() - started, peak_memory() - before]
     seconds_fit, memory_fit, seconds_predict, memory_predict = figures
     return seconds_fit, seconds_predict, memory_fit, memory_predict
-
-
-def peak_memory(reset: bool = False) -> float:
-    """The largest resident set since the last reset, in MB (Linux)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def main() -> None:

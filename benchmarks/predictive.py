@@ -26,7 +26,6 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from _networks import cnn, mlp, peak_memory
+
 TARGETS = {"mlp": (1 / 500, 1 / 20), "cnn": (1 / 30, 1 / 20)}
 """Largest ratio of time and of memory, ours to the peer's."""
 
 
-def network(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    if name == "mlp":
-        widths = (784, 512, 512, 10)
-        layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
-        return nn.Sequential(nn.Flatten(), *layers[:-1])
-    return nn.Sequential(
-        *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten()),
-        *(nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10)),
-    )
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"mlp": lambda: mlp(10), "cnn": cnn}
 
 
 def data(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -60,7 +50,7 @@ def data(n: int, seed: int) -> tuple[Tensor, Tensor]:
 def ours(name: str) -> Callable[[Tensor], Tensor]:
     from curvlin_nn import Laplace
 
-    la = Laplace(network(name), "classification", "all", "kron").fit([data(128, seed=1)])
+    la = Laplace(NETWORKS[name](), "classification", "all", "kron").fit([data(128, seed=1)])
     _ = la.posterior_precision  # factored, as after a first prediction
     return lambda x: la._predictive().mean_and_covariance(x)[1]
 
@@ -68,7 +58,9 @@ def ours(name: str) -> Callable[[Tensor], Tensor]:
 def peer(name: str) -> Callable[[Tensor], Tensor]:
     import laplace
 
-    la = laplace.Laplace(network(name), "classification", subset_of_weights="all", hessian_structure="kron")
+    la = laplace.Laplace(
+        NETWORKS[name](), "classification", subset_of_weights="all", hessian_structure="kron"
+    )
     la.fit(DataLoader(TensorDataset(*data(128, seed=1)), batch_size=128))
     return lambda x: la._glm_predictive_distribution(x)[1]
 
@@ -91,16 +83,6 @@ def run(library: str, name: str, points: int, per_call: int, repeats: int) -> di
         "megabytes": peak_memory() - before,
         "covariance": torch.cat(found)[:20].tolist(),
     }
-
-
-def peak_memory(reset: bool = False) -> float:
-    """The largest resident set since the last reset, in MB."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    (line,) = (
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
-    )
-    return int(line.split()[1]) / 1024
 
 
 def in_process(*arguments: Any) -> dict[str, Any]:

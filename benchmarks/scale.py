@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import _models
-from curvature import peak_memory
+from _networks import peak_memory
 from curvlin import Isotropic
 from curvlin_nn import curvature, feature_maps
 

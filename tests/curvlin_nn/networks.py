@@ -71,6 +71,18 @@ class Sequences(nn.Module):
         return self.head(h.mean(1))
 
 
+class Tied(nn.Module):
+    """A small language model whose output layer is its embedding; logits for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(self.embed(x)).cumsum(1)))
+
+
 def state(model: nn.Module) -> dict[str, object]:
     """All that must come back as it was."""
     return dict(_state(model))

@@ -5,7 +5,7 @@ import functools
 import network_oracle as oracle
 import pytest
 import torch
-from networks import problem
+from networks import Tied, problem
 from torch import nn
 
 from curvlin_nn import Laplace, structures
@@ -115,18 +115,6 @@ def test_a_fit_that_continues_is_the_fit_of_all_data(choice):
     assert float(parts.log_marginal_likelihood()) == pytest.approx(
         float(whole.log_marginal_likelihood()), rel=1e-11
     )
-
-
-class Tied(nn.Module):
-    """A small language model whose output layer is its embedding; logits for each token."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.mix, self.head = nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5)
-        self.head.weight = self.embed.weight
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.mix(self.embed(x)).cumsum(1)))
 
 
 @pytest.mark.parametrize(
