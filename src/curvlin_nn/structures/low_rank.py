@@ -7,6 +7,8 @@ Udell & Cevher, 2017, algorithm 3). A pass over the data multiplies all columns 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -101,6 +103,14 @@ class LowRank(Structure):
         """See `Structure.finish`: ``0 + U U^T``, singular until a prior is added."""
         U = self.approximation().U
         return LowRankPlusDiag(U.new_zeros(len(U)), U)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Structure.state_dict`."""
+        return {"X": self._X, "Y": self._Y, "trace": self._trace}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Structure.load_state_dict`."""
+        self._X, self._Y, self._trace = state["X"], state["Y"], state["trace"]
 
 
 def check_numbers(rank: int, oversampling: int, passes: int) -> None:
