@@ -66,7 +66,9 @@ def _of_static(value: Any, where: str) -> Any:
     if isinstance(value, tuple):
         return [_of_static(v, where) for v in value]
     if not isinstance(value, PLAIN):
-        raise TypeError(f"{where} must be a number, a string or an IndexSet to be stored, found {value!r:.40}")
+        raise TypeError(
+            f"{where} must be a number, a string or an IndexSet to be stored, found {value!r:.40}"
+        )
     return value
 
 

@@ -1,7 +1,7 @@
 """One safetensors file for one value: tensors by name, the rest as JSON in its metadata, and a checksum of both.
 
-A file is written under another name in the same folder, forced to the disk, and renamed: under its own name there is the
-old file or the new one, whole, whatever happens in between.
+A file is written under another name in the same folder, forced to the disk, and renamed: under its own name there is
+the old file or the new one, whole, whatever happens in between.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def read(path: StrPath, kind: str) -> Any:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path} is no whole safetensors file ({str(error)[:80]}); restore a copy") from error
+        raise StorageError(
+            f"{path} is no whole safetensors file ({str(error)[:80]}); restore a copy"
+        ) from error
     if metadata.get("kind") != kind:
         raise StorageError(f"{path} holds {metadata.get('kind', 'other tensors')!r}, expected {kind!r}")
     version = metadata.get("version", "")
@@ -115,7 +117,7 @@ def _checksum(kind: str, version: str, text: str, tensors: Mapping[str, Tensor])
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

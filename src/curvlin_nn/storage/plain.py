@@ -59,7 +59,9 @@ def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[path] = value
         return {_TENSOR: path}
     if isinstance(value, dict) and all(isinstance(key, str) and key != _TENSOR for key in value):
-        return {key: _without_tensors(v, f"{path}.{key}" if path else key, tensors) for key, v in value.items()}
+        return {
+            key: _without_tensors(v, f"{path}.{key}" if path else key, tensors) for key, v in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [_without_tensors(v, f"{path}.{i}", tensors) for i, v in enumerate(value)]
     if isinstance(value, (bool, int, float, str, type(None))):

@@ -88,7 +88,9 @@ class EKFAC(Kronecker):
         """See `Structure.load_state_dict`."""
         super().load_state_dict(state)
         bases, squares = state["bases"], state["squares"]
-        self._bases = None if bases is None else tuple(None if pair is None else tuple(pair) for pair in bases)
+        self._bases = (
+            None if bases is None else tuple(None if pair is None else tuple(pair) for pair in bases)
+        )
         self._squares = tuple(squares)
 
 

@@ -161,4 +161,6 @@ class KFOC(Kronecker):
         """See `Structure.load_state_dict`."""
         super().load_state_dict(state)
         held = state["halves"]
-        self._halves = None if held is None else tuple(None if half is None else _Half(**half) for half in held)
+        self._halves = (
+            None if held is None else tuple(None if half is None else _Half(**half) for half in held)
+        )
