@@ -1,7 +1,7 @@
 """How a posterior was made, as plain values: likelihoods and structures by name and options, operators by their fields.
 
-What no name stands for (a function, a class that is not registered) is given again when it is loaded; in its place stands
-what it was called, so that two of different names are told apart.
+What no name stands for (a function, a class that is not registered) is given again when it is loaded; in its place
+stands what it was called, so that two of different names are told apart.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ def to_likelihood(stored: Mapping[str, Any], given: Any = None) -> Any:
 def of_structure(factory: StructureFactory) -> dict[str, Any]:
     """By its name and options, pattern by pattern for several."""
     options: dict[str, Any] = {}
-    while isinstance(factory, functools.partial) and not factory.args:
-        options = {**factory.keywords, **options}
-        factory = factory.func
-    if factory is Mixed:
+    made_by: Any = factory
+    if isinstance(factory, functools.partial) and not factory.args:  # one of another is one
+        options, made_by = factory.keywords, factory.func
+    if made_by is Mixed:
         return {"patterns": [[p, of_structure(choice)] for p, choice in options["patterns"].items()]}
-    name = getattr(factory, "name", None)
+    name = getattr(made_by, "name", None)
     try:
-        known = isinstance(name, str) and resolve_structure(name) is factory
+        known = isinstance(name, str) and resolve_structure(name) is made_by
     except UnsupportedError:
         known = False
     if not known or not all(map(_is_option, options.values())):
-        return {_GIVEN: getattr(factory, "__name__", type(factory).__name__)}
+        return {_GIVEN: getattr(made_by, "__name__", type(made_by).__name__)}
     return {"name": name, "options": {key: _of_option(value) for key, value in options.items()}}
 
 
@@ -127,7 +127,7 @@ def to_generator(stored: Any) -> torch.Generator | None:
         return torch.Generator(stored[_GENERATOR]).set_state(stored["state"].cpu())
     except RuntimeError as error:
         raise StorageError(
-            f"a generator on {stored[_GENERATOR]!r} cannot be made here; load it where one can"
+            f"a generator on {stored[_GENERATOR]!r} cannot be made here; load it on a machine that has the device"
         ) from error
 
 
