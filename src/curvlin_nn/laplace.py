@@ -16,6 +16,7 @@ from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
 from curvlin_nn._check import numbers
+from curvlin_nn.batches import Labelled
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
@@ -91,6 +92,7 @@ class Laplace:
         feature_map: not supported yet.
         prior_structure: ``"scalar"``, ``"layerwise"`` (per parameter tensor), ``"modulewise"`` or ``"diag"``;
             needed only where the length of `prior_precision` fits several.
+        dict_key_y: the name of the targets in loaders that yield mappings, as those of Hugging Face do.
 
     Raises:
         UnsupportedError: for an option that is not served; the message says which are.
@@ -113,6 +115,7 @@ class Laplace:
         temperature: float = 1.0,
         feature_map: object | None = None,
         prior_structure: str | None = None,
+        dict_key_y: str = "labels",
     ) -> None:
         if curvature not in CURVATURES:
             raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
@@ -140,6 +143,7 @@ class Laplace:
         self._fitted: _Fitted | None = None
         self._posterior: tuple[tuple[int, ...], PrecisionOperator] | None = None
         self._prior_structure = prior_structure
+        self.dict_key_y = dict_key_y
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
         self.sigma_noise = sigma_noise
@@ -217,7 +221,8 @@ class Laplace:
         """Accumulate the curvature over the data, around the model's present parameters.
 
         Args:
-            train_loader: batches ``(inputs, targets)``; the number of samples is counted as they come.
+            train_loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`; the number of
+                samples is counted as they come.
             override: whether to forget earlier data; otherwise the sums continue, around the same parameters.
             progress_bar: whether to show one.
             checkpoint: a file that the sums are stored in as they grow. The same call goes on from it after an
@@ -238,6 +243,7 @@ class Laplace:
             self._check_unchanged()
         if checkpoint is not None and self._hessian is not None:
             raise UnsupportedError("checkpoint is not supported for curvature='hessian'; leave it at None")
+        train_loader = Labelled(train_loader, self.dict_key_y)
         file = None if checkpoint is None else Checkpoint(checkpoint, every, stored.choices_of(self))
         found = accumulate(
             self.model,

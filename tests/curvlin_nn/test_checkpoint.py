@@ -60,9 +60,7 @@ def assert_same_sums(first, second):
     if first._fit.accumulated.states[0].passes > 1:
         tolerance = {"rtol": 1e-11, "atol": 1e-13}
     torch.testing.assert_close(first.curvature.to_dense(), second.curvature.to_dense(), **tolerance)
-    torch.testing.assert_close(
-        first.log_marginal_likelihood(), second.log_marginal_likelihood(), **tolerance
-    )
+    torch.testing.assert_close(first.log_marginal_likelihood(), second.log_marginal_likelihood(), **tolerance)
 
 
 @pytest.mark.parametrize("columns", ["ggn", "fisher_mc"])
@@ -225,8 +223,8 @@ def test_files_that_are_no_checkpoint_are_refused_and_kept(tmp_path):
     (tmp_path / "fit").write_bytes(content[:-9])
     with pytest.raises(StorageError, match="no whole safetensors file"):
         la.fit(p.batches(2), checkpoint=tmp_path / "fit")
-    with pytest.raises(StorageError, match="expected 'curvlin_nn.Laplace'"):
-        (tmp_path / "fit").write_bytes(content)
+    (tmp_path / "fit").write_bytes(content)
+    with pytest.raises(StorageError, match=r"expected 'curvlin_nn\.Laplace'"):
         Laplace.load(tmp_path / "fit", p.model)
 
 

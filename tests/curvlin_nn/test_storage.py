@@ -105,9 +105,7 @@ def test_a_hessian_comes_back(structure, tmp_path):
     la.save(tmp_path / "la")
     loaded = Laplace.load(tmp_path / "la", p.model)
     assert_alike(la, loaded, p.x_test)
-    assert_alike(
-        la.fit(p.batches(4), override=False), loaded.fit(p.batches(4), override=False), p.x_test
-    )
+    assert_alike(la.fit(p.batches(4), override=False), loaded.fit(p.batches(4), override=False), p.x_test)
 
 
 P = problem("mlp", "regression", n_outputs=2).model
@@ -330,7 +328,7 @@ def test_a_state_of_other_choices_is_refused_by_name():
 
 
 def test_a_state_that_does_not_fit_leaves_the_object_as_it_was():
-    p, la = fitted("kron")
+    _, la = fitted("kron")
     before = dict(vars(la))
     state = la.state_dict()
     for change in ({"temperature": -1.0}, {"prior_precision": torch.ones(7)}, {"prior_mean": torch.ones(7)}):
@@ -460,7 +458,7 @@ def test_on_a_full_disk_the_old_file_survives(step, tmp_path, monkeypatch):
 
 
 def test_where_the_system_stops_in_the_middle_of_a_file_the_old_one_survives(tmp_path):
-    p, la = fitted("kron")
+    _, la = fitted("kron")
     path = tmp_path / "la"
     la.save(path)
     before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -483,12 +481,14 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_fit_that_is_interrupted_leaves_the_object_as_it_was():
-    p, la = fitted("ekfac")
+    _, la = fitted("ekfac")
     before = dict(vars(la))
     for error in (KeyboardInterrupt, RuntimeError):
+
         def batches(error=error):
             yield p.batches()[0]
             raise error
+
         with pytest.raises(error):
             la.fit(batches())
         assert vars(la) == before
