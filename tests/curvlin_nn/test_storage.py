@@ -481,7 +481,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_fit_that_is_interrupted_leaves_the_object_as_it_was():
-    _, la = fitted("ekfac")
+    p, la = fitted("ekfac")
     before = dict(vars(la))
     for error in (KeyboardInterrupt, RuntimeError):
 
