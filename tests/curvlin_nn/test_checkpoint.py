@@ -63,8 +63,9 @@ def assert_same_sums(first, second):
     torch.testing.assert_close(first.log_marginal_likelihood(), second.log_marginal_likelihood(), **tolerance)
 
 
-@pytest.mark.parametrize("columns", ["ggn", "fisher_mc"])
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(
+    ("name", "columns"), [*((name, "ggn") for name in STRUCTURES), ("kron", "fisher_mc"), ("ekfac", "fisher_mc")]
+)
 def test_a_fit_that_is_stopped_anywhere_ends_as_if_it_had_not_been(name, columns, tmp_path):
     path = tmp_path / "fit"
     p, whole = make(name, curvature=columns, generator=torch.Generator().manual_seed(4))

@@ -40,12 +40,9 @@ def split_batch(batch: Any, where: str, key: str = "labels") -> tuple[Any, Tenso
 
 def _outline(batch: Any) -> str:
     """What a batch is, with the names in a mapping: one of them may be the one that was meant."""
-    names = (
-        f" with {', '.join(map(str, batch))}; name the targets with dict_key_y"
-        if isinstance(batch, Mapping)
-        else ""
-    )
-    return f"{type(batch).__name__}{names}"
+    if not isinstance(batch, Mapping):
+        return type(batch).__name__
+    return f"{type(batch).__name__} with {', '.join(map(str, batch))}; name the targets with dict_key_y"
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
