@@ -53,11 +53,8 @@ class Fingerprint:
         return {"kinds": kinds, "checksums": self.checksums}
 
 
-def check_same(stored: Any, model: nn.Module) -> Fingerprint:
+def check_same(stored: Any, model: nn.Module) -> None:
     """Whether `model` holds what a model held whose `Fingerprint.state_dict` was stored, wherever its memory is.
-
-    Returns:
-        The fingerprint of the model.
 
     Raises:
         StaleModelError: if it does not.
@@ -83,7 +80,6 @@ def check_same(stored: Any, model: nn.Module) -> Fingerprint:
                 f"{name!r} of the model holds other values than the posterior was fitted around; load the trained "
                 "weights first"
             )
-    return now
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -376,6 +376,7 @@ class Laplace:
         write(path, stored.KIND, self.state_dict())
 
     @classmethod
+    @outside_inference_mode()
     def load(
         cls,
         path: StrPath,

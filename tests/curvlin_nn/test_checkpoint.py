@@ -64,7 +64,8 @@ def assert_same_sums(first, second):
 
 
 @pytest.mark.parametrize(
-    ("name", "columns"), [*((name, "ggn") for name in STRUCTURES), ("kron", "fisher_mc"), ("ekfac", "fisher_mc")]
+    ("name", "columns"),
+    [*((name, "ggn") for name in STRUCTURES), ("kron", "fisher_mc"), ("ekfac", "fisher_mc")],
 )
 def test_a_fit_that_is_stopped_anywhere_ends_as_if_it_had_not_been(name, columns, tmp_path):
     path = tmp_path / "fit"

@@ -53,7 +53,7 @@ def write(path: StrPath, kind: str, value: Any) -> None:
     beside = target.with_name(f"{target.name}.tmp")
     try:
         save_file(tensors, beside, metadata)
-        _force(beside)
+        _force(beside, os.O_RDWR)
         os.replace(beside, target)
     except (OSError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
@@ -65,7 +65,7 @@ def write(path: StrPath, kind: str, value: Any) -> None:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
     with suppress(OSError):  # where folders cannot be opened, renaming is as lasting as it gets
-        _force(target.parent)
+        _force(target.parent, os.O_RDONLY)
 
 
 def read(path: StrPath, kind: str) -> Any:
@@ -76,15 +76,14 @@ def read(path: StrPath, kind: str) -> Any:
         StorageError: if it is damaged, of another kind, or of a later version.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"there is no file {path}; give the path that was written")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{path} is no whole safetensors file ({str(error)[:80]}); restore a copy"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        raise StorageError(f"{path} is no whole safetensors file ({reason}); restore a copy") from error
     if metadata.get("kind") != kind:
         raise StorageError(f"{path} holds {metadata.get('kind', 'other tensors')!r}, expected {kind!r}")
     version = metadata.get("version", "")
@@ -121,9 +120,9 @@ def _checksum(kind: str, version: str, text: str, tensors: Mapping[str, Tensor])
     return digest.hexdigest()
 
 
-def _force(path: Path) -> None:
+def _force(path: Path, mode: int) -> None:
     """To the disk, as far as the system can tell."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, mode)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from curvlin_nn.capture.state import device_of
@@ -98,9 +99,10 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
     changed = copy.copy(la)
     changed._fitted = None
     changed._prior_structure = state["prior_structure"]
-    changed.prior_precision = options.to_prior(state["prior_precision"], device_of(la.model))
+    precision = plain.with_tensors(torch.clone, state["prior_precision"])
+    changed.prior_precision = options.to_prior(precision, device_of(la.model))
     for name in _HYPERPARAMETERS:
-        setattr(changed, name, state[name])
+        setattr(changed, name, plain.with_tensors(torch.clone, state[name]))
     changed._finish(found)
     vars(la).update(vars(changed))
 
