@@ -262,7 +262,7 @@ def test_on_a_full_disk_the_last_checkpoint_survives(tmp_path, monkeypatch):
         nonlocal n_writes
         n_writes += 1
         if n_writes == 3:
-            monkeypatch.setattr("curvlin_nn.storage.files.save_file", _full_disk)
+            monkeypatch.setattr("curvlin_nn.storage.files.os.fsync", _full_disk)
         save(*args)
 
     monkeypatch.setattr(checkpoints, "write", write)

@@ -323,6 +323,8 @@ def test_a_state_of_other_choices_is_refused_by_name():
             _ = other.mean
     with pytest.raises(StorageError, match="no 'curvature'"):
         la.load_state_dict(p.model.state_dict())
+    with pytest.raises(StorageError, match="no 'curvature'"):
+        la.load_state_dict(None)
     with pytest.raises(StorageError, match="version 99"):
         la.load_state_dict({**state, "version": 99})
 
@@ -437,17 +439,14 @@ def _full_disk(*_):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["save_file", "_force", "os.replace"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_on_a_full_disk_the_old_file_survives(step, tmp_path, monkeypatch):
     p, la = fitted("kron")
     path = tmp_path / "la"
     la.save(path)
     before = path.read_bytes()
     la.prior_precision = 5.0
-    if step == "os.replace":
-        monkeypatch.setattr(files.os, "replace", _full_disk)
-    else:
-        monkeypatch.setattr(files, step, _full_disk)
+    monkeypatch.setattr(files.os, step, _full_disk)
     with pytest.raises(StorageError, match=r"la cannot be written .*No space left") as caught:
         la.save(path)
     assert "\n" not in str(caught.value)

@@ -24,7 +24,7 @@ from curvlin_nn.columns import Columns
 from curvlin_nn.errors import StorageError
 from curvlin_nn.fingerprint import Fingerprint, check_same, checksum
 from curvlin_nn.storage import options, plain
-from curvlin_nn.storage.files import StrPath, read, write
+from curvlin_nn.storage.files import StrPath, read, remove, write
 
 KIND = "curvlin_nn checkpoint"
 """What a file of this kind says that it is."""
@@ -117,7 +117,7 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Once the fit has ended, there is nothing to go on with."""
-        self._path.unlink(missing_ok=True)
+        remove(self._path)
 
     def _is_stored(self, n_batches: int) -> bool:
         """Whether the file has the batch that is this many from the beginning, over all passes."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from curvlin_nn.errors import StorageError
@@ -24,6 +23,20 @@ from curvlin_nn.storage import plain
 
 VERSION = 1
 """Of what is written; what is read may be older."""
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls them."""
 
 StrPath = str | os.PathLike[str]
 
@@ -42,7 +55,9 @@ def write(path: StrPath, kind: str, value: Any) -> None:
     """
     content, tensors = plain.split(value)
     text = json.dumps(content)
-    tensors = _apart(tensors)
+    # The largest numbers first, so that all lie in the file where processors like them.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    tensors = {name: tensors[name].detach().cpu().contiguous() for name in order}
     metadata = {
         "kind": kind,
         "version": str(VERSION),
@@ -50,22 +65,20 @@ def write(path: StrPath, kind: str, value: Any) -> None:
         "sha256": _checksum(kind, str(VERSION), text, tensors),
     }
     target = Path(path)
-    beside = target.with_name(f"{target.name}.tmp")
+    beside = _beside(target)
     try:
-        save_file(tensors, beside, metadata)
-        _force(beside, os.O_RDWR)
+        _write_safetensors(beside, tensors, metadata)
         os.replace(beside, target)
-    except (OSError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
+    except OSError as error:
         raise StorageError(
-            f"{target} cannot be written ({reason}), what was there is as before; give a path in a folder that exists, "
-            "is writable and has room"
+            f"{target} cannot be written ({error.strerror or error}), what was there is as before; give a path in a "
+            "folder that exists, is writable and has room"
         ) from error
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
     with suppress(OSError):  # where folders cannot be opened, renaming is as lasting as it gets
-        _force(target.parent, os.O_RDONLY)
+        _force_folder(target.parent)
 
 
 def read(path: StrPath, kind: str) -> Any:
@@ -97,18 +110,48 @@ def read(path: StrPath, kind: str) -> Any:
     return plain.joined(json.loads(text), tensors)
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU, each with memory of its own, as files want them."""
-    apart: dict[str, Tensor] = {}
-    seen: set[int] = set()
+def remove(path: StrPath) -> None:
+    """Remove a file, and what a process that was killed while writing it may have left beside it."""
+    for file in (Path(path), _beside(Path(path))):
+        file.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """The name that a file has while it is written: always the same, so that nothing piles up."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Tensor by tensor, and onto the disk; the library would copy all of them into one string first.
+
+    See https://huggingface.co/docs/safetensors for the format: the length of the header, the header, the numbers.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
     for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        storage = own.untyped_storage()
-        if storage.nbytes() != own.nbytes or storage.data_ptr() in seen:
-            own = own.clone()
-        seen.add(own.untyped_storage().data_ptr())
-        apart[name] = own
-    return apart
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors.values():
+            file.write(_numbers(tensor))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _force_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _checksum(kind: str, version: str, text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -116,14 +159,10 @@ def _checksum(kind: str, version: str, text: str, tensors: Mapping[str, Tensor])
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_numbers(tensor))
     return digest.hexdigest()
 
 
-def _force(path: Path, mode: int) -> None:
-    """To the disk, as far as the system can tell."""
-    descriptor = os.open(path, mode)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _numbers(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

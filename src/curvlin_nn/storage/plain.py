@@ -53,7 +53,7 @@ def equal(first: Any, second: Any) -> bool:
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex():
         while path in tensors:  # only if keys contain what separates them
             path += "'"
         tensors[path] = value

@@ -109,7 +109,7 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
 
 def _check(la: Laplace, state: dict[str, Any]) -> None:
     expected = {"version", *CHOICES, "prior_precision", "prior_structure", *_HYPERPARAMETERS, "model", "sums"}
-    if missing := sorted(expected - set(state)):
+    if missing := sorted(expected - set(state if isinstance(state, dict) else ())):
         raise StorageError(
             f"state has no {missing[0]!r}, expected what Laplace.state_dict returns; give that"
         )

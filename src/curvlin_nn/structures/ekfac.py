@@ -98,7 +98,8 @@ def _eigenbases(product: tuple[Tensor, Tensor] | None) -> _Bases | None:
     if product is None:
         return None
     left, right = product
-    return torch.linalg.eigh(left).eigenvectors, torch.linalg.eigh(right).eigenvectors
+    QB, QA = (torch.linalg.eigh(factor).eigenvectors.contiguous() for factor in (left, right))
+    return QB, QA  # contiguous, as they are in files: products of other layouts round otherwise
 
 
 def _rotated(block: Block, bases: _Bases) -> Block:

@@ -51,7 +51,8 @@ class _Half:
         norm = held.norm()
         held = held / torch.where(norm > 0, norm, 1.0)
         eigenvalues, vectors = torch.linalg.eigh(held)
-        return cls(held, vectors * eigenvalues.clamp(min=0).sqrt(), holds_right, torch.zeros_like(other))
+        root = (vectors * eigenvalues.clamp(min=0).sqrt()).contiguous()  # as in files; see `EKFAC`
+        return cls(held, root, holds_right, torch.zeros_like(other))
 
     @property
     def product(self) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ class LowRank(Structure):
         """See `Structure.begin`."""
         if pass_index > 0:
             assert self._Y is not None
-            self._X = torch.linalg.qr(self._Y).Q
+            self._X = _orthonormal(self._Y)
         self._Y = self._trace = None
 
     def update(self, captures: Captures) -> None:
@@ -71,7 +71,7 @@ class LowRank(Structure):
             width = min(self.space.size, self._rank + self._oversampling)
             like = torch.empty(0, dtype=torch.float64, device=Phi.device)
             noise = standard_normal((self.space.size, width), torch.Size(), self._generator, like)
-            self._X = torch.linalg.qr(noise).Q
+            self._X = _orthonormal(noise)
         product = Phi.to(torch.float64)
         Y, trace = product.T @ (product @ self._X), _trace(captures)
         self._Y = Y if self._Y is None else self._Y + Y
@@ -122,6 +122,11 @@ def check_numbers(rank: int, oversampling: int, passes: int) -> None:
     for name, value, least in (("rank", rank, 1), ("oversampling", oversampling, 0), ("passes", passes, 1)):
         if not isinstance(value, int) or value < least:
             raise UnsupportedError(f"{name} must be an integer of at least {least}, found {value!r}")
+
+
+def _orthonormal(Y: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
+    """Columns of the same span; contiguous, as they are in files: products of other layouts round otherwise."""
+    return torch.linalg.qr(Y).Q.contiguous()
 
 
 def _nystrom(X: Float[Tensor, "P K"], Y: Float[Tensor, "P K"], rank: int) -> Float[Tensor, "P rank"]:
