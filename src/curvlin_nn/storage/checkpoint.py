@@ -86,7 +86,7 @@ class Checkpoint:
                     f"checkpoint {self._path} is that of a fit with another {name}; give the same as before, or delete "
                     "the file"
                 )
-        sums.load_state_dict(stored["sums"])
+        sums.load_state_dict(stored.pop("sums"))  # which copies them
         self._stored, self._random = stored, stored["random"]
 
     def unseen(self, stream: Iterable[Batch], pass_index: int, sums: Sums) -> Iterator[Batch]:
