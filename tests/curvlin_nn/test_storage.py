@@ -79,12 +79,9 @@ def test_a_fit_goes_on_after_loading_as_if_it_had_never_stopped(name, tmp_path):
     loaded = Laplace.load(tmp_path / "la", p.model).fit(batches[2:], override=False)
     assert loaded.n_data == whole.n_data == len(p.x)
     assert_alike(loaded, first.fit(batches[2:], override=False), p.x_test)
-    torch.testing.assert_close(
-        loaded.curvature.to_dense(), whole.curvature.to_dense(), rtol=1e-10, atol=1e-12
-    ) if name != "reduce" else None
-    torch.testing.assert_close(
-        loaded.log_marginal_likelihood(), whole.log_marginal_likelihood(), rtol=1e-10, atol=0
-    ) if name != "reduce" else None
+    rtol = 1e-6 if name == "reduce" else 1e-10  # whose products are float32
+    for of in (lambda la: la.curvature.to_dense(), lambda la: la.log_marginal_likelihood()):
+        torch.testing.assert_close(of(loaded), of(whole), rtol=rtol, atol=1e-2 * rtol)
 
 
 def test_tied_weights_used_both_ways_come_back(tmp_path):
