@@ -25,6 +25,31 @@ def batches(
         yield x, targets.to(device)
 
 
+class Labelled:
+    """A loader of mappings that hold their targets under a name of their own.
+
+    Args:
+        loader: yields mappings, and may yield pairs.
+        key: the name.
+    """
+
+    def __init__(self, loader: Iterable[Any], key: str) -> None:
+        self._loader, self._key = loader, key
+
+    def __iter__(self) -> Iterator[Any]:
+        """Pairs ``(inputs, targets)``.
+
+        Raises:
+            DataError: if a mapping has no tensor under the name.
+        """
+        for index, batch in enumerate(self._loader):
+            yield split_batch(batch, f"batch {index}", self._key)
+
+    def __len__(self) -> int:
+        """The number of batches, if the loader knows it."""
+        return len(self._loader)  # type: ignore[arg-type]  # raises where it has none
+
+
 class Passes:
     """A loader that is gone through several times, with as many samples each time.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -24,6 +24,8 @@ from curvlin_nn.parameters import ParameterSpace, Selection
 from curvlin_nn.products.hessian import Hessian
 from curvlin_nn.products.hessian_sums import MAX_PARAMETERS, HessianSum, check_structure
 from curvlin_nn.products.matrix_free import check_kind
+from curvlin_nn.storage.checkpoint import Batch, Checkpoint
+from curvlin_nn.storage.plain import with_tensors
 from curvlin_nn.structures import Structure, StructureChoice, StructureFactory
 
 
@@ -35,6 +37,12 @@ class State(Protocol):
 
     def finish(self) -> PrecisionOperator:
         """The curvature of everything seen."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold what another state held."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,40 @@ class Accumulated:
             mine.merge(theirs)
         n_data, statistics = self.n_data + other.n_data, self.statistics + other.statistics
         return replace(self, n_data=n_data, statistics=statistics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums as tensors and plain values; the recorder is made again."""
+        return {
+            "parameters": {"names": list(self.space.names), "shapes": [list(s) for s in self.space.shapes]},
+            "states": [state.state_dict() for state in self.states],
+            "statistics": self.statistics,
+            "n_data": self.n_data,
+            "output_shape": list(self.output_shape),
+            "of_a_term": self.of_a_term,
+        }
+
+    @classmethod
+    def of(
+        cls, state: dict[str, Any], model: nn.Module, factories: Sequence[Callable[[ParameterSpace], State]]
+    ) -> Accumulated:
+        """The sums that had this `state_dict`, over a model like theirs, in states that the factories make."""
+        recorder = Recorder(model, _space(state["parameters"]))
+        states = tuple(factory(recorder.space) for factory in factories)
+        return cls(recorder, states, state["statistics"]).with_state(state)
+
+    def with_state(self, state: dict[str, Any]) -> Accumulated:
+        """The same recorder with the sums that had this `state_dict`, in states that have seen nothing."""
+        device = device_of(self.recorder.model)
+        state = with_tensors(lambda tensor: tensor.detach().to(device, copy=True), state)
+        for mine, stored in zip(self.states, state["states"], strict=True):
+            mine.load_state_dict(stored)
+        return replace(
+            self,
+            statistics=state["statistics"],
+            n_data=state["n_data"],
+            output_shape=tuple(state["output_shape"]),
+            of_a_term=state["of_a_term"],
+        )
 
     def _is_about_outputs_of(self, other: Accumulated) -> bool:
         """Sequences may be of another length in each batch; a vector of outputs may not."""
@@ -188,61 +230,128 @@ def accumulate(
     *,
     columns: Columns = EXACT,
     progress_bar: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Accumulated:
-    """Send captures of all data through structures; several share the passes. See `curvature`."""
+    """Send captures of all data through structures; several share the passes. See `curvature`.
+
+    With a checkpoint, sums that it holds are continued, and batches that are in them are only looked at.
+    """
     device = device_of(model)
+    sums = Accumulation(model, likelihood, subset_of_weights, factories, columns)
     with random_state_kept(device):  # loaders draw from the default generator
-        accumulated, states = _first_pass(
-            model, likelihood, batches(loader, device, progress_bar), subset_of_weights, factories, columns
-        )
-        for pass_index in range(1, max((state.passes for state in states), default=1)):
-            unfinished = [state for state in states if pass_index < state.passes]
-            for state in unfinished:
+        if checkpoint is not None:
+            checkpoint.resume(sums)
+        pass_index = 0
+        while pass_index < sums.passes:
+            sums.begin(pass_index)
+            stream: Iterable[Batch] = enumerate(batches(loader, device, progress_bar))
+            for index, (x, targets) in (
+                stream if checkpoint is None else checkpoint.unseen(stream, pass_index, sums)
+            ):
+                sums.add(x, targets, f"batch {index}")
+            sums.end(pass_index)
+            pass_index += 1
+    return sums.found
+
+
+class Accumulation:
+    """Sums in the making: how far a pass over the data has come, and what has been added until then.
+
+    Args:
+        model: as in `accumulate`.
+        likelihood: likewise.
+        subset_of_weights: likewise.
+        factories: likewise.
+        columns: likewise.
+
+    Attributes:
+        model: as given.
+        columns: as given.
+        pass_index: the pass that is under way, counted from zero.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        subset_of_weights: Selection,
+        factories: Sequence[StructureFactory],
+        columns: Columns,
+    ) -> None:
+        self.model, self.columns, self.pass_index = model, columns, -1
+        self._likelihood, self._subset, self._factories = likelihood, subset_of_weights, factories
+        self._sums: Accumulated | None = None
+        self._states: tuple[Structure, ...] = ()
+        self._n_data = 0  # in this pass
+
+    @property
+    def passes(self) -> int:
+        """How many are needed, as far as is known."""
+        return max((state.passes for state in self._states), default=1)
+
+    @property
+    def found(self) -> Accumulated:
+        """The sums.
+
+        Raises:
+            DataError: if there was no batch.
+        """
+        if self._sums is None:
+            raise DataError("the loader yielded no batch, expected at least one (inputs, targets)")
+        return self._sums
+
+    def begin(self, pass_index: int) -> None:
+        """Called before each pass; one that is behind already does not begin again."""
+        if pass_index > self.pass_index:
+            self.pass_index, self._n_data = pass_index, 0
+            for state in self._unfinished():
                 state.begin(pass_index)
-            n_data = 0
-            for index, (x, targets) in enumerate(batches(loader, device, progress_bar)):
-                where = f"batch {index}"
-                recording = accumulated.recorder(x, where)
-                targets = likelihood.check(recording.outputs, targets, where)
-                n_data += len(targets)
-                for captures in _captures(recording, likelihood, targets, columns):
-                    for state in unfinished:
-                        state.update(captures)
-            if n_data != accumulated.n_data:
-                raise DataError(
-                    f"pass {pass_index} over the loader yielded {n_data} samples, expected "
-                    f"{accumulated.n_data} as in the first; give a loader that can be iterated several times"
-                )
-    return accumulated
 
-
-def _first_pass(
-    model: nn.Module,
-    likelihood: Likelihood,
-    stream: Iterator[tuple[Any, Tensor]],
-    subset_of_weights: Selection,
-    factories: Sequence[StructureFactory],
-    columns: Columns,
-) -> tuple[Accumulated, tuple[Structure, ...]]:
-    accumulated: Accumulated | None = None
-    states: tuple[Structure, ...] = ()
-    for index, (x, targets) in enumerate(stream):
-        where = f"batch {index}"
-        if accumulated is None:
-            recorder = Recorder(model, choose(model, subset_of_weights, x, where))
-            states = _started(recorder.space, factories)
-            nothing = torch.zeros(1, dtype=torch.float64, device=device_of(model))
-            accumulated = Accumulated(recorder, states, nothing)
-        recording = accumulated.recorder(x, where)
-        targets = likelihood.check(recording.outputs, targets, where)
-        accumulated = accumulated.with_batch(likelihood, recording.outputs, targets, where)
-        if states:
-            for captures in _captures(recording, likelihood, targets, columns):
-                for state in states:
+    def add(self, x: Any, targets: Tensor, where: str) -> None:
+        """One batch."""
+        if self._sums is None:
+            self._start(choose(self.model, self._subset, x, where))
+        recording = self.found.recorder(x, where)
+        targets = self._likelihood.check(recording.outputs, targets, where)
+        if self.pass_index == 0:
+            self._sums = self.found.with_batch(self._likelihood, recording.outputs, targets, where)
+        self._n_data += len(recording.outputs)
+        if unfinished := self._unfinished():
+            for captures in _captures(recording, self._likelihood, targets, self.columns):
+                for state in unfinished:
                     state.update(captures)
-    if accumulated is None:
-        raise DataError("the loader yielded no batch, expected at least one (inputs, targets)")
-    return accumulated, states
+
+    def end(self, pass_index: int) -> None:
+        """Called after each pass; one that is behind already does not end again.
+
+        Raises:
+            DataError: if it saw another number of samples than the first.
+        """
+        if pass_index == self.pass_index and self._n_data != self.found.n_data:
+            raise DataError(
+                f"pass {pass_index} over the loader yielded {self._n_data} samples, expected "
+                f"{self.found.n_data} as in the first; give a loader that can be iterated several times"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as tensors and plain values, after a batch of any pass."""
+        return {"pass": self.pass_index, "n_data": self._n_data, "sums": self.found.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another one was."""
+        self.pass_index, self._n_data = state["pass"], state["n_data"]
+        self._start(_space(state["sums"]["parameters"]))
+        self._sums = self.found.with_state(state["sums"])
+
+    def _start(self, space: ParameterSpace) -> None:
+        self._states = tuple(factory(space) for factory in self._factories)
+        for state in self._states:
+            state.begin(0)
+        nothing = torch.zeros(1, dtype=torch.float64, device=device_of(self.model))
+        self._sums = Accumulated(Recorder(self.model, space), self._states, nothing)
+
+    def _unfinished(self) -> list[Structure]:
+        return [state for state in self._states if self.pass_index < state.passes]
 
 
 def _captures(
@@ -256,8 +365,5 @@ def _captures(
         yield replace(recording.captures(some, first=index == 0), kept=kept)
 
 
-def _started(space: ParameterSpace, factories: Sequence[StructureFactory]) -> tuple[Structure, ...]:
-    states = tuple(factory(space) for factory in factories)
-    for state in states:
-        state.begin(0)
-    return states
+def _space(state: dict[str, Any]) -> ParameterSpace:
+    return ParameterSpace(tuple(state["names"]), tuple(torch.Size(shape) for shape in state["shapes"]))

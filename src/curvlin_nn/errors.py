@@ -17,6 +17,7 @@ __all__ = [
     "OutputError",
     "StaleModelError",
     "StochasticModelError",
+    "StorageError",
     "UnsupportedError",
     "UnsupportedUseError",
     "one_of",
@@ -100,3 +101,7 @@ class NoFiniteOptimumError(ValueError):
 
 class ConvergenceError(RuntimeError):
     """An iteration did not reach its tolerance."""
+
+
+class StorageError(RuntimeError):
+    """A file that cannot be written, or what was stored and cannot be taken up again."""

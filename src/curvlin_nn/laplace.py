@@ -16,6 +16,7 @@ from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
 from curvlin_nn._check import numbers
+from curvlin_nn.batches import Labelled
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
@@ -40,6 +41,9 @@ from curvlin_nn.products.hessian import Hessian
 from curvlin_nn.products.hessian_sums import HessianSum
 from curvlin_nn.products.hessian_sums import check_structure as check_hessian
 from curvlin_nn.spectrum import Spectrum, spectrum
+from curvlin_nn.storage import posterior as stored
+from curvlin_nn.storage.checkpoint import Checkpoint
+from curvlin_nn.storage.files import StrPath, read, write
 from curvlin_nn.structures import StructureChoice, StructureFactory
 
 CURVATURES = {"ggn": "exact", "fisher_mc": "mc", "ef": "empirical", "hessian": "exact"}
@@ -88,6 +92,7 @@ class Laplace:
         feature_map: not supported yet.
         prior_structure: ``"scalar"``, ``"layerwise"`` (per parameter tensor), ``"modulewise"`` or ``"diag"``;
             needed only where the length of `prior_precision` fits several.
+        dict_key_y: the name of the targets in loaders that yield mappings, as those of Hugging Face do.
 
     Raises:
         UnsupportedError: for an option that is not served; the message says which are.
@@ -110,6 +115,7 @@ class Laplace:
         temperature: float = 1.0,
         feature_map: object | None = None,
         prior_structure: str | None = None,
+        dict_key_y: str = "labels",
     ) -> None:
         if curvature not in CURVATURES:
             raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
@@ -122,6 +128,7 @@ class Laplace:
         self.likelihood = likelihoods.resolve(likelihood)
         self.subset_of_weights: Selection = "last_layer" if subset_of_weights is None else subset_of_weights
         structure = "kron" if hessian_structure is None else hessian_structure
+        self._curvature = curvature
         self._hessian: tuple[str, str] | None = None
         self._structures: list[StructureFactory] = []
         self._columns = Columns(CURVATURES[curvature], generator=generator)
@@ -136,6 +143,7 @@ class Laplace:
         self._fitted: _Fitted | None = None
         self._posterior: tuple[tuple[int, ...], PrecisionOperator] | None = None
         self._prior_structure = prior_structure
+        self.dict_key_y = dict_key_y
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
         self.sigma_noise = sigma_noise
@@ -201,13 +209,25 @@ class Laplace:
     # -- fitting ---------------------------------------------------------------------------------------------
 
     @outside_inference_mode()
-    def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> Laplace:
+    def fit(
+        self,
+        train_loader: Iterable[Any],
+        override: bool = True,
+        progress_bar: bool = False,
+        *,
+        checkpoint: StrPath | None = None,
+        every: int = 100,
+    ) -> Laplace:
         """Accumulate the curvature over the data, around the model's present parameters.
 
         Args:
-            train_loader: batches ``(inputs, targets)``; the number of samples is counted as they come.
+            train_loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`; the number of
+                samples is counted as they come.
             override: whether to forget earlier data; otherwise the sums continue, around the same parameters.
             progress_bar: whether to show one.
+            checkpoint: a file that the sums are stored in as they grow. The same call goes on from it after an
+                interruption of any kind, and removes it at the end; the loader must yield the same batches again.
+            every: how many batches there are between two writes of it.
 
         Returns:
             The object itself. If anything raises, it is as it was before, and so is the model.
@@ -217,9 +237,14 @@ class Laplace:
             OutputError: if outputs have the wrong shape or are not finite.
             UnsupportedError: if the model uses a chosen parameter in a way that is not served.
             StaleModelError: if the sums were to continue, and the model has changed since they began.
+            StorageError: if the checkpoint cannot be written, or is that of another fit or of other data.
         """
         if not override and self._fitted is not None:
             self._check_unchanged()
+        if checkpoint is not None and self._hessian is not None:
+            raise UnsupportedError("checkpoint is not supported for curvature='hessian'; leave it at None")
+        train_loader = Labelled(train_loader, self.dict_key_y)
+        file = None if checkpoint is None else Checkpoint(checkpoint, every, stored.choices_of(self))
         found = accumulate(
             self.model,
             self.likelihood,
@@ -228,6 +253,7 @@ class Laplace:
             self._structures,
             columns=self._columns,
             progress_bar=progress_bar,
+            checkpoint=file,
         )
         if self._hessian is not None:
             space = found.space
@@ -237,12 +263,18 @@ class Laplace:
             H.passes.check_count(found.n_data)
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
+        self._finish(found)
+        if file is not None:
+            file.remove()
+        return self
+
+    def _finish(self, found: Accumulated) -> None:
+        """Be fitted with these sums, around the model's present parameters."""
         mean = found.space.flatten(found.space.tensors(self.model))
         fitted = _Fitted(found, mean, found.states[0].finish(), Fingerprint.of(self.model))
         _check_mean_length(self._prior_mean, fitted)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
-        return self
 
     @property
     def n_params(self) -> int:
@@ -303,6 +335,76 @@ class Laplace:
         """
         shape = (positive_integer("n_samples", n_samples),)
         return self.mean + self.posterior_precision.sample(shape, generator=generator)
+
+    # -- storage ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums over the data, hyperparameters and what they are of: tensors and plain values, without the model.
+
+        ``torch.load(file, weights_only=True)`` reads them. Tensors are not copied.
+
+        Raises:
+            NotFittedError: before `fit`.
+            UnsupportedError: for a structure or a prior that cannot be stored; the message says what to do.
+        """
+        return stored.state_of(self)
+
+    @outside_inference_mode()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Be what another object was, hyperparameters included, if made with the same choices for the same model.
+
+        Args:
+            state: what its `state_dict` returned. Tensors are copied, to the device of the model.
+
+        Raises:
+            StorageError: if it is no such state, or that of other choices; the object is as it was.
+            StaleModelError: if it is that of another model, or of other values of its parameters or buffers.
+        """
+        stored.take_up(self, state)
+
+    def save(self, path: StrPath) -> None:
+        """Put the `state_dict` into one safetensors file, whole or not at all; no pickle, and no model.
+
+        Args:
+            path: of the file, in a folder that exists.
+
+        Raises:
+            NotFittedError: before `fit`.
+            StorageError: if it cannot be written; what was there stays.
+            UnsupportedError: for a structure or a prior that cannot be stored; the message says what to do.
+        """
+        write(path, stored.KIND, self.state_dict())
+
+    @classmethod
+    @outside_inference_mode()
+    def load(
+        cls,
+        path: StrPath,
+        model: nn.Module,
+        *,
+        likelihood: str | nn.Module | Likelihood | None = None,
+        hessian_structure: StructureChoice | None = None,
+        feature_map: object | None = None,
+    ) -> Laplace:
+        """The object that was saved; predictions, evidence and further fits are as they would have been.
+
+        Args:
+            path: of the file.
+            model: the model that it was fitted to, with the same parameters and buffers.
+            likelihood: the one it had, needed only where no name stands for it (such as `likelihoods.Custom`).
+            hessian_structure: likewise, such as a class of one's own that is not registered.
+            feature_map: likewise.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            StorageError: if it is damaged, of another kind, or something must be given that no file holds.
+            StaleModelError: if the model is another one, or holds other values.
+        """
+        state = read(path, stored.KIND)
+        given = stored.arguments(state, likelihood, hessian_structure)
+        la = cls(model, **given, feature_map=feature_map)
+        la.load_state_dict(state)
+        return la
 
     # -- evidence --------------------------------------------------------------------------------------------
 

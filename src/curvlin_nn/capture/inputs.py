@@ -17,23 +17,32 @@ from torch import Tensor, nn
 from curvlin_nn.errors import DataError
 
 
-def split_batch(batch: Any, where: str) -> tuple[Any, Tensor]:
+def split_batch(batch: Any, where: str, key: str = "labels") -> tuple[Any, Tensor]:
     """Inputs and targets of what a loader yields.
 
     The last of a tuple is the targets, what stands before is the input (a tuple, if there is more than one). A
-    mapping, as Hugging Face loaders yield, holds its targets under ``"labels"``.
+    mapping, as Hugging Face loaders yield, holds its targets under `key`; all else in it is the input.
 
     Raises:
         DataError: if it is neither.
     """
-    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
-        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, Mapping) and isinstance(batch.get(key), Tensor):
+        inputs = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+        del inputs[key]
+        return inputs, batch[key]
     if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[-1], Tensor):
         return batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
     raise DataError(
-        f"{where} must be a pair (inputs, targets) with targets a tensor, or a mapping with a tensor under 'labels', "
-        f"found {type(batch).__name__}"
+        f"{where} must be a pair (inputs, targets) with targets a tensor, or a mapping with a tensor under {key!r}, "
+        f"found {_outline(batch)}"
     )
+
+
+def _outline(batch: Any) -> str:
+    """What a batch is, with the names in a mapping: one of them may be the one that was meant."""
+    if not isinstance(batch, Mapping):
+        return type(batch).__name__
+    return f"{type(batch).__name__} with {', '.join(map(str, batch))}; name the targets with dict_key_y"
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -157,18 +157,26 @@ def nothing_drawn(device: torch.device, where: str) -> Iterator[None]:
     Raises:
         StochasticModelError: if it does not.
     """
-    before = _random_state(device)
+    before = random_state(device)
     yield
-    if not all(map(torch.equal, before, _random_state(device))):
+    if not all(map(torch.equal, before, random_state(device))):
         raise StochasticModelError(
             f"the model drew random numbers on {where}, expected the same outputs each time in evaluation mode; is "
             "dropout applied with training=True?"
         )
 
 
-def _random_state(device: torch.device) -> list[Tensor]:
+def random_state(device: torch.device) -> list[Tensor]:
+    """Of torch's default generators: on the CPU, and on `device` if that is a GPU."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Put torch's default generators where they were."""
+    torch.set_rng_state(states[0].cpu())
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1].cpu(), device)
 
 
 def prepared(model: nn.Module, x: Any, where: str) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,13 @@ class Likelihood(ABC):
     is_linear: ClassVar[bool] = True
     link_approximations: Mapping[str, LinkApproximation] = {}
     event_ndim: int = 1
+
+    def options(self) -> dict[str, Any] | None:
+        """The arguments that make this member of its family again, as tensors and plain values.
+
+        None where no file can hold them; a family whose constructor takes none has none.
+        """
+        return {} if type(self).__init__ is object.__init__ else None
 
     @abstractmethod
     def check(self, outputs: Float[Tensor, N * T], targets: Tensor, where: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,10 @@ class Bernoulli(Likelihood):
     ) -> None:
         self.weight = _check.weights("weight", 1.0 if weight is None else weight)
         self.pos_weight = _check.weights("pos_weight", 1.0 if pos_weight is None else pos_weight)
+
+    def options(self) -> dict[str, Any]:
+        """See `Likelihood.options`."""
+        return {"weight": self.weight, "pos_weight": self.pos_weight}
 
     def check(self, outputs: Float[Tensor, N * T], targets: Tensor, where: str) -> Float[Tensor, "N R 2"]:
         """``(t_0, t_1)`` of each term."""

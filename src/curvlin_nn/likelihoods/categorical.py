@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,11 @@ class Categorical(Likelihood):
                 f"weight must hold a number for each class, found shape {tuple(self.weight.shape)}"
             )
         self.label_smoothing, self.ignore_index, self.class_dim = label_smoothing, ignore_index, class_dim
+
+    def options(self) -> dict[str, Any]:
+        """See `Likelihood.options`."""
+        names = ("weight", "label_smoothing", "ignore_index", "class_dim")
+        return {name: getattr(self, name) for name in names}
 
     def check(
         self, outputs: Float[Tensor, N * T], targets: Tensor, where: str

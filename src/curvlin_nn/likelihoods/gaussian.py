@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -39,14 +40,21 @@ class Gaussian(Likelihood):
         if variances is not None and covariance is not None:
             raise ValueError("variances and covariance exclude each other; give one")
         self._factor: Tensor | None = None  # L of Sigma = L L^T, or its diagonal
+        self._options: dict[str, Any] = {}
         if variances is not None:
-            self._factor = _check.variances("variances", variances).sqrt()
+            self._options["variances"] = _check.variances("variances", variances)
+            self._factor = self._options["variances"].sqrt()
             if self._factor.ndim > 1:
                 raise ValueError(
                     f"variances must be a number or one for each output, found shape {tuple(self._factor.shape)}"
                 )
         if covariance is not None:
             self._factor = _cholesky(covariance)
+            self._options["covariance"] = covariance.detach()
+
+    def options(self) -> dict[str, Any]:
+        """See `Likelihood.options`."""
+        return dict(self._options)
 
     def check(self, outputs: Float[Tensor, N * T], targets: Tensor, where: str) -> Float[Tensor, "N R E"]:
         """See `Likelihood.check`."""

@@ -32,12 +32,21 @@ def named(name: object) -> Likelihood:
     Raises:
         UnsupportedError: if there is none.
     """
+    return family(name)()
+
+
+def family(name: object) -> type[Likelihood]:
+    """The family of that name.
+
+    Raises:
+        UnsupportedError: if there is none.
+    """
     if isinstance(name, str):
         if name in _FAMILIES:
-            return _FAMILIES[name]()
+            return _FAMILIES[name]
         for point in entry_points(group=ENTRY_POINTS, name=name):
-            family: type[Likelihood] = point.load()
-            return family()
+            loaded: type[Likelihood] = point.load()
+            return loaded
     raise UnsupportedError(
         f"likelihood {name!r:.80} is not supported; expected {one_of(available())}, a loss of torch or a "
         "curvlin_nn.likelihoods.Likelihood"

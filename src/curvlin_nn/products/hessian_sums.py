@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -115,6 +116,14 @@ class HessianSum:
             self._definite_matrix(block, f"block {b} of the Hessian") for b, block in enumerate(self.blocks)
         ]
         return BlockDiag([Dense(part) for part in parts], consecutive(self.sizes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, as tensors and plain values."""
+        return {"blocks": self.blocks, "resolution": self.resolution}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold the sums that another one held."""
+        self.blocks, self.resolution = list(state["blocks"]), state["resolution"]
 
     def _definite_matrix(self, matrix: Float[Tensor, "D D"], where: str) -> Float[Tensor, "D D"]:
         matrix = (matrix + matrix.mT) / 2

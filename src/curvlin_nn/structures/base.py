@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.capture import Captures
+from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.parameters import ParameterSpace
 
 SelfT = TypeVar("SelfT", bound="Structure")
@@ -56,6 +57,32 @@ class Structure(ABC):
     @abstractmethod
     def finish(self) -> PrecisionOperator:
         """The curvature of everything seen, over the flat parameters, float64; the state stays as it is."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the state holds of the data, at any time, the middle of a pass included.
+
+        Returns:
+            Tensors and plain values (numbers, strings, None), in lists and dicts with names as keys. Tensors need not
+            be copied. What the constructor is given is not part of it.
+
+        Raises:
+            UnsupportedError: unless the structure says what it holds.
+        """
+        raise UnsupportedError(
+            f"structure {type(self).__name__} cannot be stored, expected methods state_dict and load_state_dict; "
+            "define them, as docs/reference/extend.md shows"
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold what another state held; asked of one that was made with the same options and has seen nothing.
+
+        Args:
+            state: what `state_dict` gave, tuples as lists; tensors are this state's own, on the device of the model.
+        """
+        raise UnsupportedError(
+            f"structure {type(self).__name__} cannot be stored, expected methods state_dict and load_state_dict; "
+            "define them, as docs/reference/extend.md shows"
+        )
 
 
 StructureFactory = Callable[[ParameterSpace], Structure]

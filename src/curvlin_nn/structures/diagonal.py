@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,6 +39,14 @@ class Diagonal(Structure):
         """See `Structure.finish`."""
         assert self._diagonal is not None
         return DiagonalOperator(self._diagonal)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Structure.state_dict`."""
+        return {"diagonal": self._diagonal}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Structure.load_state_dict`."""
+        self._diagonal = state["diagonal"]
 
 
 def squares(block: Block) -> Float[Tensor, " size"]:

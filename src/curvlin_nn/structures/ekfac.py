@@ -8,6 +8,7 @@ Frobenius norm, so no KFAC with that basis is nearer. Biases are exact dense blo
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,12 +80,26 @@ class EKFAC(Kronecker):
                 )
         return BlockDiag(blocks, partition([factors.place for factors in self._blocks]))
 
+    def state_dict(self) -> dict[str, Any]:
+        """See `Structure.state_dict`."""
+        return {**super().state_dict(), "bases": self._bases, "squares": self._squares}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Structure.load_state_dict`."""
+        super().load_state_dict(state)
+        bases, squares = state["bases"], state["squares"]
+        self._bases = (
+            None if bases is None else tuple(None if pair is None else tuple(pair) for pair in bases)
+        )
+        self._squares = tuple(squares)
+
 
 def _eigenbases(product: tuple[Tensor, Tensor] | None) -> _Bases | None:
     if product is None:
         return None
     left, right = product
-    return torch.linalg.eigh(left).eigenvectors, torch.linalg.eigh(right).eigenvectors
+    QB, QA = (torch.linalg.eigh(factor).eigenvectors.contiguous() for factor in (left, right))
+    return QB, QA  # contiguous, as they are in files: products of other layouts round otherwise
 
 
 def _rotated(block: Block, bases: _Bases) -> Block:

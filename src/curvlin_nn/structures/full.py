@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -58,6 +59,14 @@ class Full(Structure):
         H = self._upper.triu()
         H += H.triu(1).mT
         return Dense(H)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Structure.state_dict`."""
+        return {"upper": self._upper}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Structure.load_state_dict`."""
+        self._upper = state["upper"]
 
 
 def _chunks(captures: Captures) -> Iterator[list[Block]]:

@@ -6,6 +6,7 @@ Products are in float64 unless another dtype is asked for, sums of products in f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -79,6 +80,17 @@ class GramSum:
             tile = value[start:stop, start:stop]
             tile.copy_(tile.triu() + tile.triu(1).mT)  # symmetric beyond the rounding of a product
         return value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows that wait as they are: multiplied together now, they would not round as they will."""
+        return {"size": self.size, "waiting": list(self._waiting), "sum": self._sum}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], dtype: torch.dtype) -> GramSum:
+        """The sum that had this `state_dict`."""
+        gram = cls(state["size"], dtype)
+        gram._waiting, gram._sum = list(state["waiting"]), state["sum"]
+        return gram
 
     def _settle(self) -> None:
         if self._waiting:

@@ -13,6 +13,7 @@ dense blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -50,7 +51,8 @@ class _Half:
         norm = held.norm()
         held = held / torch.where(norm > 0, norm, 1.0)
         eigenvalues, vectors = torch.linalg.eigh(held)
-        return cls(held, vectors * eigenvalues.clamp(min=0).sqrt(), holds_right, torch.zeros_like(other))
+        root = (vectors * eigenvalues.clamp(min=0).sqrt()).contiguous()  # as in files; see `EKFAC`
+        return cls(held, root, holds_right, torch.zeros_like(other))
 
     @property
     def product(self) -> tuple[Tensor, Tensor]:
@@ -149,3 +151,17 @@ class KFOC(Kronecker):
             for factors, half in zip(self._blocks, self._halves, strict=True)
         ]
         return BlockDiag(blocks, partition([factors.place for factors in self._blocks]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Structure.state_dict`."""
+        halves = self._halves
+        held = None if halves is None else [None if half is None else vars(half) for half in halves]
+        return {**super().state_dict(), "halves": held}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Structure.load_state_dict`."""
+        super().load_state_dict(state)
+        held = state["halves"]
+        self._halves = (
+            None if held is None else tuple(None if half is None else _Half(**half) for half in held)
+        )

@@ -23,6 +23,8 @@ Positions of ignored terms are left out of a's sums and of S where a sample has 
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,14 +48,49 @@ MAX_BLOCK = 2**14
 class _Factors:
     """Sums over data for one block: of ``g g^T``, of ``a a^T`` (None for a bias), and of positions."""
 
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
-        self.place = block.place
-        natural = block.uses[0] if block.uses else block
-        self.left = GramSum(natural.shape[0], dtype)
-        self.right = None if block.right is None else GramSum(natural.shape[1], dtype)
-        self.positions = 0
-        self.turned = _Factors(block.uses[1], dtype) if block.uses else None
+    def __init__(
+        self,
+        place: Place,
+        left: GramSum,
+        right: GramSum | None,
+        positions: int = 0,
+        turned: _Factors | None = None,
+    ) -> None:
+        self.place, self.left, self.right, self.positions, self.turned = place, left, right, positions, turned
         self.same_left: _Factors | None = None
+
+    @classmethod
+    def for_block(cls, block: Block, dtype: torch.dtype) -> _Factors:
+        """Sums of nothing, of the sizes of a block."""
+        natural = block.uses[0] if block.uses else block
+        right = None if block.right is None else GramSum(natural.shape[1], dtype)
+        turned = cls.for_block(block.uses[1], dtype) if block.uses else None
+        return cls(block.place, GramSum(natural.shape[0], dtype), right, turned=turned)
+
+    @classmethod
+    def of(cls, state: dict[str, Any], before: _Factors | None, dtype: torch.dtype) -> _Factors:
+        """The sums that had this `state_dict`, of the block that stands after those of `before`."""
+        left, right, turned = state["left"], state["right"], state["turned"]
+        factors = cls(
+            Place(**state["place"]),
+            GramSum(state["place"]["out"], dtype) if left is None else GramSum.of(left, dtype),
+            None if right is None else GramSum.of(right, dtype),
+            state["positions"],
+            None if turned is None else cls.of(turned, None, dtype),
+        )
+        if left is None and before is not None:
+            factors.share(before)
+        return factors
+
+    def state_dict(self) -> dict[str, Any]:
+        """As tensors and plain values; a left sum that is that of the block before is left out."""
+        return {
+            "place": asdict(self.place),
+            "left": None if self.same_left is not None else self.left.state_dict(),
+            "right": None if self.right is None else self.right.state_dict(),
+            "positions": self.positions,
+            "turned": None if self.turned is None else self.turned.state_dict(),
+        }
 
     def add(self, block: Block, captures: Captures, *, reduce: bool) -> None:
         """Add one batch; with columns that are not its first, inputs have counted already."""
@@ -199,7 +236,7 @@ class Kronecker(Structure):
         if self._blocks:
             self._check_places([block.place for block in blocks])
             return
-        self._blocks = tuple(_Factors(block, self._dtype) for block in blocks)
+        self._blocks = tuple(_Factors.for_block(block, self._dtype) for block in blocks)
         for index in range(1, len(blocks)):
             if blocks[index].right is None and _see_the_same(blocks[index], blocks[index - 1]):
                 self._blocks[index].share(self._blocks[index - 1])
@@ -240,3 +277,14 @@ class Kronecker(Structure):
             [factors.operator() for factors in self._blocks],
             partition([factors.place for factors in self._blocks]),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Structure.state_dict`."""
+        return {"blocks": [factors.state_dict() for factors in self._blocks]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Structure.load_state_dict`."""
+        blocks: list[_Factors] = []
+        for of_block in state["blocks"]:
+            blocks.append(_Factors.of(of_block, blocks[-1] if blocks else None, self._dtype))
+        self._blocks = tuple(blocks)

@@ -7,6 +7,8 @@ Udell & Cevher, 2017, algorithm 3). A pass over the data multiplies all columns 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -59,7 +61,7 @@ class LowRank(Structure):
         """See `Structure.begin`."""
         if pass_index > 0:
             assert self._Y is not None
-            self._X = torch.linalg.qr(self._Y).Q
+            self._X = _orthonormal(self._Y)
         self._Y = self._trace = None
 
     def update(self, captures: Captures) -> None:
@@ -69,7 +71,7 @@ class LowRank(Structure):
             width = min(self.space.size, self._rank + self._oversampling)
             like = torch.empty(0, dtype=torch.float64, device=Phi.device)
             noise = standard_normal((self.space.size, width), torch.Size(), self._generator, like)
-            self._X = torch.linalg.qr(noise).Q
+            self._X = _orthonormal(noise)
         product = Phi.to(torch.float64)
         Y, trace = product.T @ (product @ self._X), _trace(captures)
         self._Y = Y if self._Y is None else self._Y + Y
@@ -102,6 +104,14 @@ class LowRank(Structure):
         U = self.approximation().U
         return LowRankPlusDiag(U.new_zeros(len(U)), U)
 
+    def state_dict(self) -> dict[str, Any]:
+        """See `Structure.state_dict`."""
+        return {"X": self._X, "Y": self._Y, "trace": self._trace}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Structure.load_state_dict`."""
+        self._X, self._Y, self._trace = state["X"], state["Y"], state["trace"]
+
 
 def check_numbers(rank: int, oversampling: int, passes: int) -> None:
     """Whether these are numbers that the structure can work with.
@@ -112,6 +122,11 @@ def check_numbers(rank: int, oversampling: int, passes: int) -> None:
     for name, value, least in (("rank", rank, 1), ("oversampling", oversampling, 0), ("passes", passes, 1)):
         if not isinstance(value, int) or value < least:
             raise UnsupportedError(f"{name} must be an integer of at least {least}, found {value!r}")
+
+
+def _orthonormal(Y: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
+    """Columns of the same span; contiguous, as they are in files: products of other layouts round otherwise."""
+    return torch.linalg.qr(Y).Q.contiguous()
 
 
 def _nystrom(X: Float[Tensor, "P K"], Y: Float[Tensor, "P K"], rank: int) -> Float[Tensor, "P rank"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -80,6 +81,16 @@ class SideBySide(Structure):
                 blocks.append(operator)
                 indices.append(coordinates)
         return BlockDiag(blocks, indices)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Structure.state_dict`."""
+        return {"pass": self._pass, "parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Structure.load_state_dict`."""
+        self._pass = state["pass"]
+        for part, of_part in zip(self._parts, state["parts"], strict=True):
+            part.load_state_dict(of_part)
 
     def _unfinished(self) -> list[Structure]:
         return [part for part in self._parts if self._pass < part.passes]

@@ -1,0 +1,134 @@
+"""What a `Laplace` object is made of, as tensors and plain values; the model itself is not part of it.
+
+A posterior is valid around the parameters that it was fitted to, and predictions run through all others and through
+buffers, so that names, shapes, dtypes and checksums of the values of all are stored, and asked of the model that it is
+loaded for. The sums over the data are stored, not what is made of them: a fit goes on from them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from curvlin_nn.capture.state import device_of
+from curvlin_nn.curvature import Accumulated
+from curvlin_nn.errors import StorageError
+from curvlin_nn.fingerprint import check_same
+from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.parameters import ParameterSpace, Selection
+from curvlin_nn.products.hessian_sums import HessianSum
+from curvlin_nn.storage import options, plain
+from curvlin_nn.storage.files import VERSION
+from curvlin_nn.structures import StructureChoice
+
+if TYPE_CHECKING:
+    from curvlin_nn.laplace import Laplace
+
+KIND = "curvlin_nn.Laplace"
+"""What a file of this kind says that it is."""
+
+CHOICES = ("likelihood", "subset_of_weights", "hessian_structure", "curvature", "indefinite")
+"""The arguments of the constructor that decide what is summed over the data."""
+
+_HYPERPARAMETERS = ("prior_mean", "sigma_noise", "temperature")
+
+
+def choices_of(la: Laplace) -> dict[str, Any]:
+    """What is summed over the data, by the names of the arguments; a predicate by the parameters that it chooses."""
+    subset: Selection | list[str] = la.subset_of_weights
+    if callable(subset):
+        subset = list(ParameterSpace.of(la.model, subset).names)
+    return {
+        "likelihood": options.of_likelihood(la.likelihood),
+        "subset_of_weights": subset if isinstance(subset, str) else list(subset),
+        "hessian_structure": la._hessian[0] if la._hessian else options.of_structure(la._structures[0]),
+        "curvature": la._curvature,
+        "indefinite": la._hessian[1] if la._hessian else "raise",
+    }
+
+
+def state_of(la: Laplace) -> dict[str, Any]:
+    """See `Laplace.state_dict`."""
+    fit = la._fit
+    return {
+        "version": VERSION,
+        **choices_of(la),
+        "generator": options.of_generator(la._columns.generator),
+        "prior_precision": options.of_prior(la.prior_precision),
+        "prior_structure": la._prior_structure,
+        "prior_mean": la.prior_mean.detach(),
+        "sigma_noise": la.sigma_noise.detach(),
+        "temperature": la.temperature,
+        "model": fit.fingerprint.state_dict(),
+        "sums": fit.accumulated.state_dict(),
+    }
+
+
+def arguments(
+    state: dict[str, Any],
+    likelihood: str | nn.Module | Likelihood | None,
+    hessian_structure: StructureChoice | None,
+) -> dict[str, Any]:
+    """What the constructor takes to make an object that a state fits, some of it given again.
+
+    Raises:
+        StorageError: if something must be given that is not, or no generator can be made on this machine.
+    """
+    structure = state["hessian_structure"]
+    return {
+        "likelihood": options.to_likelihood(state["likelihood"], likelihood),
+        "subset_of_weights": state["subset_of_weights"],
+        "hessian_structure": structure
+        if isinstance(structure, str)
+        else options.to_structure(structure, hessian_structure),
+        "curvature": state["curvature"],
+        "indefinite": state["indefinite"],
+        "generator": options.to_generator(state["generator"]),
+    }
+
+
+def take_up(la: Laplace, state: dict[str, Any]) -> None:
+    """See `Laplace.load_state_dict`."""
+    _check(la, state)
+    check_same(state["model"], la.model)
+    found = Accumulated.of(state["sums"], la.model, la._structures or [_hessian_of(la)])
+    changed = copy.copy(la)
+    changed._fitted = None
+    changed._prior_structure = state["prior_structure"]
+    precision = plain.with_tensors(torch.clone, state["prior_precision"])
+    changed.prior_precision = options.to_prior(precision, device_of(la.model))
+    for name in _HYPERPARAMETERS:
+        setattr(changed, name, plain.with_tensors(torch.clone, state[name]))
+    changed._finish(found)
+    vars(la).update(vars(changed))
+
+
+def _check(la: Laplace, state: dict[str, Any]) -> None:
+    expected = {"version", *CHOICES, "prior_precision", "prior_structure", *_HYPERPARAMETERS, "model", "sums"}
+    if missing := sorted(expected - set(state if isinstance(state, dict) else ())):
+        raise StorageError(
+            f"state has no {missing[0]!r}, expected what Laplace.state_dict returns; give that"
+        )
+    if state["version"] > VERSION:
+        raise StorageError(
+            f"state is of version {state['version']}, expected at most {VERSION}; upgrade curvlin"
+        )
+    for name, choice in options.without_randomness(choices_of(la)).items():
+        if not plain.equal(choice, options.without_randomness(state[name])):
+            raise StorageError(
+                f"state is that of an object with another {name}; make this one with the same, or use Laplace.load"
+            )
+
+
+def _hessian_of(la: Laplace) -> Callable[[ParameterSpace], HessianSum]:
+    assert la._hessian is not None
+    structure, indefinite = la._hessian
+
+    def empty(space: ParameterSpace) -> HessianSum:
+        return HessianSum(structure, indefinite, tuple(shape.numel() for shape in space.shapes), [], 0.0)
+
+    return empty
