@@ -236,9 +236,7 @@ def _memory(operators: list[PrecisionOperator]) -> int:
 
 def _cells(layer: LayerSummary) -> Iterator[str]:
     yield f"{layer.kind} {layer.name}".rstrip()
-    yield ", ".join(
-        f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in layer.shapes.items()
-    )
+    yield ", ".join(f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in layer.shapes.items())
     yield str(layer.n_params)
     yield ", ".join(layer.structures)
     yield ", ".join(layer.served)
