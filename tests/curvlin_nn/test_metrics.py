@@ -1,4 +1,4 @@
-"""Metrics: against sums written by hand, their defining integrals, and scikit-learn and torchmetrics where these are right."""
+"""Metrics: against sums written by hand, their defining integrals, scikit-learn, and torchmetrics where it is right."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def test_gaussians_that_do_not_fit_are_refused(mean, variance, y, error, message
 
 def test_gaussians_out_of_range_are_refused():
     one = torch.ones(3)
-    with pytest.raises(OutputError, match="positive and finite, found 0; .* observation_noise=True"):
+    with pytest.raises(OutputError, match=r"positive and finite, found 0; .* observation_noise=True"):
         metrics.crps(one, torch.tensor([1.0, 0.0, 1.0]), one)
     with pytest.raises(OutputError, match="mean must be real and finite"):
         metrics.rmse(one * math.nan, one)

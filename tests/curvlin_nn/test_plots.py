@@ -200,6 +200,8 @@ def test_evidence_curve_is_the_evidence_and_marks_where_it_is():
     for k in (0, 17, 60):
         assert y[k] == float(la.log_marginal_likelihood(float(x[k])))
     assert point.get_xydata().tolist() == [[2.0, float(la.log_marginal_likelihood())]]
+    bottom, top = ax.get_ylim()
+    assert min(y[0], y[-1]) < bottom < max(y[0], y[-1]) < max(y) < top
     optimum = la.optimize_prior_precision()
     assert max(y) <= optimum.log_marginal_likelihood
     grid = torch.tensor([1.0, 3.0])

@@ -65,7 +65,8 @@ def spectrum(la: Laplace, *, of: str = "curvature", ax: Axes | None = None) -> A
         rank = torch.arange(1, len(index) + 1) / len(index)
         seen = (ordered > 0).cpu()
         colour = colours(0.88 * position / max(len(lines) - 1, 1))
-        ax.plot(array(rank[seen]), array(ordered[seen]), color=colour, lw=1.8, label=label)
+        marker = "." if len(index) == 1 else ""  # of one point there is no line
+        ax.plot(array(rank[seen]), array(ordered[seen]), marker=marker, color=colour, lw=1.8, label=label)
     if grouped:
         least, largest = float(shift.min()), float(shift.max())
         if least < largest:
@@ -75,7 +76,7 @@ def spectrum(la: Laplace, *, of: str = "curvature", ax: Axes | None = None) -> A
         # Far below the prior nothing matters, and rounding is all there is.
         bottom = least * (1e-6 if of == "curvature" else 0.5)
         ax.set(ylim=(bottom, 2 * (largest + float(eigenvalues.max()))))
-    ax.set(yscale="log", xlim=(0, 1), xlabel="rank of the eigenvalue / size of the block")
+    ax.set(yscale="log", xlim=(0, 1.01), xlabel="rank of the eigenvalue / size of the block")
     ax.set(ylabel=f"eigenvalue of the {of}")
     ax.legend(frameon=False, title="above the prior" if grouped else None)
     return ax
@@ -112,6 +113,8 @@ def kronecker_factor(
     ax = axes(ax)
     bound = float(matrix.abs().max()) or 1.0
     image = ax.imshow(array(matrix), cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     ax.set_title(f"{side} factor, {len(matrix)} x {len(matrix)}")
     ax.figure.colorbar(image, ax=ax, shrink=0.8)
     return ax
@@ -125,7 +128,7 @@ def evidence_curve(
     Args:
         la: a fitted posterior, which stays as it is; a point marks its prior precision if that is one number.
         prior_precision: where to evaluate; None takes 61 numbers within a factor of 1000 of the present one, or of 1.
-        ax: where to draw.
+        ax: where to draw. Where the maximum lies within, what is lower than the higher of the two ends is cut off.
 
     Raises:
         NotPositiveDefiniteError: if a prior precision is lost in the rounding of the curvature.
@@ -147,6 +150,9 @@ def evidence_curve(
             )
             ax.legend(frameon=False)
     ax.plot(array(prior_precision), array(values), color=BLUE, lw=1.8)
+    top, end = float(values.max()), float(torch.maximum(values[0], values[-1]))
+    if end < top:  # the end that falls off fastest would leave the maximum no room
+        ax.set_ylim(end - 0.05 * (top - end), top + 0.05 * (top - end))
     ax.set(xscale="log", xlabel="prior precision", ylabel="log marginal likelihood (nats)")
     return ax
 

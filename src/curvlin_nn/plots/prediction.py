@@ -38,6 +38,7 @@ def reliability_diagram(bins: CalibrationBins, *, min_count: int = 1, ax: Axes |
     )
     ax.plot(confidence, confidence, ".", color=ORANGE, ms=7, zorder=4)
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
+    ax.legend(frameon=False, loc="upper left")
     return ax
 
 
@@ -51,7 +52,7 @@ def confidence_histogram(bins: CalibrationBins, *, ax: Axes | None = None) -> Ax
     ax = axes(ax)
     share, width = bins.count / bins.count.sum(), bins.edges.diff()
     ax.bar(array(bins.edges[:-1]), array(share), array(width), **_BARS, color=GREY)
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="share of predictions")
+    ax.set(xlim=(0, 1), xlabel="confidence", ylabel="share of predictions")
     return ax
 
 
@@ -107,6 +108,7 @@ def predictive_band(
     ax.plot(array(x), array(mean), color=BLUE, lw=1.8, label="mean")
     if data is not None:
         ax.plot(*(array(t.flatten()) for t in data), ".", color="black", ms=3.5, label="data")
+    ax.legend(frameon=False)
     return ax
 
 
