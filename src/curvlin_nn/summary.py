@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -82,7 +83,10 @@ class Summary:
     log_marginal_likelihood: float
 
     def __rich__(self) -> RenderableType:
-        layers = Table(title=f"Laplace approximation, {self.likelihood}", title_justify="left")
+        title = f"Laplace approximation, {self.likelihood}"
+        layers = Table(
+            title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        )
         layers.add_column("layer")
         layers.add_column("parameters")
         layers.add_column("number", justify="right")

@@ -74,8 +74,11 @@ def spectrum(la: Laplace, *, of: str = "curvature", ax: Axes | None = None) -> A
         else:
             ax.axhline(least, color=ORANGE, lw=1.2, ls="--")
         # Far below the prior nothing matters, and rounding is all there is.
-        bottom = least * (1e-6 if of == "curvature" else 0.5)
-        ax.set(ylim=(bottom, 2 * (largest + float(eigenvalues.max()))))
+        positive = eigenvalues[eigenvalues > 0]
+        bottom = (
+            least if of == "posterior" else max(1e-6 * least, float(positive.min()) if len(positive) else 0.0)
+        )
+        ax.set(ylim=(bottom / 2, 2 * (largest + float(eigenvalues.max()))))
     ax.set(yscale="log", xlim=(0, 1.01), xlabel="rank of the eigenvalue / size of the block")
     ax.set(ylabel=f"eigenvalue of the {of}")
     ax.legend(frameon=False, title="above the prior" if grouped else None)
