@@ -34,7 +34,7 @@ class LayerSummary:
         shapes: of its parameters, by name.
         n_params: how many numbers these are.
         structures: the operators that its curvature is made of, each once.
-        served: how its parameters are captured, each way once; see `Recorder.served`.
+        served: how its parameters are captured, each way once, as far as is known; see `Recorder.served`.
         prior_precision: the least and the largest over its coordinates; None for a prior given as an operator.
         effective_parameters: ``gamma = sum_i (1 - delta_i (P^-1)_ii)``, between 0 and `n_params`: how many of them the
             data determine rather than the prior (MacKay, 1992). None for a prior given as an operator.
@@ -164,7 +164,9 @@ def summarise(
                 shapes={parameter.rpartition(".")[2]: shapes[parameter] for parameter in parameters},
                 n_params=int(here.sum()),
                 structures=structures[k],
-                served=tuple(dict.fromkeys(served[parameter] for parameter in parameters)),
+                served=tuple(
+                    dict.fromkeys(served[parameter] for parameter in parameters if parameter in served)
+                ),
                 prior_precision=None if delta is None else (float(delta.min()), float(delta.max())),
                 effective_parameters=None if gamma is None else float(gamma[k]),
                 memory=memory[k],
@@ -243,7 +245,7 @@ def _cells(layer: LayerSummary) -> Iterator[str]:
     yield ", ".join(f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in layer.shapes.items())
     yield str(layer.n_params)
     yield ", ".join(layer.structures)
-    yield ", ".join(layer.served)
+    yield ", ".join(layer.served) or "-"
     if layer.prior_precision is None:
         yield "operator"
     else:

@@ -183,6 +183,7 @@ def test_gradients_of_proper_scores(predictions):
         (torch.eye(3), [0.0, 1.0, 2.0], DataError, "integer labels, found dtype torch.float32"),
         (torch.eye(3), torch.eye(3).tolist(), DataError, "labels of shape"),
         (torch.tensor([[0.5], [0.5]]), [0.0, 0.5], DataError, "labels in 0 .. 1, found 0.5"),
+        ([[0.5, 0.5]], [0], OutputError, "must be a tensor, found list"),
         (torch.empty(0, 3), torch.empty(0, dtype=torch.long), DataError, "no targets that count"),
     ],
 )

@@ -204,10 +204,12 @@ def test_evidence_curve_is_the_evidence_and_marks_where_it_is():
     assert min(y[0], y[-1]) < bottom < max(y[0], y[-1]) < max(y) < top
     optimum = la.optimize_prior_precision()
     assert max(y) <= optimum.log_marginal_likelihood
-    grid = torch.tensor([1.0, 3.0])
+    grid = torch.tensor([3.0, 1.0])
     layered = fitted(prior_precision=torch.ones(6), prior_structure="layerwise")
     (only,) = plots.evidence_curve(layered, grid).lines
     assert only.get_xdata().tolist() == [1, 3]
+    with pytest.raises(ValueError, match="prior_precision must be positive and finite"):
+        plots.evidence_curve(la, torch.tensor([1.0, -1.0]))
 
 
 # -- all of them -----------------------------------------------------------------------------------------------------

@@ -23,9 +23,8 @@ def distributions(probabilities: Float[Tensor, "*N C"], *, log: bool = False) ->
             their dtype's precision.
     """
     name = "log_probabilities" if log else "probabilities"
-    if not isinstance(probabilities, Tensor) or not probabilities.is_floating_point():
-        found = probabilities.dtype if isinstance(probabilities, Tensor) else type(probabilities).__name__
-        raise OutputError(f"{name} must be a floating tensor, found {found}")
+    if not tensor(name, probabilities, OutputError).is_floating_point():
+        raise OutputError(f"{name} must be a floating tensor, found {probabilities.dtype}")
     if probabilities.ndim < 2 or probabilities.shape[-1] == 0:
         raise OutputError(
             f"{name} must have shape (N, ..., C) with classes along the last axis, found shape "
@@ -69,6 +68,7 @@ def labels(
     Raises:
         DataError: if targets have the wrong shape or dtype, or labels out of range.
     """
+    tensor("targets", targets, DataError)
     shape = tuple(p.shape[:-1])
     if n_columns == 1 and tuple(targets.shape) == (*shape, 1):
         targets = targets.squeeze(-1)
@@ -122,7 +122,7 @@ def gaussians(
     """
     rows, y = paired(mean, targets)
     k = rows.shape[1]
-    spread = variance.double()
+    spread = tensor("variance", variance, OutputError).double()
     if variance.shape == mean.shape:
         spread = spread.reshape(rows.shape)
     elif tuple(variance.shape) != (*rows.shape, k):
@@ -157,24 +157,37 @@ def paired(
         OutputError: if a mean is not finite.
         DataError: if shapes differ, there are no samples, or a target is not finite.
     """
+    tensor("mean", mean, OutputError)
+    tensor("targets", targets, DataError)
     if mean.ndim == 0 or mean.shape != targets.shape:
         raise DataError(
             f"targets must have the shape (N, ...) of the mean, {tuple(mean.shape)}, found {tuple(targets.shape)}"
         )
     not_empty(mean, "samples")
-    for name, tensor, error in (("mean", mean, OutputError), ("targets", targets, DataError)):
-        if tensor.is_complex() or not bool(torch.isfinite(tensor).all()):
+    for name, values, error in (("mean", mean, OutputError), ("targets", targets, DataError)):
+        if values.is_complex() or not bool(torch.isfinite(values).all()):
             raise error(f"{name} must be real and finite")
     rows = mean.double().reshape(len(mean), -1)
     return rows, targets.to(rows).reshape(rows.shape)
 
 
-def not_empty(tensor: Tensor, what: str) -> Tensor:
+def tensor(name: str, value: object, error: type[ValueError]) -> Tensor:
+    """The value itself.
+
+    Raises:
+        ValueError: the `error`, if it is no tensor.
+    """
+    if not isinstance(value, Tensor):
+        raise error(f"{name} must be a tensor, found {type(value).__name__}")
+    return value
+
+
+def not_empty(values: Tensor, what: str) -> Tensor:
     """The tensor itself.
 
     Raises:
         DataError: if it has no rows.
     """
-    if tensor.numel() == 0:
+    if values.numel() == 0:
         raise DataError(f"found no {what}, expected at least one")
-    return tensor
+    return values

@@ -13,7 +13,7 @@ from curvlin_nn.metrics._check import classes, not_empty
 from curvlin_nn.metrics.classification import hits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CalibrationBins:
     """Predictions sorted into bins by their confidence, as sums, so that those of two data sets add up.
 

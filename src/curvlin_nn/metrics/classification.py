@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -83,4 +82,4 @@ def hits(p: Float[Tensor, "M C"], y: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
 
 def squared_distance(p: Float[Tensor, "M C"], y: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
     """``|p - e_y|^2``."""
-    return (p - F.one_hot(y, p.shape[-1])).square().sum(-1)
+    return p.scatter_add(-1, y[:, None], -torch.ones_like(p[:, :1])).square().sum(-1)

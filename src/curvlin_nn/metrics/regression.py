@@ -66,9 +66,8 @@ def crps_from_samples(samples: Float[Tensor, S * N * C], targets: Float[Tensor, 
     """
     if samples.ndim < 2 or len(samples) < 2:
         raise OutputError(f"samples must have shape (S, N, ...) with S >= 2, found {tuple(samples.shape)}")
-    draws = torch.stack([paired(draw, targets)[0] for draw in samples])
     _, y = paired(samples[0], targets)
-    n = len(draws)
+    n, draws = len(samples), paired(samples, samples)[0].reshape(-1, *y.shape)
     # The s-th smallest of n draws stands on the larger side of s pairs, and on the smaller one of n - 1 - s.
     rank = torch.arange(n, dtype=draws.dtype, device=draws.device)
     spread = torch.einsum("s,snk->nk", 2 * rank - (n - 1), draws.sort(0).values) / (n * (n - 1))

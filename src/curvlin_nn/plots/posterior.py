@@ -15,7 +15,7 @@ from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.laplace import Laplace
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.plots._canvas import BLUE, ORANGE, array, axes, matplotlib
-from curvlin_nn.prior import GroupedPrior
+from curvlin_nn.prior import GroupedPrior, check_precision
 from curvlin_nn.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def kronecker_factor(
     bound = float(matrix.abs().max()) or 1.0
     image = ax.imshow(array(matrix), cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.set_major_locator(matplotlib("matplotlib.ticker").MaxNLocator(integer=True))
     ax.set_title(f"{side} factor, {len(matrix)} x {len(matrix)}")
     ax.figure.colorbar(image, ax=ax, shrink=0.8)
     return ax
@@ -134,6 +134,7 @@ def evidence_curve(
         ax: where to draw. Where the maximum lies within, what is lower than the higher of the two ends is cut off.
 
     Raises:
+        ValueError: if `prior_precision` is empty or not positive.
         NotPositiveDefiniteError: if a prior precision is lost in the rounding of the curvature.
     """
     ax = axes(ax)
@@ -144,6 +145,7 @@ def evidence_curve(
     if prior_precision is None:
         middle = 1.0 if present is None else float(present)
         prior_precision = middle * torch.logspace(-3, 3, 61, dtype=torch.float64)
+    prior_precision = check_precision(prior_precision).reshape(-1).sort().values
     with torch.no_grad():
         values = torch.stack([la.log_marginal_likelihood(delta) for delta in prior_precision])
         if present is not None:
