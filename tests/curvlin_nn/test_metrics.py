@@ -346,6 +346,13 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch):
     with pytest.raises(ImportError, match=r"extra 'metrics'.*pip install 'curvlin\[metrics\]'"):
         metrics.auroc(torch.rand(3), torch.rand(3))
 
+    def unread():
+        raise AssertionError("the loader was read before the extra was found missing")
+        yield
+
+    with pytest.raises(ImportError, match="extra 'metrics'"):
+        metrics.evaluate(lambda x: x, unread(), ood_loader=unread())
+
 
 # -- over a loader -------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from curvlin_nn.likelihoods import Bernoulli, Categorical
 from curvlin_nn.metrics import regression
 from curvlin_nn.metrics._check import distributions, gaussians, labels
 from curvlin_nn.metrics.classification import entropy, max_probability
-from curvlin_nn.metrics.ood import aupr, auroc
+from curvlin_nn.metrics.ood import aupr, auroc, scikit_learn
 from curvlin_nn.metrics.running import Running, of_classes, of_gaussians
 
 Prediction = Tensor | tuple[Tensor, Tensor]
@@ -78,6 +78,7 @@ def evaluate(
         UnsupportedError: for a metric, likelihood or option that is not served.
         DataError: if targets do not fit, a loader yields nothing, or no target counts.
         OutputError: if a prediction is no distribution.
+        ImportError: for ``"auroc"`` and ``"aupr"`` without the extra ``metrics``.
     """
     if ood_score not in SCORES:
         raise UnsupportedError(f"ood_score={ood_score!r} is not supported; expected {one_of(SCORES)}")
@@ -91,6 +92,8 @@ def evaluate(
     question = _Question(la, prediction, ignore_index, SCORES[ood_score], with_covariance="nll" in wanted)
     running: dict[str, Running] = {}
     detection = {name: metric for name, metric in DETECTION.items() if name in wanted}
+    if detection:
+        scikit_learn()  # say now that it is missing
     scores: list[Tensor] = []
     n_targets = 0
     for found, targets in question.answers(loader, progress_bar):

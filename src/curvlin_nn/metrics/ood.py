@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -38,6 +40,15 @@ def aupr(inside: Float[Tensor, "*N"], outside: Float[Tensor, "*M"]) -> Float[Ten
     return _by_sklearn("average_precision_score", inside, outside)
 
 
+def scikit_learn() -> ModuleType:
+    """Its metrics.
+
+    Raises:
+        ImportError: without the extra ``metrics``.
+    """
+    return import_extra("sklearn.metrics", "metrics", "curvlin_nn.metrics")
+
+
 def _by_sklearn(metric: str, inside: Tensor, outside: Tensor) -> Tensor:
     scores = []
     for name, values in (("inside", inside), ("outside", outside)):
@@ -45,7 +56,6 @@ def _by_sklearn(metric: str, inside: Tensor, outside: Tensor) -> Tensor:
         if values.is_complex() or not bool(torch.isfinite(values).all()):
             raise DataError(f"the scores {name} must be real and finite")
         scores.append(values.detach().double().flatten().cpu().numpy())
-    sklearn = import_extra("sklearn.metrics", "metrics", "curvlin_nn.metrics")
     is_outside = np.repeat([0, 1], [len(values) for values in scores])
-    value = getattr(sklearn, metric)(is_outside, np.concatenate(scores))
+    value = getattr(scikit_learn(), metric)(is_outside, np.concatenate(scores))
     return torch.tensor(float(value), dtype=torch.float64, device=inside.device)
