@@ -9,27 +9,22 @@ four IDX .gz files of Fashion-MNIST; KMNIST or MNIST beside it serves as out-of-
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 import _pictures as pictures
 import regression
 from _data import Images, digits, fashion_mnist
-from curvlin_nn import Laplace
-from curvlin_nn.spectrum import spectrum
+from curvlin_nn import Laplace, metrics
 
-Array = NDArray[np.floating]
 Predict = Callable[[Tensor], Tensor]
 ValueT = TypeVar("ValueT")
 NOISE = 0.5  # of the digits
@@ -44,8 +39,8 @@ class Row:
     fit_seconds: float
     predict_seconds: float
     log_marginal_likelihood: float | None
-    probabilities: Array
-    probabilities_ood: Array
+    probabilities: Tensor
+    probabilities_ood: Tensor
     accuracy: float
     nll: float
     ece: float
@@ -89,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     print(table(rows) + "\n\n" + notes(options, n_parameters, decay))
 
     shown = {"MAP": rows[0], "Laplace, all weights, kron": next(r for r in rows if r.name == "all, kron")}
+    print(f"\n{fitted['all, kron'].describe()}")
     draw(options.out, shown, data, fitted["all, kron"])
     regression.draw(options.out / "regression.png")
     names = ", ".join(sorted(p.name for p in options.out.glob("*.png")))
@@ -186,10 +182,6 @@ def evaluate(name: str, predict: Predict, data: Images, fit_seconds: float) -> R
     """Predict the test and the out-of-distribution images, and score the predictions."""
     p, predict_seconds = timed(lambda: in_batches(predict, data.x_test))
     p_ood = in_batches(predict, data.x_ood)
-    y = data.y_test.numpy()
-    score = np.concatenate([entropy(p), entropy(p_ood)])
-    is_ood = np.concatenate([np.zeros(len(p)), np.ones(len(p_ood))])
-    ece = multiclass_calibration_error(torch.from_numpy(p), data.y_test, data.n_classes, n_bins=15)
     return Row(
         name=name,
         fit_seconds=fit_seconds,
@@ -197,26 +189,21 @@ def evaluate(name: str, predict: Predict, data: Images, fit_seconds: float) -> R
         log_marginal_likelihood=None,
         probabilities=p,
         probabilities_ood=p_ood,
-        accuracy=float(accuracy_score(y, p.argmax(1))),
-        nll=float(log_loss(y, p, labels=np.arange(data.n_classes))),
-        ece=float(ece),
-        brier=float(brier_score_loss(y, p, labels=np.arange(data.n_classes), scale_by_half=False)),
-        auroc=float(roc_auc_score(is_ood, score)),
+        accuracy=float(metrics.accuracy(p, data.y_test)),
+        nll=float(metrics.nll(p, data.y_test)),
+        ece=float(metrics.ece(p, data.y_test)),
+        brier=float(metrics.brier(p, data.y_test)),
+        auroc=float(metrics.auroc(metrics.entropy(p), metrics.entropy(p_ood))),
     )
 
 
-def in_batches(predict: Predict, x: Tensor, size: int = 500) -> Array:
+def in_batches(predict: Predict, x: Tensor, size: int = 500) -> Tensor:
     with torch.no_grad():
-        p = torch.cat([predict(part) for part in x.split(size)]).double()
-    return (p / p.sum(1, keepdim=True)).numpy()
+        return torch.cat([predict(part) for part in x.split(size)])
 
 
 def softmax_of(model: nn.Module) -> Predict:
     return lambda x: model(x).softmax(-1)
-
-
-def entropy(p: Array) -> Array:
-    return -(p * np.log(np.maximum(p, np.finfo(p.dtype).tiny))).sum(1)
 
 
 def timed(action: Callable[[], ValueT]) -> tuple[ValueT, float]:
@@ -249,30 +236,17 @@ def table(rows: Iterable[Row]) -> str:
 def draw(out: Path, shown: dict[str, Row], data: Images, la: Laplace) -> None:
     pictures.reliability(
         out / "reliability.png",
-        {name: row.probabilities for name, row in shown.items()},
-        data.y_test.numpy(),
-        {name: row.ece for name, row in shown.items()},
+        {name: metrics.calibration_bins(row.probabilities, data.y_test) for name, row in shown.items()},
     )
     pictures.entropies(
         out / "entropy.png",
-        {name: entropy(row.probabilities) for name, row in shown.items()},
-        {name: entropy(row.probabilities_ood) for name, row in shown.items()},
+        {name: metrics.entropy(row.probabilities) for name, row in shown.items()},
+        {name: metrics.entropy(row.probabilities_ood) for name, row in shown.items()},
         {name: row.auroc for name, row in shown.items()},
-        largest=float(np.log(data.n_classes)),
+        largest=math.log(data.n_classes),
         outside_name=data.ood_name,
     )
-    pictures.spectra(out / "spectrum.png", layer_spectra(la), float(la.prior_precision))
-
-
-def layer_spectra(la: Laplace) -> dict[str, Array]:
-    """The eigenvalues of the curvature, weight by weight."""
-    eigenvalues = spectrum(la.curvature).eigenvalues
-    layers = {name: type(la.model.get_submodule(name)).__name__ for name in la.parameters.modules}
-    return {
-        f"{layers[module]} {module}": eigenvalues[span.start : span.stop].numpy()
-        for name, span in la.parameters.spans.items()
-        if (module := name.removesuffix(".weight")) != name
-    }
+    pictures.spectra(out / "spectrum.png", la)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import _pictures as pictures
-from curvlin_nn import Laplace
+from curvlin_nn import Laplace, plots
 
 CHOICES = (("all", "full"), ("all", "kron"), ("all", "diag"), ("last_layer", "full"))
 
@@ -52,15 +52,10 @@ def draw(path: Path) -> None:
             la = Laplace(model, "regression", subset_of_weights=weights, hessian_structure=structure)
             la.fit(loader)
             la.optimize_prior_precision(optimize_noise=True)
-            mean, variance = (t.detach().squeeze() for t in la(grid))
+            mean, variance = la(grid)
             sigma = float(la.sigma_noise)
-            curves = (grid.squeeze(), mean, variance.sqrt(), (variance + sigma**2).sqrt())
-            pictures.band(
-                axis,
-                *(t.numpy() for t in curves),
-                data=(x.squeeze().numpy(), y.squeeze().numpy()),
-                truth=truth(grid).squeeze().numpy(),
-            )
+            plots.predictive_band(grid, mean, variance, sigma**2, data=(x, y), ax=axis)
+            axis.plot(grid, truth(grid), color="#8a8f98", lw=1.2, ls="--", label="truth")
             log_z = float(la.log_marginal_likelihood())
             name = weights.replace("_", " ")
             axis.set_title(f"{name}, {structure}   (noise {sigma:.2f}, log Z {log_z:.1f})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,6 +46,7 @@ from curvlin_nn.storage import posterior as stored
 from curvlin_nn.storage.checkpoint import Checkpoint
 from curvlin_nn.storage.files import StrPath, read, write
 from curvlin_nn.structures import StructureChoice, StructureFactory
+from curvlin_nn.summary import Summary, summarise
 
 CURVATURES = {"ggn": "exact", "fisher_mc": "mc", "ef": "empirical", "hessian": "exact"}
 """The curvatures by name, with the kind of columns that each is made of; a Hessian is made of none."""
@@ -58,6 +60,7 @@ class _Fitted:
     mean: Float[Tensor, " P"]
     curvature: PrecisionOperator
     fingerprint: Fingerprint
+    seconds: float = 0.0
 
     @cached_property
     @outside_inference_mode()
@@ -239,6 +242,7 @@ class Laplace:
             StaleModelError: if the sums were to continue, and the model has changed since they began.
             StorageError: if the checkpoint cannot be written, or is that of another fit or of other data.
         """
+        begin = time.perf_counter()
         if not override and self._fitted is not None:
             self._check_unchanged()
         if checkpoint is not None and self._hessian is not None:
@@ -271,7 +275,8 @@ class Laplace:
     def _finish(self, found: Accumulated) -> None:
         """Be fitted with these sums, around the model's present parameters."""
         mean = found.space.flatten(found.space.tensors(self.model))
-        fitted = _Fitted(found, mean, found.states[0].finish(), Fingerprint.of(self.model))
+        curvature, fingerprint = found.states[0].finish(), Fingerprint.of(self.model)
+        fitted = _Fitted(found, mean, curvature, fingerprint, time.perf_counter() - begin)
         _check_mean_length(self._prior_mean, fitted)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
@@ -484,6 +489,21 @@ class Laplace:
         if optimize_noise:
             self.sigma_noise = optimum.sigma_noise
         return optimum
+
+    @outside_inference_mode()
+    def describe(self) -> Summary:
+        """The posterior layer by layer: structure, memory, prior and effective number of parameters.
+
+        Returns:
+            Data; ``str`` and `rich` show it as a table.
+
+        Raises:
+            NotFittedError: before `fit`.
+            NotPositiveDefiniteError: if the prior is lost in the rounding of the curvature.
+        """
+        fit, prior, noise = self._fit, self._prior(self._prior_precision), self._sigma_noise.detach()
+        with torch.no_grad():
+            return summarise(self.model, fit.accumulated, self._evidence(), prior, noise, fit.seconds)
 
     # -- prediction ------------------------------------------------------------------------------------------
 
