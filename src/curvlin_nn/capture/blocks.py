@@ -57,7 +57,7 @@ class Block:
         """Where the block stands in the flat vector."""
         return Place(self.start, *self.shape, self.transposed and min(self.shape) > 1)
 
-    def of_samples(self, samples: slice) -> Block:
+    def of_samples(self, samples: slice | Int[Tensor, " n"]) -> Block:
         """The rows of some samples."""
         right = None if self.right is None else self.right[samples]
         uses = tuple(use.of_samples(samples) for use in self.uses)
@@ -212,14 +212,15 @@ def joined(parameter: str, by_sample: Sequence[Sequence[Block]]) -> list[Block]:
             [torch.cat([block.flat_rows()[0] for block in blocks], dim=1) for blocks in by_sample]
         )
         return [Block(parameter, by_sample[0][0].start, rows[:, :, None], None)]
-    return [_stacked(blocks) for blocks in zip(*by_sample, strict=True)]
+    return [stacked(blocks) for blocks in zip(*by_sample, strict=True)]
 
 
 def _form(block: Block) -> tuple[Place, bool, bool, int]:
     return block.place, block.right is None, block.transposed, len(block.uses)
 
 
-def _stacked(blocks: Sequence[Block]) -> Block:
+def stacked(blocks: Sequence[Block]) -> Block:
+    """One block of several samples', with positions of zeros where others have more."""
     longest = max(block.left.shape[2] for block in blocks)
 
     def of(tensor: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ def _stacked(blocks: Sequence[Block]) -> Block:
 
     left = torch.cat([of(block.left) for block in blocks])
     rights = [of(block.right) for block in blocks if block.right is not None]
-    uses = tuple(_stacked(uses) for uses in zip(*(block.uses for block in blocks), strict=True))
+    uses = tuple(stacked(uses) for uses in zip(*(block.uses for block in blocks), strict=True))
     return replace(blocks[0], left=left, right=torch.cat(rights) if rights else None, uses=uses)
 
 
