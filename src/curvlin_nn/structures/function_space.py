@@ -12,7 +12,8 @@ Memory is that of the factored rows, ``N V sum(S out)`` and ``N sum(S in)`` numb
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,26 @@ class FunctionSpace(Structure):
         blocks = tuple(stacked(uses) for uses in zip(*padded, strict=True))
         Phi = features(Captures(len(blocks[0].left), blocks)).to(torch.float64)
         return Woodbury(Isotropic(torch.zeros((), dtype=torch.float64, device=Phi.device), Phi.size), Phi)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Structure.state_dict`."""
+        parts = [
+            {"rank": part.rank, "blocks": [_plain(block) for block in part.blocks]} for part in self._parts
+        ]
+        return {"parts": parts, "of_batch": self._of_batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Structure.load_state_dict`."""
+        self._parts = [
+            _Part(part["rank"].cpu(), tuple(Block(**block) for block in part["blocks"])) for part in state["parts"]
+        ]
+        self._of_batch = state["of_batch"]
+
+
+def _plain(block: Block) -> dict[str, Any]:
+    """The fields of a block; `uses` has none here."""
+    own = {field.name: getattr(block, field.name) for field in fields(Block) if field.name != "uses"}
+    return {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in own.items()}
 
 
 def _with_more_columns(
