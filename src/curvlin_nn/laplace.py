@@ -267,13 +267,13 @@ class Laplace:
             H.passes.check_count(found.n_data)
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
-        self._finish(found)
+        self._finish(found, begin)
         if file is not None:
             file.remove()
         return self
 
-    def _finish(self, found: Accumulated) -> None:
-        """Be fitted with these sums, around the model's present parameters."""
+    def _finish(self, found: Accumulated, begin: float) -> None:
+        """Be fitted with these sums, around the model's present parameters; it took the time since `begin`."""
         mean = found.space.flatten(found.space.tensors(self.model))
         curvature, fingerprint = found.states[0].finish(), Fingerprint.of(self.model)
         fitted = _Fitted(found, mean, curvature, fingerprint, time.perf_counter() - begin)

@@ -73,7 +73,9 @@ def test_shared_positions_and_tied_weights():
             found.curvature.to_dense(), expected.curvature.to_dense(), rtol=1e-9, atol=1e-10
         )
         for mine, theirs in zip(
-            found._predictive().mean_and_covariance(x), expected._predictive().mean_and_covariance(x), strict=True
+            found._predictive().mean_and_covariance(x),
+            expected._predictive().mean_and_covariance(x),
+            strict=True,
         ):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
 
@@ -87,7 +89,9 @@ def test_columns_that_come_some_at_a_time_and_sequences_of_several_lengths(monke
     la = Laplace(model, "classification", "all", "gp").fit(batches)
     expected = full.curvature.to_dense()
     torch.testing.assert_close(la.curvature.to_dense(), expected, rtol=1e-9, atol=1e-11)
-    subset = functools.partial(structures.FunctionSpace, n_subset=5, generator=torch.Generator().manual_seed(0))
+    subset = functools.partial(
+        structures.FunctionSpace, n_subset=5, generator=torch.Generator().manual_seed(0)
+    )
     la = Laplace(model, "classification", "all", subset).fit(batches)
     torch.testing.assert_close(la.curvature.to_dense(), expected, rtol=1e-9, atol=1e-11)
 

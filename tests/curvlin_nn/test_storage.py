@@ -29,11 +29,13 @@ STRUCTURES = {
     "kfoc": partial(structures.KFOC, iterations=2),
     "kron-lowrank": partial(structures.KroneckerLowRank, rank=3),
     "block": "block",
+    "gp": "gp",
+    "subset": partial(structures.FunctionSpace, n_subset=5, generator=torch.Generator().manual_seed(3)),
     "by module": partial(structures.Block, by_module=True),
     "lowrank": partial(structures.LowRank, rank=4, generator=torch.Generator().manual_seed(3)),
     "by layer": {"0": "ekfac", "2.bias": "diag", "*": partial(structures.Kronecker, max_block=99)},
 }
-MERGING = ["full", "kron", "reduce", "joint", "diag", "block", "kron-lowrank"]
+MERGING = ["full", "gp", "kron", "reduce", "joint", "diag", "block", "kron-lowrank"]
 
 
 def fitted(name="kron", likelihood="classification", **options):

@@ -8,6 +8,7 @@ loaded for. The sums over the data are stored, not what is made of them: a fit g
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,7 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
     changed.prior_precision = options.to_prior(precision, device_of(la.model))
     for name in _HYPERPARAMETERS:
         setattr(changed, name, plain.with_tensors(torch.clone, state[name]))
-    changed._finish(found)
+    changed._finish(found, time.perf_counter())
     vars(la).update(vars(changed))
 
 

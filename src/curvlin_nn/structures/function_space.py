@@ -146,7 +146,8 @@ class FunctionSpace(Structure):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Structure.load_state_dict`."""
         self._parts = [
-            _Part(part["rank"].cpu(), tuple(Block(**block) for block in part["blocks"])) for part in state["parts"]
+            _Part(part["rank"].cpu(), tuple(Block(**block) for block in part["blocks"]))
+            for part in state["parts"]
         ]
         self._of_batch = state["of_batch"]
 
