@@ -19,6 +19,7 @@ from curvlin_nn._check import numbers
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
+from curvlin_nn.damping import DampedCurvature, check_damping
 from curvlin_nn.errors import NotFittedError, OutputError, StaleModelError, UnsupportedError, one_of
 from curvlin_nn.evidence import Evidence, curvature_scale
 from curvlin_nn.feature_maps import JacobianMap
@@ -54,12 +55,13 @@ class _Fitted:
     mean: Float[Tensor, " P"]
     curvature: PrecisionOperator
     fingerprint: Fingerprint
+    damped: DampedCurvature | None = None
 
     @cached_property
     @outside_inference_mode()
     def spectrum(self) -> Spectrum | None:
         """The eigenvalues of the curvature, computed when the evidence is first asked for."""
-        return spectrum(self.curvature)
+        return spectrum(self.curvature) if self.damped is None else self.damped.spectrum()
 
 
 class Laplace:
@@ -88,6 +90,9 @@ class Laplace:
         feature_map: not supported yet.
         prior_structure: ``"scalar"``, ``"layerwise"`` (per parameter tensor), ``"modulewise"`` or ``"diag"``;
             needed only where the length of `prior_precision` fits several.
+        damping: whether a Kronecker block ``B (x) A`` and its prior precision make
+            ``(sqrt(s) B + sqrt(delta) I) (x) (sqrt(s) A + sqrt(delta) I)``, ``s = 1 / (sigma^2 T)``, instead of
+            ``s B (x) A + delta I``; see `curvlin_nn.damping`.
 
     Raises:
         UnsupportedError: for an option that is not served; the message says which are.
@@ -110,6 +115,7 @@ class Laplace:
         temperature: float = 1.0,
         feature_map: object | None = None,
         prior_structure: str | None = None,
+        damping: bool = False,
     ) -> None:
         if curvature not in CURVATURES:
             raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
@@ -122,6 +128,7 @@ class Laplace:
         self.likelihood = likelihoods.resolve(likelihood)
         self.subset_of_weights: Selection = "last_layer" if subset_of_weights is None else subset_of_weights
         structure = "kron" if hessian_structure is None else hessian_structure
+        self._damping = check_damping(damping, curvature, structure)
         self._hessian: tuple[str, str] | None = None
         self._structures: list[StructureFactory] = []
         self._columns = Columns(CURVATURES[curvature], generator=generator)
@@ -231,14 +238,16 @@ class Laplace:
         )
         if self._hessian is not None:
             space = found.space
-            H = Hessian(self.model, self.likelihood, train_loader, list(space.names), progress_bar)
+            products = Hessian(self.model, self.likelihood, train_loader, list(space.names), progress_bar)
             with random_state_kept(device_of(self.model)):
-                found = replace(found, states=(HessianSum.of(H, *self._hessian),))
-            H.passes.check_count(found.n_data)
+                found = replace(found, states=(HessianSum.of(products, *self._hessian),))
+            products.passes.check_count(found.n_data)
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
         mean = found.space.flatten(found.space.tensors(self.model))
-        fitted = _Fitted(found, mean, found.states[0].finish(), Fingerprint.of(self.model))
+        H = found.states[0].finish()
+        damped = DampedCurvature.of(H) if self._damping else None
+        fitted = _Fitted(found, mean, H, Fingerprint.of(self.model), damped)
         _check_mean_length(self._prior_mean, fitted)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
@@ -283,10 +292,14 @@ class Laplace:
         tensors = [t for t in (self._prior_precision, self._sigma_noise) if isinstance(t, Tensor)]
         versions = tuple(t._version for t in tensors)
         if self._posterior is None or self._posterior[0] != versions:
-            H = self._fit.curvature.to(torch.float64)
+            fit, prior = self._fit, self._prior(self._prior_precision)
             scale = curvature_scale(self._sigma_noise.detach(), self._temperature)
-            prior = self._prior(self._prior_precision).operator(H).detach()
-            self._posterior = versions, (scale * H + prior).factor(self._fit.mean.dtype)
+            if fit.damped is None:
+                H = fit.curvature.to(torch.float64)
+                P = scale * H + prior.operator(H)
+            else:
+                P = fit.damped.precision(prior, scale)
+            self._posterior = versions, P.detach().factor(fit.mean.dtype)
         return self._posterior[1]
 
     @property
@@ -581,6 +594,12 @@ class Laplace:
         return self._prior_of(self._fit, precision)
 
     def _prior_of(self, fitted: _Fitted, precision: Tensor | PrecisionOperator) -> Prior:
+        prior = self._any_prior(fitted, precision)
+        if fitted.damped is not None:
+            fitted.damped.check(prior)
+        return prior
+
+    def _any_prior(self, fitted: _Fitted, precision: Tensor | PrecisionOperator) -> Prior:
         deviation = fitted.mean.double() - self._prior_mean.to(fitted.mean).double()
         if isinstance(precision, PrecisionOperator):
             if precision.size != len(deviation):
