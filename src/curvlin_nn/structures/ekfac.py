@@ -89,6 +89,7 @@ def _eigenbases(product: tuple[Tensor, Tensor] | None) -> _Bases | None:
 
 def _rotated(block: Block, bases: _Bases) -> Block:
     """The rows in an eigenbasis: ``sum_s (QB^T left_s) (x) (QA^T right_s)``, float64."""
-    assert block.right is not None
     QB, QA = bases
+    block = block.dense()
+    assert block.right is not None
     return replace(block, left=block.left.double() @ QB, right=block.right.double() @ QA, uses=())

@@ -59,6 +59,7 @@ class _Half:
 
     def plus(self, block: Block) -> _Half:
         """With the rows of one batch."""
+        block = block.dense()
         assert block.right is not None
         left, right = block.left.double(), block.right.double()
         if self.holds_right:
