@@ -47,7 +47,7 @@ class EKFAC(Kronecker):
             super().update(captures)
             return
         blocks = self._of(captures)
-        self._check_places([block.place for block in blocks])
+        self._check_places(blocks)
         self._squares = tuple(
             None if bases is None or total is None else total + squares(_rotated(block, bases))
             for total, block, bases in zip(self._squares, blocks, self._bases, strict=True)

@@ -123,7 +123,7 @@ class KFOC(Kronecker):
             super().update(captures)
             return
         blocks = self._of(captures)
-        self._check_places([block.place for block in blocks])
+        self._check_places(blocks)
         self._halves = tuple(
             None if half is None else half.plus(block)
             for half, block in zip(self._halves, blocks, strict=True)

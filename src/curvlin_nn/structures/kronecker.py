@@ -23,6 +23,7 @@ Positions of ignored terms are left out of a's sums and of S where a sample has 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,7 +32,7 @@ from torch import Tensor
 from curvlin import BlockDiag, Dense, KroneckerSum
 from curvlin.precision.base import PrecisionOperator
 from curvlin.projection import project
-from curvlin_nn.capture import Block, Captures, OneHot, Place, partition
+from curvlin_nn.capture import Block, Captures, OneHot, partition
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
@@ -47,7 +48,7 @@ class _Factors:
     """Sums over data for one block: of ``g g^T``, of ``a a^T`` (None for a bias), and of positions."""
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
-        self.place = block.place
+        self.parameter, self.place = block.parameter, block.place
         natural = block.uses[0] if block.uses else block
         self.left = GramSum(natural.shape[0], dtype)
         self.right = None if _is_dense(block) else GramSum(natural.shape[1], dtype)
@@ -221,7 +222,7 @@ class Kronecker(Structure):
     def _at(self, blocks: tuple[Block, ...]) -> None:
         """Have sums for these blocks."""
         if self._blocks:
-            self._check_places([block.place for block in blocks])
+            self._check_places(blocks)
             return
         self._blocks = tuple(_Factors(block, self._dtype) for block in blocks)
         for index in range(1, len(blocks)):
@@ -236,7 +237,7 @@ class Kronecker(Structure):
     def check_merge(self, other: Kronecker) -> None:
         """See `Structure.check_merge`."""
         if self._blocks and other._blocks:
-            self._check_places([f.place for f in other._blocks])
+            self._check_places(other._blocks)
 
     def merge(self, other: Kronecker) -> None:
         """See `Structure.merge`."""
@@ -253,10 +254,13 @@ class Kronecker(Structure):
         for mine, theirs in pairs:
             mine.merge(theirs)
 
-    def _check_places(self, places: list[Place]) -> None:
-        if [f.place for f in self._blocks] != places:
+    def _check_places(self, others: Sequence[Block | _Factors]) -> None:
+        mine, theirs = ({(part.parameter, part.place) for part in parts} for parts in (self._blocks, others))
+        if mine != theirs:
+            name = min(mine ^ theirs, key=lambda part: part[1].start)[0]
             raise UnsupportedError(
-                "a weight was used in parts of other shapes than in earlier data, expected the same in every batch"
+                f"parameter {name!r} has rows of another form than in earlier data (parts of other shapes, or served by "
+                "autodiff since this batch), expected the same in every batch; give it 'block' or 'diag' by name"
             )
 
     def finish(self) -> BlockDiag:
