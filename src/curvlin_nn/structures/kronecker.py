@@ -259,8 +259,9 @@ class Kronecker(Structure):
         if mine != theirs:
             name = min(mine ^ theirs, key=lambda part: part[1].start)[0]
             raise UnsupportedError(
-                f"parameter {name!r} has rows of another form than in earlier data (parts of other shapes, or served by "
-                "autodiff since this batch), expected the same in every batch; give it 'block' or 'diag' by name"
+                f"parameter {name!r} has rows of another form than in earlier data (parts of other shapes, or "
+                "served by autodiff since this batch), expected the same in every batch; "
+                "give it 'block' or 'diag' by name"
             )
 
     def finish(self) -> BlockDiag:
