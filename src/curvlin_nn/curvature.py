@@ -22,7 +22,8 @@ from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
 from curvlin_nn.products.hessian import Hessian
-from curvlin_nn.products.hessian_sums import MAX_PARAMETERS, HessianSum, check_structure
+from curvlin_nn.products.hessian_states import hessian_state
+from curvlin_nn.products.hessian_sums import MAX_PARAMETERS, check_structure
 from curvlin_nn.products.matrix_free import check_kind
 from curvlin_nn.structures import Structure, StructureChoice, StructureFactory
 
@@ -137,16 +138,18 @@ def curvature(
         hessian_structure: a name (`structures.available`: ``"full"``, ``"kron"``, ``"diag"``, ``"ekfac"``, ``"kfoc"``,
             ``"kron-lowrank"``, ``"block"``, ``"lowrank"``), a `Structure` class, or one of these for each ``fnmatch``
             pattern of names of parameters or modules; of a Hessian, ``"full"``, ``"block"`` (one for each parameter
-            tensor) or ``"diag"``.
+            tensor), ``"diag"`` or ``"lowrank"`` (the 100 leading eigenpairs of either sign; `hessian_eigenpairs` takes
+            any number).
         columns: ``"exact"``; ``"mc"`` or ``"sketch"``, which are unbiased; ``"empirical"`` for the empirical Fisher
             matrix instead.
         subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, or a predicate.
         n_columns: how many for ``"mc"`` and ``"sketch"``, for each sample.
         generator: source of randomness for these; None is torch's default generator.
-        kind: ``"ggn"``; or ``"hessian"``, exact, by P products of two backward passes for each batch.
+        kind: ``"ggn"``; or ``"hessian"``, exact, by P products of two backward passes for each batch
+            (``"lowrank"``: by 450, whatever P is).
         indefinite: what a Hessian with negative eigenvalues (of each block, entries of a diagonal) does: ``"raise"``;
             ``"clip"`` sets them to zero; ``"abs"`` takes absolute values.
-        max_parameters: P at most for a Hessian.
+        max_parameters: P at most for a Hessian, but for ``"lowrank"``.
         progress_bar: whether to show one.
 
     Returns:
@@ -164,7 +167,7 @@ def curvature(
         structure, indefinite = check_structure(hessian_structure, indefinite)
         H = Hessian(model, likelihoods.resolve(likelihood), loader, subset_of_weights, progress_bar)
         with random_state_kept(device_of(model)):  # loaders draw from the default generator
-            total = HessianSum.of(H, structure, indefinite, max_parameters)
+            total = hessian_state(H, structure, indefinite, max_parameters, generator)
         return total.finish().to(H.space.dtype(model))
     factory = structures.resolve(hessian_structure)
     accumulated = accumulate(

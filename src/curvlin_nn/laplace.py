@@ -38,7 +38,7 @@ from curvlin_nn.prior import (
 )
 from curvlin_nn.prior_search import Optimum, maximise
 from curvlin_nn.products.hessian import Hessian
-from curvlin_nn.products.hessian_sums import HessianSum
+from curvlin_nn.products.hessian_states import hessian_state
 from curvlin_nn.products.hessian_sums import check_structure as check_hessian
 from curvlin_nn.spectrum import Spectrum, spectrum
 from curvlin_nn.structures import StructureChoice, StructureFactory
@@ -79,9 +79,11 @@ class Laplace:
             ``"kron-lowrank"``, ``"block"``, ``"lowrank"``, a `Structure` class, or one of these for each ``fnmatch``
             pattern of names of parameters or modules.
         curvature: ``"ggn"``; ``"fisher_mc"``, of one draw of targets for each sample, unbiased; ``"ef"``, the empirical
-            Fisher matrix; or ``"hessian"`` (``"full"``, ``"block"`` or ``"diag"``), exact.
+            Fisher matrix; or ``"hessian"``, exact (``"full"``, ``"block"``, ``"diag"`` or ``"lowrank"``, its 100
+            leading eigenpairs).
         indefinite: what a Hessian with negative eigenvalues does; see `curvlin_nn.curvature`.
-        generator: source of randomness for ``"fisher_mc"``; None is torch's default generator.
+        generator: source of randomness for ``"fisher_mc"`` and the eigenpairs of a Hessian; None is torch's default
+            generator.
         prior_precision: a number, one per parameter tensor, one per module, one per parameter, or an
             operator.
         prior_mean: a number or a flat vector.
@@ -240,7 +242,8 @@ class Laplace:
             space = found.space
             products = Hessian(self.model, self.likelihood, train_loader, list(space.names), progress_bar)
             with random_state_kept(device_of(self.model)):
-                found = replace(found, states=(HessianSum.of(products, *self._hessian),))
+                state = hessian_state(products, *self._hessian, generator=self._columns.generator)
+            found = replace(found, states=(state,))
             products.passes.check_count(found.n_data)
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
