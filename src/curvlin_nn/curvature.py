@@ -81,7 +81,7 @@ class Accumulated:
             output_shape=tuple(outputs.shape[1:]),
             of_a_term=likelihood.terms(outputs).shape[-1],
         )
-        if self.n_data and not self._is_about_outputs_of(with_it):
+        if self.n_data and not self.takes(with_it.output_shape, with_it.of_a_term):
             before = ", ".join(("N", *map(str, self.output_shape)))
             raise OutputError(
                 f"model outputs on {where} must have shape ({before}) as before, but for the length of sequences, "
@@ -95,7 +95,7 @@ class Accumulated:
         Raises:
             UnsupportedError: if they are about different parameters or outputs.
         """
-        if self.space != other.space or not self._is_about_outputs_of(other):
+        if self.space != other.space or not self.takes(other.output_shape, other.of_a_term):
             raise UnsupportedError(
                 "the two fits are about different parameters or outputs, expected the same"
             )
@@ -104,11 +104,11 @@ class Accumulated:
         n_data, statistics = self.n_data + other.n_data, self.statistics + other.statistics
         return replace(self, n_data=n_data, statistics=statistics)
 
-    def _is_about_outputs_of(self, other: Accumulated) -> bool:
-        """Sequences may be of another length in each batch; a vector of outputs may not."""
-        if self.of_a_term != other.of_a_term or len(self.output_shape) != len(other.output_shape):
+    def takes(self, output_shape: tuple[int, ...], of_a_term: int) -> bool:
+        """Whether outputs may be of this shape: sequences of another length in each batch, but no other vector."""
+        if self.of_a_term != of_a_term or len(self.output_shape) != len(output_shape):
             return False
-        return len(self.output_shape) > 1 or self.output_shape == other.output_shape
+        return len(self.output_shape) > 1 or self.output_shape == output_shape
 
 
 @outside_inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -268,7 +269,7 @@ class Laplace:
 
     @property
     def n_outputs(self) -> int:
-        """C, the number of outputs per sample."""
+        """C, the number of outputs per sample (of the last one, where sequences vary in length)."""
         return self._fit.accumulated.n_outputs
 
     @property
@@ -514,12 +515,7 @@ class Laplace:
         return self.likelihood.outputs(found, rows[0]).reshape(shape)
 
     def _rows(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "B ..."]:
-        """Outputs in the shape that the model gave them in `fit`."""
-        if outputs.shape[-1] != self.n_outputs:
-            raise OutputError(
-                f"model outputs must have {self.n_outputs} numbers for each sample as in fit, found "
-                f"{outputs.shape[-1]}"
-            )
+        """Outputs in the shape that the model gave them."""
         return outputs.reshape(-1, *self._output_shape)
 
     def _moments(
@@ -532,10 +528,11 @@ class Laplace:
             mean, spread = predictive.mean_and_variance(x)
         else:
             mean, spread = predictive.joint(x) if joint else predictive.mean_and_covariance(x)
+        n_outputs = math.prod(self._output_shape)
         if observation_noise:
-            noise = self._noise_covariance(mean.view(-1, self.n_outputs), None)
+            noise = self._noise_covariance(mean.view(-1, n_outputs), None)
             if joint:
-                noise = torch.block_diag(*[noise] * (len(mean) // self.n_outputs))
+                noise = torch.block_diag(*[noise] * (len(mean) // n_outputs))
             spread = spread + (noise.diagonal() if diagonal_output else noise)
         return mean, spread
 
@@ -567,8 +564,22 @@ class Laplace:
 
     @property
     def _output_shape(self) -> tuple[int, ...]:
-        """Of one sample's outputs; one number counts as an axis of length one."""
-        return self._fit.accumulated.output_shape or (1,)
+        """Of one sample's outputs at the input of this prediction; one number counts as an axis of length one.
+
+        Raises:
+            OutputError: if they differ from those in `fit` in more than the length of sequences.
+        """
+        fitted = self._fit.accumulated
+        shape = fitted.recorder.output_shape
+        if shape is None:
+            shape = fitted.output_shape
+        if shape != fitted.output_shape and not fitted.takes(shape, _of_a_term(self.likelihood, shape)):
+            expected, found = (", ".join(("N", *map(str, s))) for s in (fitted.output_shape, shape))
+            raise OutputError(
+                f"model outputs must have shape ({expected}) as in fit, but for the length of sequences, "
+                f"found ({found})"
+            )
+        return shape or (1,)
 
     @property
     def _fit(self) -> _Fitted:
@@ -640,3 +651,11 @@ class Laplace:
 def _check_mean_length(mean: Tensor, fitted: _Fitted) -> None:
     if mean.ndim == 1 and mean.shape != fitted.mean.shape:
         raise ValueError(f"prior_mean must have {len(fitted.mean)} entries, found {len(mean)}")
+
+
+def _of_a_term(likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
+    """How many of the outputs are of one term; 0 where the likelihood does not take them."""
+    try:
+        return likelihood.terms(torch.zeros(1, *output_shape)).shape[-1]
+    except RuntimeError:
+        return 0

@@ -110,6 +110,9 @@ class Recorder:
         model: maps an input to outputs ``(N, ...)``.
         space: the chosen parameters.
         fallback: whether to serve what no rule captures from a whole batch; if not, it is refused by name.
+
+    Attributes:
+        output_shape: of the outputs of one sample of the last input; None before the first.
     """
 
     def __init__(self, model: nn.Module, space: ParameterSpace, *, fallback: bool = True) -> None:
@@ -120,6 +123,7 @@ class Recorder:
         self._shared: set[str] = set()
         self._alone: Recorder | None = None
         self._partial = False
+        self.output_shape: tuple[int, ...] | None = None
 
     @property
     def served(self) -> dict[str, str]:
@@ -180,6 +184,7 @@ class Recorder:
             graph, layouts = self._placed(graph, x, where, new=new)
             if new:
                 self._verified.add(question)
+            self.output_shape = tuple(graph.shape)
             return Recording(self.space, graph, layouts, self._rest(graph, originals, x, where), where)
 
     def _of_samples(self, names: Sequence[str]) -> Recorder:
