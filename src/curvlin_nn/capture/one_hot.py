@@ -31,6 +31,10 @@ class OneHot:
         vectors = like.new_zeros(*self.index.shape, self.size)
         return vectors.scatter_(-1, index.clamp(min=0), (index >= 0).to(like.dtype))
 
+    def times(self, M: Float[Tensor, "size d"]) -> Float[Tensor, "*positions d"]:
+        """``vector^T M``: the rows of a matrix at the indices."""
+        return torch.where((self.index >= 0).unsqueeze(-1), M[self.index.clamp(min=0)], 0.0)
+
     def summed(self, rows: Float[Tensor, "*positions d"]) -> Float[Tensor, "size d"]:
         """``sum_positions vector (x) row``: the rows of each index added up."""
         kept = self.index >= 0

@@ -90,6 +90,9 @@ def _eigenbases(product: tuple[Tensor, Tensor] | None) -> _Bases | None:
 def _rotated(block: Block, bases: _Bases) -> Block:
     """The rows in an eigenbasis: ``sum_s (QB^T left_s) (x) (QA^T right_s)``, float64."""
     QB, QA = bases
-    block = block.dense()
-    assert block.right is not None
-    return replace(block, left=block.left.double() @ QB, right=block.right.double() @ QA, uses=())
+    if block.one_hot is not None:
+        right = block.one_hot.times(QA)
+    else:
+        assert block.right is not None
+        right = block.right.double() @ QA
+    return replace(block, left=block.left.double() @ QB, right=right, one_hot=None, uses=())
