@@ -22,7 +22,8 @@ from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
 from curvlin_nn.products.hessian import Hessian
-from curvlin_nn.products.hessian_sums import MAX_PARAMETERS, HessianSum, check_structure
+from curvlin_nn.products.hessian_states import hessian_state
+from curvlin_nn.products.hessian_sums import MAX_PARAMETERS, check_structure
 from curvlin_nn.products.matrix_free import check_kind
 from curvlin_nn.storage.checkpoint import Batch, Checkpoint
 from curvlin_nn.storage.plain import with_tensors
@@ -88,7 +89,7 @@ class Accumulated:
             output_shape=tuple(outputs.shape[1:]),
             of_a_term=likelihood.terms(outputs).shape[-1],
         )
-        if self.n_data and not self._is_about_outputs_of(with_it):
+        if self.n_data and not self.takes(with_it.output_shape, with_it.of_a_term):
             before = ", ".join(("N", *map(str, self.output_shape)))
             raise OutputError(
                 f"model outputs on {where} must have shape ({before}) as before, but for the length of sequences, "
@@ -102,7 +103,7 @@ class Accumulated:
         Raises:
             UnsupportedError: if they are about different parameters or outputs.
         """
-        if self.space != other.space or not self._is_about_outputs_of(other):
+        if self.space != other.space or not self.takes(other.output_shape, other.of_a_term):
             raise UnsupportedError(
                 "the two fits are about different parameters or outputs, expected the same"
             )
@@ -145,11 +146,11 @@ class Accumulated:
             of_a_term=state["of_a_term"],
         )
 
-    def _is_about_outputs_of(self, other: Accumulated) -> bool:
-        """Sequences may be of another length in each batch; a vector of outputs may not."""
-        if self.of_a_term != other.of_a_term or len(self.output_shape) != len(other.output_shape):
+    def takes(self, output_shape: tuple[int, ...], of_a_term: int) -> bool:
+        """Whether outputs may be of this shape: sequences of another length in each batch, but no other vector."""
+        if self.of_a_term != of_a_term or len(self.output_shape) != len(output_shape):
             return False
-        return len(self.output_shape) > 1 or self.output_shape == other.output_shape
+        return len(self.output_shape) > 1 or self.output_shape == output_shape
 
 
 @outside_inference_mode()
@@ -179,16 +180,18 @@ def curvature(
         hessian_structure: a name (`structures.available`: ``"full"``, ``"kron"``, ``"diag"``, ``"ekfac"``, ``"kfoc"``,
             ``"kron-lowrank"``, ``"block"``, ``"lowrank"``), a `Structure` class, or one of these for each ``fnmatch``
             pattern of names of parameters or modules; of a Hessian, ``"full"``, ``"block"`` (one for each parameter
-            tensor) or ``"diag"``.
+            tensor), ``"diag"`` or ``"lowrank"`` (the 100 leading eigenpairs of either sign; `hessian_eigenpairs` takes
+            any number).
         columns: ``"exact"``; ``"mc"`` or ``"sketch"``, which are unbiased; ``"empirical"`` for the empirical Fisher
             matrix instead.
         subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, or a predicate.
         n_columns: how many for ``"mc"`` and ``"sketch"``, for each sample.
         generator: source of randomness for these; None is torch's default generator.
-        kind: ``"ggn"``; or ``"hessian"``, exact, by P products of two backward passes for each batch.
+        kind: ``"ggn"``; or ``"hessian"``, exact, by P products of two backward passes for each batch
+            (``"lowrank"``: by 450, whatever P is).
         indefinite: what a Hessian with negative eigenvalues (of each block, entries of a diagonal) does: ``"raise"``;
             ``"clip"`` sets them to zero; ``"abs"`` takes absolute values.
-        max_parameters: P at most for a Hessian.
+        max_parameters: P at most for a Hessian, but for ``"lowrank"``.
         progress_bar: whether to show one.
 
     Returns:
@@ -206,7 +209,7 @@ def curvature(
         structure, indefinite = check_structure(hessian_structure, indefinite)
         H = Hessian(model, likelihoods.resolve(likelihood), loader, subset_of_weights, progress_bar)
         with random_state_kept(device_of(model)):  # loaders draw from the default generator
-            total = HessianSum.of(H, structure, indefinite, max_parameters)
+            total = hessian_state(H, structure, indefinite, max_parameters, generator)
         return total.finish().to(H.space.dtype(model))
     factory = structures.resolve(hessian_structure)
     accumulated = accumulate(

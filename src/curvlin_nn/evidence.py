@@ -54,7 +54,7 @@ class Evidence:
         """
         spectrum, scale = self.relevant_spectrum(prior), self.scale(sigma_noise)
         if spectrum is not None and isinstance(prior, GroupedPrior):
-            eigenvalues = scale * spectrum.eigenvalues + prior.precision[prior.groups]
+            eigenvalues = spectrum.posterior(scale, prior.precision[prior.groups])
             if bool((lost := eigenvalues <= scale * spectrum.floor).any()):
                 raise NotPositiveDefiniteError("the posterior precision", float(eigenvalues[lost].min()))
         return self.value(prior, sigma_noise)
@@ -82,6 +82,6 @@ class Evidence:
         """``logdet P - logdet P0``."""
         spectrum = self.relevant_spectrum(prior)
         if spectrum is not None and isinstance(prior, GroupedPrior):
-            return torch.log1p(scale * spectrum.eigenvalues / prior.precision[prior.groups]).sum()
+            return torch.log1p(spectrum.ratios(scale, prior.precision[prior.groups])).sum()
         H = self.curvature.to(torch.float64)
         return (scale * H + prior.operator(H)).logdet() - prior.logdet()

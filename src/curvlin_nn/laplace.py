@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from curvlin_nn.batches import Labelled
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
+from curvlin_nn.damping import DampedCurvature, check_damping
 from curvlin_nn.errors import NotFittedError, OutputError, StaleModelError, UnsupportedError, one_of
 from curvlin_nn.evidence import Evidence, curvature_scale
 from curvlin_nn.feature_maps import JacobianMap
@@ -39,7 +41,7 @@ from curvlin_nn.prior import (
 )
 from curvlin_nn.prior_search import Optimum, maximise
 from curvlin_nn.products.hessian import Hessian
-from curvlin_nn.products.hessian_sums import HessianSum
+from curvlin_nn.products.hessian_states import hessian_state
 from curvlin_nn.products.hessian_sums import check_structure as check_hessian
 from curvlin_nn.spectrum import Spectrum, spectrum
 from curvlin_nn.storage import posterior as stored
@@ -60,13 +62,14 @@ class _Fitted:
     mean: Float[Tensor, " P"]
     curvature: PrecisionOperator
     fingerprint: Fingerprint
+    damped: DampedCurvature | None = None
     seconds: float = 0.0
 
     @cached_property
     @outside_inference_mode()
     def spectrum(self) -> Spectrum | None:
         """The eigenvalues of the curvature, computed when the evidence is first asked for."""
-        return spectrum(self.curvature)
+        return spectrum(self.curvature) if self.damped is None else self.damped.spectrum()
 
 
 class Laplace:
@@ -84,9 +87,11 @@ class Laplace:
             ``"kron-lowrank"``, ``"block"``, ``"lowrank"``, a `Structure` class, or one of these for each ``fnmatch``
             pattern of names of parameters or modules.
         curvature: ``"ggn"``; ``"fisher_mc"``, of one draw of targets for each sample, unbiased; ``"ef"``, the empirical
-            Fisher matrix; or ``"hessian"`` (``"full"``, ``"block"`` or ``"diag"``), exact.
+            Fisher matrix; or ``"hessian"``, exact (``"full"``, ``"block"``, ``"diag"`` or ``"lowrank"``, its 100
+            leading eigenpairs).
         indefinite: what a Hessian with negative eigenvalues does; see `curvlin_nn.curvature`.
-        generator: source of randomness for ``"fisher_mc"``; None is torch's default generator.
+        generator: source of randomness for ``"fisher_mc"`` and the eigenpairs of a Hessian; None is torch's default
+            generator.
         prior_precision: a number, one per parameter tensor, one per module, one per parameter, or an
             operator.
         prior_mean: a number or a flat vector.
@@ -96,6 +101,9 @@ class Laplace:
         prior_structure: ``"scalar"``, ``"layerwise"`` (per parameter tensor), ``"modulewise"`` or ``"diag"``;
             needed only where the length of `prior_precision` fits several.
         dict_key_y: the name of the targets in loaders that yield mappings, as those of Hugging Face do.
+        damping: whether a Kronecker block ``B (x) A`` and its prior precision make
+            ``(sqrt(s) B + sqrt(delta) I) (x) (sqrt(s) A + sqrt(delta) I)``, ``s = 1 / (sigma^2 T)``, instead of
+            ``s B (x) A + delta I``; see `curvlin_nn.damping`.
 
     Raises:
         UnsupportedError: for an option that is not served; the message says which are.
@@ -119,6 +127,7 @@ class Laplace:
         feature_map: object | None = None,
         prior_structure: str | None = None,
         dict_key_y: str = "labels",
+        damping: bool = False,
     ) -> None:
         if curvature not in CURVATURES:
             raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
@@ -132,6 +141,7 @@ class Laplace:
         self.subset_of_weights: Selection = "last_layer" if subset_of_weights is None else subset_of_weights
         structure = "kron" if hessian_structure is None else hessian_structure
         self._curvature = curvature
+        self._damping = check_damping(damping, curvature, structure)
         self._hessian: tuple[str, str] | None = None
         self._structures: list[StructureFactory] = []
         self._columns = Columns(CURVATURES[curvature], generator=generator)
@@ -261,10 +271,11 @@ class Laplace:
         )
         if self._hessian is not None:
             space = found.space
-            H = Hessian(self.model, self.likelihood, train_loader, list(space.names), progress_bar)
+            products = Hessian(self.model, self.likelihood, train_loader, list(space.names), progress_bar)
             with random_state_kept(device_of(self.model)):
-                found = replace(found, states=(HessianSum.of(H, *self._hessian),))
-            H.passes.check_count(found.n_data)
+                state = hessian_state(products, *self._hessian, generator=self._columns.generator)
+            found = replace(found, states=(state,))
+            products.passes.check_count(found.n_data)
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
         self._finish(found, begin)
@@ -275,8 +286,10 @@ class Laplace:
     def _finish(self, found: Accumulated, begin: float) -> None:
         """Be fitted with these sums, around the model's present parameters; it took the time since `begin`."""
         mean = found.space.flatten(found.space.tensors(self.model))
-        curvature, fingerprint = found.states[0].finish(), Fingerprint.of(self.model)
-        fitted = _Fitted(found, mean, curvature, fingerprint, time.perf_counter() - begin)
+        H = found.states[0].finish()
+        damped = DampedCurvature.of(H) if self._damping else None
+        fingerprint = Fingerprint.of(self.model)
+        fitted = _Fitted(found, mean, H, fingerprint, damped, time.perf_counter() - begin)
         _check_mean_length(self._prior_mean, fitted)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
@@ -293,7 +306,7 @@ class Laplace:
 
     @property
     def n_outputs(self) -> int:
-        """C, the number of outputs per sample."""
+        """C, the number of outputs per sample (of the last one, where sequences vary in length)."""
         return self._fit.accumulated.n_outputs
 
     @property
@@ -320,10 +333,14 @@ class Laplace:
         tensors = [t for t in (self._prior_precision, self._sigma_noise) if isinstance(t, Tensor)]
         versions = tuple(t._version for t in tensors)
         if self._posterior is None or self._posterior[0] != versions:
-            H = self._fit.curvature.to(torch.float64)
+            fit, prior = self._fit, self._prior(self._prior_precision)
             scale = curvature_scale(self._sigma_noise.detach(), self._temperature)
-            prior = self._prior(self._prior_precision).operator(H).detach()
-            self._posterior = versions, (scale * H + prior).factor(self._fit.mean.dtype)
+            if fit.damped is None:
+                H = fit.curvature.to(torch.float64)
+                P = scale * H + prior.operator(H)
+            else:
+                P = fit.damped.precision(prior, scale)
+            self._posterior = versions, P.detach().factor(fit.mean.dtype)
         return self._posterior[1]
 
     @property
@@ -620,12 +637,7 @@ class Laplace:
         return self.likelihood.outputs(found, rows[0]).reshape(shape)
 
     def _rows(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "B ..."]:
-        """Outputs in the shape that the model gave them in `fit`."""
-        if outputs.shape[-1] != self.n_outputs:
-            raise OutputError(
-                f"model outputs must have {self.n_outputs} numbers for each sample as in fit, found "
-                f"{outputs.shape[-1]}"
-            )
+        """Outputs in the shape that the model gave them."""
         return outputs.reshape(-1, *self._output_shape)
 
     def _moments(
@@ -638,10 +650,11 @@ class Laplace:
             mean, spread = predictive.mean_and_variance(x)
         else:
             mean, spread = predictive.joint(x) if joint else predictive.mean_and_covariance(x)
+        n_outputs = math.prod(self._output_shape)
         if observation_noise:
-            noise = self._noise_covariance(mean.view(-1, self.n_outputs), None)
+            noise = self._noise_covariance(mean.view(-1, n_outputs), None)
             if joint:
-                noise = torch.block_diag(*[noise] * (len(mean) // self.n_outputs))
+                noise = torch.block_diag(*[noise] * (len(mean) // n_outputs))
             spread = spread + (noise.diagonal() if diagonal_output else noise)
         return mean, spread
 
@@ -673,8 +686,22 @@ class Laplace:
 
     @property
     def _output_shape(self) -> tuple[int, ...]:
-        """Of one sample's outputs; one number counts as an axis of length one."""
-        return self._fit.accumulated.output_shape or (1,)
+        """Of one sample's outputs at the input of this prediction; one number counts as an axis of length one.
+
+        Raises:
+            OutputError: if they differ from those in `fit` in more than the length of sequences.
+        """
+        fitted = self._fit.accumulated
+        shape = fitted.recorder.output_shape
+        if shape is None:
+            shape = fitted.output_shape
+        if shape != fitted.output_shape and not fitted.takes(shape, _of_a_term(self.likelihood, shape)):
+            expected, found = (", ".join(("N", *map(str, s))) for s in (fitted.output_shape, shape))
+            raise OutputError(
+                f"model outputs must have shape ({expected}) as in fit, but for the length of sequences, "
+                f"found ({found})"
+            )
+        return shape or (1,)
 
     @property
     def _fit(self) -> _Fitted:
@@ -703,6 +730,12 @@ class Laplace:
         return self._prior_of(self._fit, precision)
 
     def _prior_of(self, fitted: _Fitted, precision: Tensor | PrecisionOperator) -> Prior:
+        prior = self._any_prior(fitted, precision)
+        if fitted.damped is not None:
+            fitted.damped.check(prior)
+        return prior
+
+    def _any_prior(self, fitted: _Fitted, precision: Tensor | PrecisionOperator) -> Prior:
         deviation = fitted.mean.double() - self._prior_mean.to(fitted.mean).double()
         if isinstance(precision, PrecisionOperator):
             if precision.size != len(deviation):
@@ -740,3 +773,11 @@ class Laplace:
 def _check_mean_length(mean: Tensor, fitted: _Fitted) -> None:
     if mean.ndim == 1 and mean.shape != fitted.mean.shape:
         raise ValueError(f"prior_mean must have {len(fitted.mean)} entries, found {len(mean)}")
+
+
+def _of_a_term(likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
+    """How many of the outputs are of one term; 0 where the likelihood does not take them."""
+    try:
+        return likelihood.terms(torch.zeros(1, *output_shape)).shape[-1]
+    except RuntimeError:
+        return 0

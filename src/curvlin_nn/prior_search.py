@@ -10,6 +10,9 @@ which Newton's method with bounded steps finds from anywhere. Its derivatives ar
 
 for groups k of coordinates, ``m_k = D_k - gamma_k``. As P is homogeneous in ``(delta, 1 / sigma^2)``, those in
 tau are sums over the groups.
+
+All of this holds for a Kronecker-damped posterior as well (see `damping`), but for the expressions in ``P^-1``: its
+determinant has half the powers, and gamma and B are sums over the eigenvalues of the factors.
 """
 
 from __future__ import annotations
@@ -203,9 +206,10 @@ def _effective_parameters(evidence: Evidence, prior: GroupedPrior, scale: Tensor
     """``gamma`` and ``B`` of the module's docstring; B is a vector where the groups do not interact."""
     groups, zeros = prior.groups, torch.zeros_like(prior.precision)
     if (spectrum := evidence.relevant_spectrum(prior)) is not None:
-        informed, delta = scale * spectrum.eigenvalues, prior.precision[groups]
-        share = informed / (informed + delta)
-        return zeros.index_add(0, groups, share), zeros.index_add(0, groups, share * (1 - share))
+        ratios = spectrum.ratios(scale, prior.precision[groups])
+        share = (ratios / (1 + ratios)).reshape(-1, len(groups))
+        informed, bend = spectrum.power * share.sum(0), spectrum.power**2 * (share * (1 - share)).sum(0)
+        return zeros.index_add(0, groups, informed), zeros.index_add(0, groups, bend)
     H = evidence.curvature.to(torch.float64)
     P = scale * H + prior.operator(H)
     covariance = P.solve(torch.eye(P.size, dtype=torch.float64, device=P.device))

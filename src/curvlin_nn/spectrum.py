@@ -30,19 +30,32 @@ from curvlin.precision.base import PrecisionOperator
 class Spectrum:
     """The eigenvalues of an operator, each standing at some coordinate of the block it belongs to.
 
+    With a prior precision delta at each coordinate the posterior has the eigenvalues ``delta prod_k (1 + ratio_k)``,
+    where ``ratio_k = (scale / delta)^power eigenvalues_k``: of a sum with the prior there is one k, and the power is 1.
+
     Attributes:
         eigenvalues: float64, none negative; within a block in no particular order.
         block: for each coordinate the first coordinate of its block.
         floor: what is lost when it is added to the diagonal of the block; zero where nothing is added up.
+        power: see above.
     """
 
-    eigenvalues: Float[Tensor, " D"]
+    eigenvalues: Float[Tensor, "*k D"]
     block: Int[Tensor, " D"]
     floor: Float[Tensor, " D"]
+    power: Float[Tensor, " D"] | float = 1.0
 
     def resolves(self, groups: Int[Tensor, " D"]) -> bool:
         """Whether every block lies within one group, so that a shift per group keeps the eigenvectors."""
         return bool((groups == groups[self.block]).all())
+
+    def ratios(self, scale: Float[Tensor, ""], delta: Float[Tensor, " D"]) -> Float[Tensor, "*k D"]:
+        """How much the data say at each eigenvector, relative to the prior."""
+        return (scale / delta) ** self.power * self.eigenvalues
+
+    def posterior(self, scale: Float[Tensor, ""], delta: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+        """The eigenvalues of the posterior precision."""
+        return delta * (1 + self.ratios(scale, delta)).reshape(-1, len(delta)).prod(0)
 
 
 @singledispatch
@@ -75,7 +88,7 @@ def _(H: Dense) -> Spectrum:
 
 @spectrum.register
 def _(H: SpectralKronecker) -> Spectrum:
-    return _together(_non_negative("SpectralKronecker", H.eigenvalues.double().flatten()))
+    return _together(non_negative("SpectralKronecker", H.eigenvalues.double().flatten()))
 
 
 @spectrum.register
@@ -120,7 +133,7 @@ def _(H: BlockDiag) -> Spectrum | None:
 
 def _separate(diagonal: Tensor) -> Spectrum:
     """Every coordinate is an eigenvector."""
-    eigenvalues = _non_negative("Diagonal", diagonal.double())
+    eigenvalues = non_negative("Diagonal", diagonal.double())
     return Spectrum(
         eigenvalues, torch.arange(len(diagonal), device=diagonal.device), eigenvalues.new_zeros(len(diagonal))
     )
@@ -134,10 +147,15 @@ def _together(eigenvalues: Tensor) -> Spectrum:
 
 def _eigenvalues(where: str, matrix: Tensor, resolution: float) -> Tensor:
     """Those of a matrix, with zeros where the posterior's factorisation has them."""
-    return _non_negative(where, without_rounding(torch.linalg.eigvalsh(matrix.double()), resolution))
+    return non_negative(where, without_rounding(torch.linalg.eigvalsh(matrix.double()), resolution))
 
 
-def _non_negative(where: str, eigenvalues: Tensor) -> Tensor:
+def non_negative(where: str, eigenvalues: Tensor) -> Tensor:
+    """The eigenvalues as they are, if none is negative.
+
+    Raises:
+        NotPositiveDefiniteError: naming the operator, if one is.
+    """
     if bool((eigenvalues < 0).any()):
         raise NotPositiveDefiniteError(where, float(eigenvalues.min()))
     return eigenvalues

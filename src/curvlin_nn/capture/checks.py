@@ -20,6 +20,9 @@ from curvlin_nn.errors import CouplingError, OutputError, StochasticModelError
 WATCHED = 16
 """The number of samples of which every pair is tried."""
 
+ALONE = 4
+"""The number of samples that are run alone."""
+
 RADIX = 17
 """Powers of two from 2^-8 to 2^8 tell that many samples apart at once."""
 
@@ -165,7 +168,8 @@ def check_independent(run: Callable[[Any], Tensor], x: Any, outputs: Tensor) -> 
 
     Each half of the batch is kept while the other is not; and among the first samples, alone, each is kept while any
     given other one is not. Gradients, which `find_layouts` looks at, know only what happens behind the chosen
-    parameters.
+    parameters. Some samples are run alone as well: what a model decides by a sum or a maximum over the batch may be the
+    same for most mixtures of its samples. A model that cannot be run on one sample is not asked.
 
     Raises:
         CouplingError: if an output moves.
@@ -188,6 +192,19 @@ def check_independent(run: Callable[[Any], Tensor], x: Any, outputs: Tensor) -> 
         check(~first_half)
     for kept in separating_sets(min(n_samples, WATCHED)).to(outputs.device):
         check(kept)
+    for n in range(0, n_samples, -(-n_samples // ALONE)):
+        alone = _if_it_runs(run, select_samples(x, slice(n, n + 1), n_samples))
+        if alone is not None and alone.shape == outputs[n : n + 1].shape and not close(outputs[n], alone[0]):
+            raise CouplingError(
+                f"the output for one sample changes when it is the only one of a batch, {_EXPECTED_INDEPENDENT}"
+            )
+
+
+def _if_it_runs(run: Callable[[Any], Tensor], x: Any) -> Tensor | None:
+    try:
+        return run(x)
+    except Exception:
+        return None  # it squeezes its axes, or holds a constant of the size of the batch
 
 
 def separating_sets(n_samples: int) -> Bool[Tensor, "M N"]:

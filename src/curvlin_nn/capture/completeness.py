@@ -24,8 +24,8 @@ class _Part:
 
     @classmethod
     def of(cls, piece: Piece) -> _Part:
-        inputs = 1 if piece.right is None else piece.right.shape[-1]
-        return cls(piece.start, (piece.left.shape[-1], inputs), piece.right is not None, piece.transposed)
+        factored = piece.right is not None or piece.one_hot is not None
+        return cls(piece.start, (piece.left.shape[-1], piece.inputs), factored, piece.transposed)
 
     @property
     def stop(self) -> int:
@@ -104,6 +104,9 @@ def _agree(part: _Part, other: _Part) -> bool:
 def _total(piece: Piece) -> Tensor:
     """One column's outer products summed over all positions: a part of the parameter's gradient."""
     left = piece.left[0].reshape(-1, piece.left.shape[-1])
+    if piece.one_hot is not None:
+        total = piece.one_hot.summed(piece.left[0]).mT
+        return total.mT.flatten() if piece.transposed else total.flatten()
     if piece.right is None:
         return left.sum(0)
     total = left.mT @ piece.right.detach().reshape(-1, piece.right.shape[-1])

@@ -30,6 +30,7 @@ from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.inputs import can_be_cut, map_tensors
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
+from curvlin_nn.capture.one_hot import OneHot
 from curvlin_nn.capture.state import capturing, device_of, forward, nothing_drawn, prepared
 from curvlin_nn.errors import CouplingError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
@@ -75,10 +76,11 @@ class Recording:
                 right = None
                 if piece.right is not None:
                     right = _occupied(layout.split(piece.right.detach(), n_samples, 0))
-                if right is None and left.shape[2] > 1:
+                one_hot = None if piece.one_hot is None else _by_sample(piece.one_hot, layout, n_samples)
+                if right is None and one_hot is None and left.shape[2] > 1:
                     left = left.sum(2, keepdim=True)
                 start = self._space.spans[name].start + piece.start
-                parts[name].append(Block(name, start, left, right, piece.transposed))
+                parts[name].append(Block(name, start, left, right, piece.transposed, one_hot=one_hot))
         blocks = self._blocks(parts, self._rest(columns), columns)
         return Captures(n_samples, tuple(blocks), first)
 
@@ -108,6 +110,9 @@ class Recorder:
         model: maps an input to outputs ``(N, ...)``.
         space: the chosen parameters.
         fallback: whether to serve what no rule captures from a whole batch; if not, it is refused by name.
+
+    Attributes:
+        output_shape: of the outputs of one sample of the last input; None before the first.
     """
 
     def __init__(self, model: nn.Module, space: ParameterSpace, *, fallback: bool = True) -> None:
@@ -118,6 +123,7 @@ class Recorder:
         self._shared: set[str] = set()
         self._alone: Recorder | None = None
         self._partial = False
+        self.output_shape: tuple[int, ...] | None = None
 
     @property
     def served(self) -> dict[str, str]:
@@ -178,6 +184,7 @@ class Recorder:
             graph, layouts = self._placed(graph, x, where, new=new)
             if new:
                 self._verified.add(question)
+            self.output_shape = tuple(graph.shape)
             return Recording(self.space, graph, layouts, self._rest(graph, originals, x, where), where)
 
     def _of_samples(self, names: Sequence[str]) -> Recorder:
@@ -273,6 +280,12 @@ def _nothing(columns: Tensor) -> Mapping[str, list[Block]]:
 def _occupied(tensor: Tensor) -> Tensor:
     """With an axis of positions (the last but one) that is not empty: no position says what one of zeros says."""
     return tensor if tensor.shape[-2] else tensor.new_zeros(*tensor.shape[:-2], 1, tensor.shape[-1])
+
+
+def _by_sample(inputs: OneHot, layout: Layout, n_samples: int) -> OneHot:
+    """The inputs as ``(N, S)``, with a position as in `_occupied`."""
+    index = layout.split(inputs.index.unsqueeze(-1), n_samples, 0).squeeze(-1)
+    return OneHot(index, inputs.size).padded(max(1, index.shape[1]))
 
 
 def _zero_block(name: str, start: int, shape: torch.Size, columns: Tensor) -> Block:

@@ -8,6 +8,7 @@ loaded for. The sums over the data are stored, not what is made of them: a fit g
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,12 @@ import torch
 from torch import nn
 
 from curvlin_nn.capture.state import device_of
-from curvlin_nn.curvature import Accumulated
+from curvlin_nn.curvature import Accumulated, State
 from curvlin_nn.errors import StorageError
 from curvlin_nn.fingerprint import check_same
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
-from curvlin_nn.products.hessian_sums import HessianSum
+from curvlin_nn.products.hessian_states import empty_state
 from curvlin_nn.storage import options, plain
 from curvlin_nn.storage.files import VERSION
 from curvlin_nn.structures import StructureChoice
@@ -64,6 +65,7 @@ def state_of(la: Laplace) -> dict[str, Any]:
         "prior_mean": la.prior_mean.detach(),
         "sigma_noise": la.sigma_noise.detach(),
         "temperature": la.temperature,
+        "damping": la._damping,
         "model": fit.fingerprint.state_dict(),
         "sums": fit.accumulated.state_dict(),
     }
@@ -89,6 +91,7 @@ def arguments(
         "curvature": state["curvature"],
         "indefinite": state["indefinite"],
         "generator": options.to_generator(state["generator"]),
+        "damping": state["damping"],
     }
 
 
@@ -96,9 +99,14 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
     """See `Laplace.load_state_dict`."""
     _check(la, state)
     check_same(state["model"], la.model)
-    found = Accumulated.of(state["sums"], la.model, la._structures or [_hessian_of(la)])
+    states: list[Callable[[ParameterSpace], State]] = [*la._structures]
+    if la._hessian is not None:
+        structure, indefinite = la._hessian
+        states = [functools.partial(empty_state, structure=structure, indefinite=indefinite)]
+    found = Accumulated.of(state["sums"], la.model, states)
     changed = copy.copy(la)
     changed._fitted = None
+    changed._damping = state["damping"]
     changed._prior_structure = state["prior_structure"]
     precision = plain.with_tensors(torch.clone, state["prior_precision"])
     changed.prior_precision = options.to_prior(precision, device_of(la.model))
@@ -109,7 +117,16 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
 
 
 def _check(la: Laplace, state: dict[str, Any]) -> None:
-    expected = {"version", *CHOICES, "prior_precision", "prior_structure", *_HYPERPARAMETERS, "model", "sums"}
+    expected = {
+        "version",
+        *CHOICES,
+        "prior_precision",
+        "prior_structure",
+        *_HYPERPARAMETERS,
+        "damping",
+        "model",
+        "sums",
+    }
     if missing := sorted(expected - set(state if isinstance(state, dict) else ())):
         raise StorageError(
             f"state has no {missing[0]!r}, expected what Laplace.state_dict returns; give that"
@@ -123,13 +140,3 @@ def _check(la: Laplace, state: dict[str, Any]) -> None:
             raise StorageError(
                 f"state is that of an object with another {name}; make this one with the same, or use Laplace.load"
             )
-
-
-def _hessian_of(la: Laplace) -> Callable[[ParameterSpace], HessianSum]:
-    assert la._hessian is not None
-    structure, indefinite = la._hessian
-
-    def empty(space: ParameterSpace) -> HessianSum:
-        return HessianSum(structure, indefinite, tuple(shape.numel() for shape in space.shapes), [], 0.0)
-
-    return empty

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from curvlin import Diagonal as DiagonalOperator
-from curvlin_nn.capture import Block, Captures
+from curvlin_nn.capture import Block, Captures, OneHot
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
 from curvlin_nn.structures.registry import register
@@ -26,7 +27,7 @@ class Diagonal(Structure):
 
     def update(self, captures: Captures) -> None:
         """See `Structure.update`."""
-        parts = [squares(block).double() for block in captures.blocks]
+        parts = [squares(part).double() for part in captures.parts]
         total = captures.partition.join(parts, dim=0)
         self._diagonal = total if self._diagonal is None else self._diagonal + total
 
@@ -52,6 +53,8 @@ class Diagonal(Structure):
 def squares(block: Block) -> Float[Tensor, " size"]:
     """``sum_nv row_nv^2``, in the order (out, in)."""
     left, right = block.left, block.right
+    if block.one_hot is not None:
+        return _squares_of_tokens(left, block.one_hot).mT.flatten()
     if right is None:
         return left.square().sum((0, 1, 2))
     if left.shape[2] == 1:  # one outer product per row: the columns fold before anything of size out x in
@@ -60,3 +63,14 @@ def squares(block: Block) -> Float[Tensor, " size"]:
     for left_n, right_n in zip(left, right, strict=True):  # one sample's rows at a time stay in cache
         total += (left_n.mT @ right_n).square().sum(0)
     return total.flatten()
+
+
+def _squares_of_tokens(left: Float[Tensor, "N V S out"], inputs: OneHot) -> Float[Tensor, "size out"]:
+    """The same for unit vectors: the gradients at one sample's positions with the same token add up first."""
+    samples = torch.arange(len(left), device=left.device)[:, None]
+    kept = inputs.index >= 0
+    pairs, which = (samples * inputs.size + inputs.index)[kept].unique(return_inverse=True)
+    rows = left.transpose(1, 2)[kept].flatten(1)  # (kept positions, V out)
+    summed = rows.new_zeros(len(pairs), rows.shape[1]).index_add_(0, which, rows)
+    by_pair = summed.unflatten(1, (left.shape[1], left.shape[3])).square().sum(1)
+    return OneHot(pairs % inputs.size, inputs.size).summed(by_pair)

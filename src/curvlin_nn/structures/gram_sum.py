@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlin_nn.capture import OneHot
+
 TILES = 4
 """Into how many slices of columns a large product is cut, so that what lies below its diagonal is left out."""
 
@@ -41,6 +43,7 @@ class GramSum:
         self.size, self.dtype = size, dtype
         self._waiting: list[Tensor] = []
         self._sum: Tensor | None = None
+        self._counts: Tensor | None = None
 
     def copy(self) -> GramSum:
         """A sum of its own over the same rows."""
@@ -61,8 +64,15 @@ class GramSum:
         else:
             self._plus(upper_gram(X.reshape(-1, self.size), self.dtype))
 
+    def add_units(self, X: OneHot) -> None:
+        """Add rows that are unit vectors, whose product is the diagonal of their numbers."""
+        counts = X.counts()
+        self._counts = counts if self._counts is None else self._counts + counts
+
     def merge(self, other: GramSum) -> None:
         """Add the sum over other rows, which stays as it is."""
+        if other._counts is not None:
+            self._counts = other._counts.clone() if self._counts is None else self._counts + other._counts
         self._waiting += other._waiting
         if other._sum is not None:
             self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
@@ -72,6 +82,8 @@ class GramSum:
     def value(self) -> Float[Tensor, "D D"]:
         """The sum, float64."""
         self._settle()
+        if self._sum is None and self._counts is not None:
+            return torch.diag(self._counts)
         if self._sum is None:
             return torch.zeros(self.size, self.size, dtype=torch.float64)
         value = self._sum.clone()
@@ -79,17 +91,24 @@ class GramSum:
             value[stop:, start:stop] = value[start:stop, stop:].mT
             tile = value[start:stop, start:stop]
             tile.copy_(tile.triu() + tile.triu(1).mT)  # symmetric beyond the rounding of a product
+        if self._counts is not None:
+            value.diagonal().add_(self._counts)
         return value
 
     def state_dict(self) -> dict[str, Any]:
         """The rows that wait as they are: multiplied together now, they would not round as they will."""
-        return {"size": self.size, "waiting": list(self._waiting), "sum": self._sum}
+        return {
+            "size": self.size,
+            "waiting": list(self._waiting),
+            "sum": self._sum,
+            "counts": self._counts,
+        }
 
     @classmethod
     def of(cls, state: dict[str, Any], dtype: torch.dtype) -> GramSum:
         """The sum that had this `state_dict`."""
         gram = cls(state["size"], dtype)
-        gram._waiting, gram._sum = list(state["waiting"]), state["sum"]
+        gram._waiting, gram._sum, gram._counts = list(state["waiting"]), state["sum"], state["counts"]
         return gram
 
     def _settle(self) -> None:

@@ -140,5 +140,5 @@ def _restricted(captures: Captures, space: ParameterSpace, part: ParameterSpace)
     """The blocks of some parameters, at their places in the flat vector of these alone."""
     old, new = space.spans, part.spans
     shifts = {name: new[name].start - old[name].start for name in part.names}
-    blocks = [block.moved(shifts[block.parameter]) for block in captures.blocks if block.parameter in shifts]
-    return replace(captures, blocks=tuple(blocks))
+    parts = [part.moved(shifts[part.parameter]) for part in captures.parts if part.parameter in shifts]
+    return replace(captures, parts=tuple(parts))
