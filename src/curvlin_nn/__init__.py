@@ -1,6 +1,6 @@
 """Networks and data as operators: exact layer-wise curvature, Laplace posteriors and their predictions."""
 
-from curvlin_nn import errors, feature_maps, likelihoods, structures
+from curvlin_nn import errors, feature_maps, likelihoods, structures, subnetwork
 from curvlin_nn.curvature import curvature
 from curvlin_nn.laplace import Laplace
 from curvlin_nn.parameters import ParameterSpace
@@ -20,4 +20,5 @@ __all__ = [
     "low_rank",
     "matrix_free",
     "structures",
+    "subnetwork",
 ]

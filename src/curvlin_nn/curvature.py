@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +20,16 @@ from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import EXACT, Columns
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
 from curvlin_nn.inference_mode import outside_inference_mode
+from curvlin_nn.feature_maps import FeatureMap, JacobianMap, RestrictedMap
 from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.output_curvature import OutputCurvature
 from curvlin_nn.parameters import ParameterSpace, Selection
 from curvlin_nn.products.hessian import Hessian
 from curvlin_nn.products.hessian_sums import MAX_PARAMETERS, HessianSum, check_structure
 from curvlin_nn.products.matrix_free import check_kind
 from curvlin_nn.structures import Structure, StructureChoice, StructureFactory
+from curvlin_nn.subnetwork_space import Subnetwork
+from curvlin_nn.subnetwork_structure import SubnetworkStructure
 
 
 class State(Protocol):
@@ -48,6 +53,7 @@ class Accumulated:
         n_data: the number of samples seen.
         output_shape: of the outputs of one sample (of the last one, where sequences vary in length).
         of_a_term: E, how many of the outputs are of one term of the log-likelihood.
+        subnetwork: the chosen coordinates, if these are not whole parameters.
     """
 
     recorder: Recorder
@@ -56,11 +62,24 @@ class Accumulated:
     n_data: int = 0
     output_shape: tuple[int, ...] = ()
     of_a_term: int = 0
+    subnetwork: Subnetwork | None = None
 
     @property
     def space(self) -> ParameterSpace:
-        """The parameters the curvature is about."""
-        return self.recorder.space
+        """The coordinates the curvature is about; of a subnetwork, as many of each parameter as were chosen."""
+        return self.recorder.space if self.subnetwork is None else self.subnetwork.space
+
+    @property
+    def feature_map(self) -> FeatureMap:
+        """The Jacobian in these coordinates."""
+        jacobian = JacobianMap.of(self.recorder)
+        return jacobian if self.subnetwork is None else RestrictedMap(jacobian, self.subnetwork.index)
+
+    def coordinates(self, model: nn.Module) -> Float[Tensor, " P"]:
+        """The model's current values there, flat."""
+        whole = self.recorder.space
+        flat = whole.flatten(whole.tensors(model))
+        return flat if self.subnetwork is None else flat[self.subnetwork.index.to(flat.device)]
 
     @property
     def n_outputs(self) -> int:
@@ -94,7 +113,8 @@ class Accumulated:
         Raises:
             UnsupportedError: if they are about different parameters or outputs.
         """
-        if self.space != other.space or not self._is_about_outputs_of(other):
+        same = self.space == other.space and self.subnetwork == other.subnetwork
+        if not same or not self._is_about_outputs_of(other):
             raise UnsupportedError(
                 "the two fits are about different parameters or outputs, expected the same"
             )
@@ -117,7 +137,7 @@ def curvature(
     loader: Iterable[Any],
     hessian_structure: StructureChoice = "kron",
     columns: str = "exact",
-    subset_of_weights: Selection = "all",
+    subset_of_weights: Selection | Subnetwork = "all",
     *,
     n_columns: int = 1,
     generator: torch.Generator | None = None,
@@ -140,7 +160,7 @@ def curvature(
             tensor) or ``"diag"``.
         columns: ``"exact"``; ``"mc"`` or ``"sketch"``, which are unbiased; ``"empirical"`` for the empirical Fisher
             matrix instead.
-        subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, or a predicate.
+        subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, a predicate, or a `Subnetwork`.
         n_columns: how many for ``"mc"`` and ``"sketch"``, for each sample.
         generator: source of randomness for these; None is torch's default generator.
         kind: ``"ggn"``; or ``"hessian"``, exact, by P products of two backward passes for each batch.
@@ -183,17 +203,19 @@ def accumulate(
     model: nn.Module,
     likelihood: Likelihood,
     loader: Iterable[Any],
-    subset_of_weights: Selection,
+    subset_of_weights: Selection | Subnetwork,
     factories: Sequence[StructureFactory],
     *,
     columns: Columns = EXACT,
+    feature_reduction: str | None = None,
     progress_bar: bool = False,
 ) -> Accumulated:
     """Send captures of all data through structures; several share the passes. See `curvature`."""
     device = device_of(model)
+    stream = batches(loader, device, progress_bar)
     with random_state_kept(device):  # loaders draw from the default generator
         accumulated, states = _first_pass(
-            model, likelihood, batches(loader, device, progress_bar), subset_of_weights, factories, columns
+            model, likelihood, stream, subset_of_weights, factories, columns, feature_reduction
         )
         for pass_index in range(1, max((state.passes for state in states), default=1)):
             unfinished = [state for state in states if pass_index < state.passes]
@@ -220,24 +242,34 @@ def _first_pass(
     model: nn.Module,
     likelihood: Likelihood,
     stream: Iterator[tuple[Any, Tensor]],
-    subset_of_weights: Selection,
+    subset_of_weights: Selection | Subnetwork,
     factories: Sequence[StructureFactory],
     columns: Columns,
+    feature_reduction: str | None,
 ) -> tuple[Accumulated, tuple[Structure, ...]]:
     accumulated: Accumulated | None = None
     states: tuple[Structure, ...] = ()
     for index, (x, targets) in enumerate(stream):
         where = f"batch {index}"
         if accumulated is None:
-            recorder = Recorder(model, choose(model, subset_of_weights, x, where))
-            states = _started(recorder.space, factories)
+            chosen = choose(model, subset_of_weights, x, where)
+            subnetwork = chosen if isinstance(chosen, Subnetwork) else None
+            space = chosen.touched if isinstance(chosen, Subnetwork) else chosen
+            recorder = Recorder(model, space, feature_reduction=feature_reduction)
+            if subnetwork is not None:
+                factories = [
+                    partial(SubnetworkStructure, subnetwork=subnetwork, factory=factory)
+                    for factory in factories
+                ]
+            states = _started(space, factories)
             nothing = torch.zeros(1, dtype=torch.float64, device=device_of(model))
-            accumulated = Accumulated(recorder, states, nothing)
+            accumulated = Accumulated(recorder, states, nothing, subnetwork=subnetwork)
         recording = accumulated.recorder(x, where)
         targets = likelihood.check(recording.outputs, targets, where)
         accumulated = accumulated.with_batch(likelihood, recording.outputs, targets, where)
         if states:
-            for captures in _captures(recording, likelihood, targets, columns):
+            closed = all(state.takes_output_curvature for state in states)
+            for captures in _captures(recording, likelihood, targets, columns, closed=closed):
                 for state in states:
                     state.update(captures)
     if accumulated is None:
@@ -246,12 +278,18 @@ def _first_pass(
 
 
 def _captures(
-    recording: Recording, likelihood: Likelihood, targets: Tensor, columns: Columns
+    recording: Recording, likelihood: Likelihood, targets: Tensor, columns: Columns, *, closed: bool = False
 ) -> Iterator[Captures]:
-    """What a batch says, some columns at a time."""
+    """What a batch says, some columns at a time; or in closed form if that is wanted, and the parameters allow it."""
     outputs = recording.outputs
-    weights = likelihood.weights(likelihood.terms(outputs), targets)
+    terms = likelihood.terms(outputs)
+    weights = likelihood.weights(terms, targets)
     kept = None if weights is None else weights != 0
+    if closed and columns.kind == "exact" and recording.ends_in(terms):
+        # The layer's output is the term: its curvature needs no columns.
+        none = recording.captures(outputs.new_zeros(0, *outputs.shape))
+        yield replace(none, kept=kept, output_curvature=OutputCurvature(likelihood, terms, targets, weights))
+        return
     for index, some in enumerate(columns(likelihood, outputs, targets)):
         yield replace(recording.captures(some, first=index == 0), kept=kept)
 

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from curvlin.index import IndexSet
 from curvlin_nn.errors import UnsupportedUseError
+
+if TYPE_CHECKING:
+    from curvlin_nn.output_curvature import OutputCurvature
 
 
 @dataclass(frozen=True)
@@ -165,12 +169,16 @@ class Captures:
         blocks: the parts of all chosen parameters in flat order, without gaps.
         first: whether these are the first columns of the batch; what depends on inputs alone counts only then.
         kept: which terms of the log-likelihood count (those not ignored), or None where all do.
+        output_curvature: what stands in the place of columns, where the blocks are of a linear layer whose outputs are the
+            terms of the log-likelihood: their left factors are its columns. Blocks then have none. Only structures that
+            ask for it see it.
     """
 
     n_samples: int
     blocks: tuple[Block, ...]
     first: bool = True
     kept: Bool[Tensor, "N R"] | None = None
+    output_curvature: OutputCurvature | None = None
 
     @property
     def partition(self) -> IndexSet:

@@ -17,6 +17,8 @@ class Diagonal(Structure):
     """``diag(H) = sum_nv (row_nv)^2``, exact under weight sharing."""
 
     name = "diag"
+    restricts = True
+    takes_output_curvature = True
 
     def __init__(self, space: ParameterSpace) -> None:
         super().__init__(space)
@@ -24,7 +26,11 @@ class Diagonal(Structure):
 
     def update(self, captures: Captures) -> None:
         """See `Structure.update`."""
-        parts = [squares(block).double() for block in captures.blocks]
+        if captures.output_curvature is None:
+            parts = [squares(block).double() for block in captures.blocks]
+        else:
+            diagonal = captures.output_curvature.diagonal().flatten(0, 1)
+            parts = [_of_last_layer(block, diagonal) for block in captures.blocks]
         total = captures.partition.join(parts, dim=0)
         self._diagonal = total if self._diagonal is None else self._diagonal + total
 
@@ -37,6 +43,13 @@ class Diagonal(Structure):
         """See `Structure.finish`."""
         assert self._diagonal is not None
         return DiagonalOperator(self._diagonal)
+
+
+def _of_last_layer(block: Block, diagonal: Float[Tensor, "NR out"]) -> Float[Tensor, " size"]:
+    """`squares` of a linear layer whose outputs have curvature with these diagonals."""
+    if block.right is None:
+        return diagonal.sum(0)
+    return (diagonal.mT @ block.right.double().square().flatten(0, 1)).flatten()
 
 
 def squares(block: Block) -> Float[Tensor, " size"]:

@@ -60,6 +60,10 @@ class GramSum:
         else:
             self._plus(upper_gram(X.reshape(-1, self.size), self.dtype))
 
+    def add_product(self, product: Float[Tensor, "D D"]) -> None:
+        """Add ``X^T X`` of rows that need not be known, in full and float64."""
+        self._plus(product.clone())
+
     def merge(self, other: GramSum) -> None:
         """Add the sum over other rows, which stays as it is."""
         self._waiting += other._waiting

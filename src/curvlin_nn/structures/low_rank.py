@@ -38,6 +38,7 @@ class LowRank(Structure):
     """
 
     name = "lowrank"
+    restricts = True
 
     def __init__(
         self,
