@@ -52,7 +52,7 @@ class Subnetwork:
         try:
             found = as_index(indices, whole.size, torch.device("cpu"))
         except (TypeError, ValueError) as error:
-            raise UnsupportedError(f"subnetwork_{str(error).removeprefix('subnetwork_')}") from None
+            raise UnsupportedError(f"subnetwork_indices{str(error).removeprefix('index')}") from None
         return cls(whole, found.sort().values)
 
     def __eq__(self, other: object) -> bool:

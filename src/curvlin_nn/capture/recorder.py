@@ -75,7 +75,7 @@ class Recording:
             CouplingError: if samples that are run alone turn out to have influenced each other.
         """
         n_samples = len(self._graph.outputs)
-        columns = columns.reshape(len(columns), n_samples, -1)
+        columns = columns.reshape(len(columns), *self._graph.outputs.shape)
         parts: dict[str, list[Block]] = {name: [] for name in self._space.names}
         for use, layout, gradient in zip(
             self._graph.uses, self._layouts, self._graph.gradients(columns), strict=True
