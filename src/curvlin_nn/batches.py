@@ -14,7 +14,6 @@ from curvlin_nn.capture.inputs import split_batch
 from curvlin_nn.capture.state import device_of
 from curvlin_nn.errors import DataError
 from curvlin_nn.parameters import ParameterSpace, Selection
-from curvlin_nn.subnetwork_space import Subnetwork
 
 
 def batches(
@@ -69,12 +68,8 @@ class Passes:
             )
 
 
-def choose(
-    model: nn.Module, subset_of_weights: Selection | Subnetwork, x: Any, where: str
-) -> ParameterSpace | Subnetwork:
+def choose(model: nn.Module, subset_of_weights: Selection, x: Any, where: str) -> ParameterSpace:
     """The parameters that `subset_of_weights` names; the last layer is found by running the model on `x`."""
-    if isinstance(subset_of_weights, Subnetwork):
-        return subset_of_weights
     if isinstance(subset_of_weights, str) and subset_of_weights == "last_layer":
         return last_layer(model, x, where)
     return ParameterSpace.of(model, subset_of_weights)

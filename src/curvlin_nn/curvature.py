@@ -19,8 +19,8 @@ from curvlin_nn.capture import Captures, Recorder, Recording
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import EXACT, Columns
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
-from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.feature_maps import FeatureMap, JacobianMap, RestrictedMap
+from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.output_curvature import OutputCurvature
 from curvlin_nn.parameters import ParameterSpace, Selection
@@ -182,6 +182,8 @@ def curvature(
     check_kind(kind, columns)
     if kind == "hessian":
         structure, indefinite = check_structure(hessian_structure, indefinite)
+        if isinstance(subset_of_weights, Subnetwork):
+            raise UnsupportedError("kind='hessian' is not supported for a subnetwork; take kind='ggn'")
         H = Hessian(model, likelihoods.resolve(likelihood), loader, subset_of_weights, progress_bar)
         with random_state_kept(device_of(model)):  # loaders draw from the default generator
             total = HessianSum.of(H, structure, indefinite, max_parameters)
@@ -252,15 +254,15 @@ def _first_pass(
     for index, (x, targets) in enumerate(stream):
         where = f"batch {index}"
         if accumulated is None:
-            chosen = choose(model, subset_of_weights, x, where)
-            subnetwork = chosen if isinstance(chosen, Subnetwork) else None
-            space = chosen.touched if isinstance(chosen, Subnetwork) else chosen
-            recorder = Recorder(model, space, feature_reduction=feature_reduction)
-            if subnetwork is not None:
+            subnetwork = None
+            if isinstance(subset_of_weights, Subnetwork):
+                subnetwork, space = subset_of_weights, subset_of_weights.touched
                 factories = [
-                    partial(SubnetworkStructure, subnetwork=subnetwork, factory=factory)
-                    for factory in factories
+                    partial(SubnetworkStructure, subnetwork=subnetwork, factory=f) for f in factories
                 ]
+            else:
+                space = choose(model, subset_of_weights, x, where)
+            recorder = Recorder(model, space, feature_reduction=feature_reduction)
             states = _started(space, factories)
             nothing = torch.zeros(1, dtype=torch.float64, device=device_of(model))
             accumulated = Accumulated(recorder, states, nothing, subnetwork=subnetwork)

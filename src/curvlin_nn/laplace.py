@@ -133,7 +133,11 @@ class Laplace:
         self.model = model
         self.likelihood = likelihoods.resolve(likelihood)
         subset = Subset.of(model, subset_of_weights, subnetwork_indices, last_layer_name)
-        self.subset_of_weights, self._selection, self.last_layer_name = subset.name, subset.selection, last_layer_name
+        self.subset_of_weights, self._selection, self.last_layer_name = (
+            subset.name,
+            subset.selection,
+            last_layer_name,
+        )
         self.feature_reduction = check_reduction(feature_reduction)
         structure = "kron" if hessian_structure is None else hessian_structure
         self._hessian: tuple[str, str] | None = None

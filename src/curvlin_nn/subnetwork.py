@@ -98,7 +98,9 @@ class SubnetMask(ABC):
             DataError: if data are needed, and there are none.
         """
         if self._indices is not None:
-            raise UnsupportedError("the subnetwork is selected already, expected one call of select; make a new mask")
+            raise UnsupportedError(
+                "the subnetwork is selected already, expected one call of select; make a new mask"
+            )
         self._indices = self.convert_subnet_mask_to_indices(self.get_subnet_mask(train_loader))
         return self._indices
 
@@ -109,9 +111,19 @@ class SubnetMask(ABC):
             UnsupportedError: if it is none, or has no one.
         """
         size = self.parameters.size
-        if not isinstance(subnet_mask, Tensor) or subnet_mask.is_floating_point() or subnet_mask.shape != (size,):
-            found = f"{tuple(subnet_mask.shape)} of {subnet_mask.dtype}" if isinstance(subnet_mask, Tensor) else subnet_mask
-            raise UnsupportedError(f"a subnetwork mask must be a boolean vector of {size} entries, found {found}")
+        if (
+            not isinstance(subnet_mask, Tensor)
+            or subnet_mask.is_floating_point()
+            or subnet_mask.shape != (size,)
+        ):
+            found = (
+                f"{tuple(subnet_mask.shape)} of {subnet_mask.dtype}"
+                if isinstance(subnet_mask, Tensor)
+                else subnet_mask
+            )
+            raise UnsupportedError(
+                f"a subnetwork mask must be a boolean vector of {size} entries, found {found}"
+            )
         if not bool(((subnet_mask == 0) | (subnet_mask == 1)).all()) or not bool(subnet_mask.any()):
             raise UnsupportedError("a subnetwork mask must hold ones and zeros, at least one of the former")
         return subnet_mask.cpu().nonzero().squeeze(1)

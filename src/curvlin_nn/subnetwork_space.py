@@ -46,8 +46,8 @@ class Subnetwork:
         whole = ParameterSpace.of(model, "all")
         if indices is None:
             raise UnsupportedError(
-                "subset_of_weights='subnetwork' needs subnetwork_indices, found None; give a LongTensor of coordinates, "
-                "or a mask of curvlin_nn.subnetwork for subset_of_weights"
+                "subset_of_weights='subnetwork' needs subnetwork_indices, found None; give a LongTensor, or for "
+                "subset_of_weights a mask of curvlin_nn.subnetwork"
             )
         try:
             found = as_index(indices, whole.size, torch.device("cpu"))
@@ -82,7 +82,9 @@ class Subnetwork:
         sizes = [int(self._chosen[name].sum()) for name in self.touched.names]
         return ParameterSpace(self.touched.names, tuple(torch.Size([size]) for size in sizes))
 
-    def fill(self, whole: Float[Tensor, " P"], values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch P"]:
+    def fill(
+        self, whole: Float[Tensor, " P"], values: Float[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch P"]:
         """The flat vector of all parameters with other values at the chosen coordinates."""
         filled = whole.expand(*values.shape[:-1], len(whole)).clone()
         filled[..., self.indices.to(whole.device)] = values

@@ -35,9 +35,7 @@ class SubnetworkStructure(Structure):
 
     name = "subnetwork"
 
-    def __init__(
-        self, touched: ParameterSpace, *, subnetwork: Subnetwork, factory: StructureFactory
-    ) -> None:
+    def __init__(self, touched: ParameterSpace, *, subnetwork: Subnetwork, factory: StructureFactory) -> None:
         super().__init__(subnetwork.space)
         self._subnetwork = subnetwork
         inner = factory(subnetwork.space)
@@ -105,7 +103,7 @@ def _check_affordable(captures: Captures, subnetwork: Subnetwork) -> None:
         if len(index) <= MAX_BLOCK or product_index(index, block.shape[1]) is not None:
             continue
         raise UnsupportedError(
-            f"subnetwork_indices chooses {len(index)} coordinates of parameter {block.parameter!r} that are no rows times "
-            f"columns, whose submatrix of a Kronecker product is dense; expected at most {MAX_BLOCK}; choose whole rows or "
-            "columns, or take hessian_structure='diag'"
+            f"subnetwork_indices chooses {len(index)} coordinates of parameter {block.parameter!r} that are no rows "
+            f"times columns, whose submatrix of a Kronecker product is dense; expected at most {MAX_BLOCK}; choose "
+            "whole rows or columns, or take hessian_structure='diag'"
         )

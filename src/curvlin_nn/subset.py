@@ -39,11 +39,12 @@ class Subset:
             UnsupportedError: if they contradict each other, or choose nothing.
         """
         if isinstance(subset_of_weights, SubnetMask):
-            if subnetwork_indices is not None:
+            if subnetwork_indices is not None or last_layer_name is not None:
+                other = "last_layer_name" if subnetwork_indices is None else "subnetwork_indices"
                 raise UnsupportedError(
-                    "subset_of_weights is a mask and subnetwork_indices is given as well, expected one of them"
+                    f"subset_of_weights is a mask and {other} is given too, expected one of them"
                 )
-            subset_of_weights, subnetwork_indices = "subnetwork", subset_of_weights.indices
+            return cls("subnetwork", Subnetwork.of(model, subset_of_weights.indices))
         name: Selection = "last_layer" if subset_of_weights is None else subset_of_weights
         for argument, value, goes_with in (
             ("subnetwork_indices", subnetwork_indices, "subnetwork"),
@@ -74,7 +75,8 @@ class Subset:
         """
         if isinstance(self.selection, Subnetwork):
             raise UnsupportedError(
-                "curvature='hessian' is not supported for a subnetwork; take curvature='ggn', or whole parameters by name"
+                "curvature='hessian' is not supported for a subnetwork; take curvature='ggn', or whole parameters by "
+                "name"
             )
 
 

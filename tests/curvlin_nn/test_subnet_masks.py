@@ -55,7 +55,9 @@ def test_largest_variance_under_a_diagonal_laplace():
 def test_largest_variance_along_sgd(likelihood):
     p = problem("mlp", likelihood)
     before = state(p.model)
-    mask = LargestVarianceSWAGSubnetMask(p.model, 11, likelihood, swag_n_snapshots=5, swag_snapshot_freq=2, swag_lr=0.1)
+    mask = LargestVarianceSWAGSubnetMask(
+        p.model, 11, likelihood, swag_n_snapshots=5, swag_snapshot_freq=2, swag_lr=0.1
+    )
     scores = mask.compute_param_scores(p.batches())
     assert_same(before, state(p.model))
 
@@ -93,7 +95,7 @@ def test_swag_of_any_likelihood_minimises_its_mean_negative_log_likelihood():
 def test_swag_that_diverges_says_so():
     p = problem("mlp", "regression")
     mask = LargestVarianceSWAGSubnetMask(p.model, 3, "regression", swag_lr=1e8)
-    with pytest.raises((ConvergenceError, ValueError), match="diverged|finite"):
+    with pytest.raises((ConvergenceError, ValueError), match=r"diverged|finite"):
         mask.select(p.batches())
 
 

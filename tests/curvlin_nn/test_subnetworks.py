@@ -254,16 +254,31 @@ def test_curvature_takes_a_subnetwork():
     ("arguments", "message"),
     [
         ({}, "needs subnetwork_indices, found None"),
-        ({"subnetwork_indices": torch.tensor([0, 83])}, r"subnetwork_indices must lie in 0 .. 82, found 0 .. 83"),
+        (
+            {"subnetwork_indices": torch.tensor([0, 83])},
+            r"subnetwork_indices must lie in 0 .. 82, found 0 .. 83",
+        ),
         ({"subnetwork_indices": torch.tensor([1, 1])}, "subnetwork_indices must name each coordinate once"),
-        ({"subnetwork_indices": torch.tensor([0.5])}, "subnetwork_indices must hold integers, found torch.float32"),
+        (
+            {"subnetwork_indices": torch.tensor([0.5])},
+            "subnetwork_indices must hold integers, found torch.float32",
+        ),
         ({"subnetwork_indices": torch.ones(83, dtype=torch.bool)}, "subnetwork_indices must hold integers"),
-        ({"subnetwork_indices": torch.tensor([], dtype=torch.long)}, "subnetwork_indices must be a non-empty list"),
+        (
+            {"subnetwork_indices": torch.tensor([], dtype=torch.long)},
+            "subnetwork_indices must be a non-empty list",
+        ),
         ({"subnetwork_indices": torch.tensor([1]), "curvature": "hessian"}, "not supported for a subnetwork"),
-        ({"subnetwork_indices": torch.tensor([1]), "subset_of_weights": "all"}, "subnetwork_indices goes with"),
+        (
+            {"subnetwork_indices": torch.tensor([1]), "subset_of_weights": "all"},
+            "subnetwork_indices goes with",
+        ),
         ({"subset_of_weights": "all", "last_layer_name": "4"}, "last_layer_name goes with"),
         ({"subset_of_weights": "last_layer", "last_layer_name": "9"}, "last_layer_name='9' is no module"),
-        ({"subset_of_weights": "last_layer", "feature_reduction": "max"}, "feature_reduction='max' is not supported"),
+        (
+            {"subset_of_weights": "last_layer", "feature_reduction": "max"},
+            "feature_reduction='max' is not supported",
+        ),
     ],
 )
 def test_refusals(arguments, message):
@@ -277,6 +292,8 @@ def test_a_dense_submatrix_of_a_product_is_refused_where_it_is_too_large(monkeyp
     p = problem("mlp", "classification")
     scattered = torch.tensor([0, 1, 5, 8, 14, 17])
     la = Laplace(p.model, p.likelihood, "subnetwork", "kron", subnetwork_indices=scattered)
-    with pytest.raises(UnsupportedError, match="chooses 6 coordinates of parameter '0.weight' that are no rows times"):
+    with pytest.raises(
+        UnsupportedError, match=r"chooses 6 coordinates of parameter '0.weight' that are no rows times"
+    ):
         la.fit(p.batches())
     Laplace(p.model, p.likelihood, "subnetwork", "kron", subnetwork_indices=range(8)).fit(p.batches())

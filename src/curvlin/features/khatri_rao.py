@@ -114,7 +114,9 @@ class KhatriRaoFeatures(FeatureOperator):
 
     def _columns(self, index: Tensor) -> Tensor:
         outputs, inputs = index // self.in_features, index % self.in_features
-        bytes_each = self.dtype.itemsize * self.batch_shape.numel() * self.n_rows * self.n_positions * len(index)
+        bytes_each = (
+            self.dtype.itemsize * self.batch_shape.numel() * self.n_rows * self.n_positions * len(index)
+        )
 
         def some(n: slice) -> Tensor:
             left = self.left[..., n, :, :, :].index_select(-1, outputs)

@@ -1,4 +1,4 @@
-"""Tensors that repeat themselves along a dimension, as `Tensor.expand` makes them: one copy in memory, and one to work on.
+"""Tensors that repeat themselves along a dimension, as `Tensor.expand` makes them: one copy is held and worked on.
 
 The Jacobian of a network's outputs in the outputs of its last layer is the identity for every sample.
 """

@@ -28,6 +28,7 @@ from curvlin.precision.implicit import ImplicitOperator
 from curvlin.precision.spectral import SpectralKronecker
 
 if TYPE_CHECKING:
+    from curvlin.precision.base import PrecisionOperator
     from curvlin.precision.whitened import WhitenedFrame
 
 Pair = tuple[Tensor | None, Tensor | None]

@@ -169,9 +169,9 @@ class Captures:
         blocks: the parts of all chosen parameters in flat order, without gaps.
         first: whether these are the first columns of the batch; what depends on inputs alone counts only then.
         kept: which terms of the log-likelihood count (those not ignored), or None where all do.
-        output_curvature: what stands in the place of columns, where the blocks are of a linear layer whose outputs are the
-            terms of the log-likelihood: their left factors are its columns. Blocks then have none. Only structures that
-            ask for it see it.
+        output_curvature: what stands in the place of columns, of which the blocks then have none: those of a linear
+            layer whose outputs are the terms of the log-likelihood have its columns for left factors. Only structures
+            that take it see it.
     """
 
     n_samples: int

@@ -33,7 +33,7 @@ class Graph:
         outputs: the model's outputs with their graph, all of a sample's in one row.
         shape: the shape that the outputs of one sample had.
         course: what the whole graph looks like.
-        direct: whether the output of the only use is the model's output, so that cotangents of one are those of the other.
+        direct: whether the output of the only use is the model's output, which then has the same cotangents.
     """
 
     leaves: dict[str, Tensor]

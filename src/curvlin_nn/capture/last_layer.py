@@ -78,7 +78,7 @@ def _other_than(last: Use, uses: Sequence[Use], outputs: Tensor, names: Mapping[
 
 
 def _heads(uses: Sequence[Use], outputs: Tensor) -> dict[str, None]:
-    """The modules (or parameters outside of any) of all layers that have no other layer between them and the outputs."""
+    """The modules (or parameters outside of any) of all layers without another between them and the outputs."""
     layers = [use for use in uses if use.rule.is_layer]
     nodes = {use.edge.node for use in layers}
     direct = _nodes_behind(outputs.grad_fn, nodes)

@@ -50,8 +50,8 @@ def reduced(uses: Sequence[Use], outputs: Tensor, feature_reduction: str, where:
     if len(uses) != 1 or not isinstance(uses[0].rule, LinearRule):
         names = [name for use in uses for name in use.names]
         raise UnsupportedError(
-            f"{wanted} needs the chosen parameters to be one linear layer that is used once, found uses of {names}; take "
-            "subset_of_weights='last_layer', or feature_reduction=None"
+            f"{wanted} needs the chosen parameters to be one linear layer that is used once, found uses of {names}; "
+            "take subset_of_weights='last_layer', or feature_reduction=None"
         )
     (use,) = uses
     features = use.call.input
@@ -61,7 +61,6 @@ def reduced(uses: Sequence[Use], outputs: Tensor, feature_reduction: str, where:
     if found.shape != outputs.shape or not close(outputs, found):
         raise UnsupportedError(
             f"{wanted} is not what the model does on {where}: its outputs are not those of its last layer on features "
-            f"{tuple(use.call.input.shape)} so reduced; name what it does, or take feature_reduction=None, which needs no "
-            "name"
+            f"{tuple(use.call.input.shape)} so reduced; name what it does, or take feature_reduction=None"
         )
     return replace(use, call=replace(use.call, input=features), shape=found.shape, version=features._version)
