@@ -7,9 +7,9 @@ A network with 512 features and C classes, 64 points, float32, one thread; "kron
 ``I (x) phi`` out, ``N C (C D + C)`` numbers; here it stays a product, and the curvature of the outputs needs no
 columns.
 
-Each run has a process of its own. Time is CPU time, of the fit and of the first call of ``la(x)`` behind it (with the
-factorisation of the posterior), and the least of all calls: four, of laplace-torch one, which takes long; memory is the rise of the resident set's peak
-(Linux). A run of laplace-torch whose Jacobian alone exceeds ``--limit`` is not started.
+Each run has a process of its own. Time is CPU time: of the fit, of the first call of ``la(x)`` behind it (which
+factorises the posterior), and the least of all calls: four, of laplace-torch one, which takes long. Memory is the rise
+of the resident set's peak (Linux). A run of laplace-torch whose Jacobian alone exceeds ``--limit`` is not started.
 """
 
 from __future__ import annotations

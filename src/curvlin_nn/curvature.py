@@ -75,11 +75,10 @@ class Accumulated:
         jacobian = JacobianMap.of(self.recorder)
         return jacobian if self.subnetwork is None else RestrictedMap(jacobian, self.subnetwork.index)
 
-    def coordinates(self, model: nn.Module) -> Float[Tensor, " P"]:
-        """The model's current values there, flat."""
-        whole = self.recorder.space
-        flat = whole.flatten(whole.tensors(model))
-        return flat if self.subnetwork is None else flat[self.subnetwork.index.to(flat.device)]
+    @property
+    def whole_space(self) -> ParameterSpace:
+        """The parameters that the coordinates are counted in: `space`, but for a subnetwork all of them."""
+        return self.recorder.space if self.subnetwork is None else self.subnetwork.whole
 
     @property
     def n_outputs(self) -> int:

@@ -57,6 +57,7 @@ class _Fitted:
     mean: Float[Tensor, " P"]
     curvature: PrecisionOperator
     fingerprint: Fingerprint
+    whole_mean: Float[Tensor, " W"]
 
     @cached_property
     @outside_inference_mode()
@@ -255,8 +256,9 @@ class Laplace:
             H.passes.check_count(found.n_data)
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
-        mean = found.coordinates(self.model)
-        fitted = _Fitted(found, mean, found.states[0].finish(), Fingerprint.of(self.model))
+        whole = found.whole_space.flatten(found.whole_space.tensors(self.model))
+        mean = whole if found.subnetwork is None else found.subnetwork.of_whole(whole)
+        fitted = _Fitted(found, mean, found.states[0].finish(), Fingerprint.of(self.model), whole)
         _check_mean_length(self._prior_mean, fitted)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
@@ -290,8 +292,7 @@ class Laplace:
     @property
     def parameters(self) -> ParameterSpace:
         """The parameters in flat order, those that a subnetwork holds fixed included."""
-        found = self._fit.accumulated
-        return found.space if found.subnetwork is None else found.subnetwork.whole
+        return self._fit.accumulated.whole_space
 
     @property
     def curvature(self) -> PrecisionOperator:
@@ -303,7 +304,7 @@ class Laplace:
     @property
     def mean(self) -> Float[Tensor, " P"]:
         """The parameters the posterior was fitted around, flat; for a subnetwork those it holds fixed as well."""
-        return self._in_whole(self._fit.mean)
+        return self._fit.whole_mean
 
     @property
     @outside_inference_mode()
@@ -596,10 +597,7 @@ class Laplace:
     def _in_whole(self, values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch P"]:
         """Values of the posterior's coordinates, in the flat vector of all parameters."""
         subnetwork = self._fit.accumulated.subnetwork
-        if subnetwork is None:
-            return values
-        whole = subnetwork.whole
-        return subnetwork.fill(whole.flatten(whole.tensors(self.model)), values)
+        return values if subnetwork is None else subnetwork.fill(self._fit.whole_mean, values)
 
     def _check_unchanged(self) -> None:
         """Every parameter and buffer counts, those outside of the posterior included: outputs depend on all."""

@@ -82,6 +82,10 @@ class Subnetwork:
         sizes = [int(self._chosen[name].sum()) for name in self.touched.names]
         return ParameterSpace(self.touched.names, tuple(torch.Size([size]) for size in sizes))
 
+    def of_whole(self, whole: Float[Tensor, "*batch P"]) -> Float[Tensor, "*batch k"]:
+        """The chosen coordinates of a flat vector of all parameters."""
+        return whole[..., self.indices.to(whole.device)]
+
     def fill(
         self, whole: Float[Tensor, " P"], values: Float[Tensor, "*batch k"]
     ) -> Float[Tensor, "*batch P"]:

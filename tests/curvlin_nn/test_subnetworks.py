@@ -117,6 +117,10 @@ def test_only_the_subnetwork_varies_in_samples_and_by_its_covariance():
     assert max(z_mean.abs().max(), z_variance.abs().max()) < 4
     assert (la.n_params, la.n_params_subnet) == (len(theta), len(index))
     torch.testing.assert_close(la.posterior.mean, theta[s], rtol=0, atol=0)
+    with torch.no_grad():
+        p.model[0].weight.add_(1.0)
+    assert torch.equal(la.mean, theta)  # and draws, around what was fitted
+    assert torch.equal(la.sample(3)[:, fixed], theta[fixed].expand(3, -1))
     assert la.parameters.unflatten(draws[:2])["4.weight"].shape == (2, *p.model[4].weight.shape)
 
 
