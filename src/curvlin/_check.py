@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlin._tree import common_shape, hide_from_compiler, is_concrete
+from curvlin.numerics.repeats import distinct
 
 
 def floating(name: str, value: object, *, ndim: int = 0, like: Tensor | None = None) -> Tensor:
@@ -22,8 +23,10 @@ def floating(name: str, value: object, *, ndim: int = 0, like: Tensor | None = N
     if like is not None:
         same_kind(name, value, like)
     # A finite sum proves all entries finite in one pass; only an overflow needs the closer look.
-    if is_concrete(value) and not (torch.isfinite(value.detach().sum()) or torch.isfinite(value).all()):
-        raise ValueError(f"{name} must be finite, found NaN or Inf")
+    if is_concrete(value):
+        entries = distinct(value.detach())
+        if not (torch.isfinite(entries.sum()) or torch.isfinite(entries).all()):
+            raise ValueError(f"{name} must be finite, found NaN or Inf")
     return value
 
 

@@ -1,6 +1,6 @@
 """Networks and data as operators: exact layer-wise curvature, Laplace posteriors and their predictions."""
 
-from curvlin_nn import errors, feature_maps, likelihoods, metrics, plots, structures
+from curvlin_nn import errors, feature_maps, likelihoods, metrics, plots, structures, subnetwork
 from curvlin_nn.curvature import curvature
 from curvlin_nn.laplace import Laplace
 from curvlin_nn.parameters import ParameterSpace
@@ -22,4 +22,5 @@ __all__ = [
     "metrics",
     "plots",
     "structures",
+    "subnetwork",
 ]

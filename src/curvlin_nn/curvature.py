@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +19,10 @@ from curvlin_nn.capture import Captures, Recorder, Recording
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import EXACT, Columns
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
+from curvlin_nn.feature_maps import FeatureMap, JacobianMap, RestrictedMap
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.output_curvature import OutputCurvature
 from curvlin_nn.parameters import ParameterSpace, Selection
 from curvlin_nn.products.hessian import Hessian
 from curvlin_nn.products.hessian_states import hessian_state
@@ -28,6 +31,8 @@ from curvlin_nn.products.matrix_free import check_kind
 from curvlin_nn.storage.checkpoint import Batch, Checkpoint
 from curvlin_nn.storage.plain import with_tensors
 from curvlin_nn.structures import Structure, StructureChoice, StructureFactory
+from curvlin_nn.subnetwork_space import Subnetwork
+from curvlin_nn.subnetwork_structure import SubnetworkStructure
 
 
 class State(Protocol):
@@ -57,6 +62,7 @@ class Accumulated:
         n_data: the number of samples seen.
         output_shape: of the outputs of one sample (of the last one, where sequences vary in length).
         of_a_term: E, how many of the outputs are of one term of the log-likelihood.
+        subnetwork: the chosen coordinates, if these are not whole parameters.
     """
 
     recorder: Recorder
@@ -65,11 +71,23 @@ class Accumulated:
     n_data: int = 0
     output_shape: tuple[int, ...] = ()
     of_a_term: int = 0
+    subnetwork: Subnetwork | None = None
 
     @property
     def space(self) -> ParameterSpace:
-        """The parameters the curvature is about."""
-        return self.recorder.space
+        """The coordinates the curvature is about; of a subnetwork, as many of each parameter as were chosen."""
+        return self.recorder.space if self.subnetwork is None else self.subnetwork.space
+
+    @property
+    def feature_map(self) -> FeatureMap:
+        """The Jacobian in these coordinates."""
+        jacobian = JacobianMap.of(self.recorder)
+        return jacobian if self.subnetwork is None else RestrictedMap(jacobian, self.subnetwork.index)
+
+    @property
+    def whole_space(self) -> ParameterSpace:
+        """The parameters that the coordinates are counted in: `space`, but for a subnetwork all of them."""
+        return self.recorder.space if self.subnetwork is None else self.subnetwork.whole
 
     @property
     def n_outputs(self) -> int:
@@ -103,7 +121,8 @@ class Accumulated:
         Raises:
             UnsupportedError: if they are about different parameters or outputs.
         """
-        if self.space != other.space or not self.takes(other.output_shape, other.of_a_term):
+        same = self.space == other.space and self.subnetwork == other.subnetwork
+        if not same or not self.takes(other.output_shape, other.of_a_term):
             raise UnsupportedError(
                 "the two fits are about different parameters or outputs, expected the same"
             )
@@ -115,7 +134,10 @@ class Accumulated:
     def state_dict(self) -> dict[str, Any]:
         """The sums as tensors and plain values; the recorder is made again."""
         return {
-            "parameters": {"names": list(self.space.names), "shapes": [list(s) for s in self.space.shapes]},
+            "parameters": {
+                "names": list(self.recorder.space.names),
+                "shapes": [list(shape) for shape in self.recorder.space.shapes],
+            },
             "states": [state.state_dict() for state in self.states],
             "statistics": self.statistics,
             "n_data": self.n_data,
@@ -125,12 +147,17 @@ class Accumulated:
 
     @classmethod
     def of(
-        cls, state: dict[str, Any], model: nn.Module, factories: Sequence[Callable[[ParameterSpace], State]]
+        cls,
+        state: dict[str, Any],
+        model: nn.Module,
+        factories: Sequence[Callable[[ParameterSpace], Any]],
+        subnetwork: Subnetwork | None = None,
+        feature_reduction: str | None = None,
     ) -> Accumulated:
         """The sums that had this `state_dict`, over a model like theirs, in states that the factories make."""
-        recorder = Recorder(model, _space(state["parameters"]))
-        states = tuple(factory(recorder.space) for factory in factories)
-        return cls(recorder, states, state["statistics"]).with_state(state)
+        recorder = Recorder(model, _space(state["parameters"]), feature_reduction=feature_reduction)
+        states = tuple(factory(recorder.space) for factory in _of_subnetwork(factories, subnetwork))
+        return cls(recorder, states, state["statistics"], subnetwork=subnetwork).with_state(state)
 
     def with_state(self, state: dict[str, Any]) -> Accumulated:
         """The same recorder with the sums that had this `state_dict`, in states that have seen nothing."""
@@ -160,7 +187,7 @@ def curvature(
     loader: Iterable[Any],
     hessian_structure: StructureChoice = "kron",
     columns: str = "exact",
-    subset_of_weights: Selection = "all",
+    subset_of_weights: Selection | Subnetwork = "all",
     *,
     n_columns: int = 1,
     generator: torch.Generator | None = None,
@@ -184,7 +211,7 @@ def curvature(
             any number).
         columns: ``"exact"``; ``"mc"`` or ``"sketch"``, which are unbiased; ``"empirical"`` for the empirical Fisher
             matrix instead.
-        subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, or a predicate.
+        subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, a predicate, or a `Subnetwork`.
         n_columns: how many for ``"mc"`` and ``"sketch"``, for each sample.
         generator: source of randomness for these; None is torch's default generator.
         kind: ``"ggn"``; or ``"hessian"``, exact, by P products of two backward passes for each batch
@@ -207,6 +234,8 @@ def curvature(
     check_kind(kind, columns)
     if kind == "hessian":
         structure, indefinite = check_structure(hessian_structure, indefinite)
+        if isinstance(subset_of_weights, Subnetwork):
+            raise UnsupportedError("kind='hessian' is not supported for a subnetwork; take kind='ggn'")
         H = Hessian(model, likelihoods.resolve(likelihood), loader, subset_of_weights, progress_bar)
         with random_state_kept(device_of(model)):  # loaders draw from the default generator
             total = hessian_state(H, structure, indefinite, max_parameters, generator)
@@ -228,10 +257,11 @@ def accumulate(
     model: nn.Module,
     likelihood: Likelihood,
     loader: Iterable[Any],
-    subset_of_weights: Selection,
+    subset_of_weights: Selection | Subnetwork,
     factories: Sequence[StructureFactory],
     *,
     columns: Columns = EXACT,
+    feature_reduction: str | None = None,
     progress_bar: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> Accumulated:
@@ -240,7 +270,7 @@ def accumulate(
     With a checkpoint, sums that it holds are continued, and batches that are in them are only looked at.
     """
     device = device_of(model)
-    sums = Accumulation(model, likelihood, subset_of_weights, factories, columns)
+    sums = Accumulation(model, likelihood, subset_of_weights, factories, columns, feature_reduction)
     with random_state_kept(device):  # loaders draw from the default generator
         if checkpoint is not None:
             checkpoint.resume(sums)
@@ -266,6 +296,7 @@ class Accumulation:
         subset_of_weights: likewise.
         factories: likewise.
         columns: likewise.
+        feature_reduction: likewise.
 
     Attributes:
         model: as given.
@@ -277,12 +308,14 @@ class Accumulation:
         self,
         model: nn.Module,
         likelihood: Likelihood,
-        subset_of_weights: Selection,
+        subset_of_weights: Selection | Subnetwork,
         factories: Sequence[StructureFactory],
         columns: Columns,
+        feature_reduction: str | None = None,
     ) -> None:
         self.model, self.columns, self.pass_index = model, columns, -1
         self._likelihood, self._subset, self._factories = likelihood, subset_of_weights, factories
+        self._feature_reduction = feature_reduction
         self._sums: Accumulated | None = None
         self._states: tuple[Structure, ...] = ()
         self._n_data = 0  # in this pass
@@ -313,14 +346,18 @@ class Accumulation:
     def add(self, x: Any, targets: Tensor, where: str) -> None:
         """One batch."""
         if self._sums is None:
-            self._start(choose(self.model, self._subset, x, where))
+            if isinstance(self._subset, Subnetwork):
+                self._start(self._subset.touched)
+            else:
+                self._start(choose(self.model, self._subset, x, where))
         recording = self.found.recorder(x, where)
         targets = self._likelihood.check(recording.outputs, targets, where)
         if self.pass_index == 0:
             self._sums = self.found.with_batch(self._likelihood, recording.outputs, targets, where)
         self._n_data += len(recording.outputs)
         if unfinished := self._unfinished():
-            for captures in _captures(recording, self._likelihood, targets, self.columns):
+            closed = all(state.takes_output_curvature for state in unfinished)
+            for captures in _captures(recording, self._likelihood, targets, self.columns, closed=closed):
                 for state in unfinished:
                     state.update(captures)
 
@@ -347,25 +384,42 @@ class Accumulation:
         self._sums = self.found.with_state(state["sums"])
 
     def _start(self, space: ParameterSpace) -> None:
-        self._states = tuple(factory(space) for factory in self._factories)
+        subnetwork = self._subset if isinstance(self._subset, Subnetwork) else None
+        self._states = tuple(factory(space) for factory in _of_subnetwork(self._factories, subnetwork))
         for state in self._states:
             state.begin(0)
+        recorder = Recorder(self.model, space, feature_reduction=self._feature_reduction)
         nothing = torch.zeros(1, dtype=torch.float64, device=device_of(self.model))
-        self._sums = Accumulated(Recorder(self.model, space), self._states, nothing)
+        self._sums = Accumulated(recorder, self._states, nothing, subnetwork=subnetwork)
 
     def _unfinished(self) -> list[Structure]:
         return [state for state in self._states if self.pass_index < state.passes]
 
 
 def _captures(
-    recording: Recording, likelihood: Likelihood, targets: Tensor, columns: Columns
+    recording: Recording, likelihood: Likelihood, targets: Tensor, columns: Columns, *, closed: bool = False
 ) -> Iterator[Captures]:
-    """What a batch says, some columns at a time."""
+    """What a batch says, some columns at a time; or in closed form if that is wanted, and the parameters allow it."""
     outputs = recording.outputs
-    weights = likelihood.weights(likelihood.terms(outputs), targets)
+    terms = likelihood.terms(outputs)
+    weights = likelihood.weights(terms, targets)
     kept = None if weights is None else weights != 0
+    if closed and columns.kind == "exact" and recording.ends_in(terms):
+        # The layer's output is the term: its curvature needs no columns.
+        none = recording.captures(outputs.new_zeros(0, *outputs.shape))
+        yield replace(none, kept=kept, output_curvature=OutputCurvature(likelihood, terms, targets, weights))
+        return
     for index, some in enumerate(columns(likelihood, outputs, targets)):
         yield replace(recording.captures(some, first=index == 0), kept=kept)
+
+
+def _of_subnetwork(
+    factories: Sequence[Callable[[ParameterSpace], Any]], subnetwork: Subnetwork | None
+) -> Sequence[Callable[[ParameterSpace], Any]]:
+    """What makes states over the parameters that a subnetwork touches."""
+    if subnetwork is None:
+        return factories
+    return [partial(SubnetworkStructure, subnetwork=subnetwork, factory=factory) for factory in factories]
 
 
 def _space(state: dict[str, Any]) -> ParameterSpace:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from curvlin._check import positive_integer
@@ -19,13 +19,13 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
 from curvlin_nn._check import numbers
 from curvlin_nn.batches import Labelled
+from curvlin_nn.capture.reduction import check_reduction
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
 from curvlin_nn.damping import DampedCurvature, check_damping
 from curvlin_nn.errors import NotFittedError, OutputError, StaleModelError, UnsupportedError, one_of
 from curvlin_nn.evidence import Evidence, curvature_scale
-from curvlin_nn.feature_maps import JacobianMap
 from curvlin_nn.fingerprint import Fingerprint
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
@@ -48,6 +48,9 @@ from curvlin_nn.storage import posterior as stored
 from curvlin_nn.storage.checkpoint import Checkpoint
 from curvlin_nn.storage.files import StrPath, read, write
 from curvlin_nn.structures import StructureChoice, StructureFactory
+from curvlin_nn.subnetwork import SubnetMask
+from curvlin_nn.subnetwork_space import Subnetwork
+from curvlin_nn.subset import Subset
 from curvlin_nn.summary import Summary, summarise
 
 CURVATURES = {"ggn": "exact", "fisher_mc": "mc", "ef": "empirical", "hessian": "exact"}
@@ -62,6 +65,7 @@ class _Fitted:
     mean: Float[Tensor, " P"]
     curvature: PrecisionOperator
     fingerprint: Fingerprint
+    whole_mean: Float[Tensor, " W"]
     damped: DampedCurvature | None = None
     seconds: float = 0.0
 
@@ -82,7 +86,8 @@ class Laplace:
         model: a trained network that maps one argument to outputs ``(N, C)``.
         likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
         subset_of_weights: ``"all"`` (parameters that require a gradient), ``"last_layer"`` (the default),
-            names of parameters or modules, or a predicate of name and parameter.
+            ``"subnetwork"``, names of parameters or modules, a predicate of name and parameter, or a mask of
+            `curvlin_nn.subnetwork`.
         hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"``, ``"ekfac"``, ``"kfoc"``,
             ``"kron-lowrank"``, ``"block"``, ``"lowrank"``, a `Structure` class, or one of these for each ``fnmatch``
             pattern of names of parameters or modules.
@@ -98,6 +103,11 @@ class Laplace:
         sigma_noise: the standard deviation of observations, in the units of the targets; regression only.
         temperature: T; the likelihood counts with weight 1 / T.
         feature_map: not supported yet.
+        subnetwork_indices: for ``"subnetwork"``, distinct coordinates of the flat vector of all parameters that require
+            a gradient. The posterior is over these alone, in increasing order.
+        last_layer_name: for ``"last_layer"``, the module to take; None finds it by running the model.
+        feature_reduction: ``"pick_first"``, ``"pick_last"`` or ``"average"``, if that is what the model does with the
+            outputs of its last layer at several positions: KFAC then counts the reduced features only.
         prior_structure: ``"scalar"``, ``"layerwise"`` (per parameter tensor), ``"modulewise"`` or ``"diag"``;
             needed only where the length of `prior_precision` fits several.
         dict_key_y: the name of the targets in loaders that yield mappings, as those of Hugging Face do.
@@ -114,7 +124,7 @@ class Laplace:
         self,
         model: nn.Module,
         likelihood: str | nn.Module | Likelihood,
-        subset_of_weights: Selection | None = None,
+        subset_of_weights: Selection | SubnetMask | None = None,
         hessian_structure: StructureChoice | None = None,
         *,
         curvature: str = "ggn",
@@ -126,6 +136,9 @@ class Laplace:
         temperature: float = 1.0,
         feature_map: object | None = None,
         prior_structure: str | None = None,
+        subnetwork_indices: Tensor | None = None,
+        last_layer_name: str | None = None,
+        feature_reduction: str | None = None,
         dict_key_y: str = "labels",
         damping: bool = False,
     ) -> None:
@@ -138,7 +151,13 @@ class Laplace:
         check_model(model)
         self.model = model
         self.likelihood = likelihoods.resolve(likelihood)
-        self.subset_of_weights: Selection = "last_layer" if subset_of_weights is None else subset_of_weights
+        subset = Subset.of(model, subset_of_weights, subnetwork_indices, last_layer_name)
+        self.subset_of_weights, self._selection, self.last_layer_name = (
+            subset.name,
+            subset.selection,
+            last_layer_name,
+        )
+        self.feature_reduction = check_reduction(feature_reduction)
         structure = "kron" if hessian_structure is None else hessian_structure
         self._curvature = curvature
         self._damping = check_damping(damping, curvature, structure)
@@ -147,12 +166,11 @@ class Laplace:
         self._columns = Columns(CURVATURES[curvature], generator=generator)
         if curvature == "hessian":
             self._hessian = check_hessian(structure, indefinite)
+            subset.check_hessian()
         else:
             self._structures = [structures.resolve(structure)]
         if prior_structure is not None:
             check_structure(prior_structure)
-        if self.subset_of_weights != "last_layer":
-            ParameterSpace.of(model, self.subset_of_weights)  # say now what is wrong with it
         self._fitted: _Fitted | None = None
         self._posterior: tuple[tuple[int, ...], PrecisionOperator] | None = None
         self._prior_structure = prior_structure
@@ -263,9 +281,10 @@ class Laplace:
             self.model,
             self.likelihood,
             train_loader,
-            self.subset_of_weights,
+            self._selection,
             self._structures,
             columns=self._columns,
+            feature_reduction=self.feature_reduction,
             progress_bar=progress_bar,
             checkpoint=file,
         )
@@ -285,19 +304,30 @@ class Laplace:
 
     def _finish(self, found: Accumulated, begin: float) -> None:
         """Be fitted with these sums, around the model's present parameters; it took the time since `begin`."""
-        mean = found.space.flatten(found.space.tensors(self.model))
+        whole = found.whole_space.flatten(found.whole_space.tensors(self.model))
+        mean = whole if found.subnetwork is None else found.subnetwork.of_whole(whole)
         H = found.states[0].finish()
         damped = DampedCurvature.of(H) if self._damping else None
         fingerprint = Fingerprint.of(self.model)
-        fitted = _Fitted(found, mean, H, fingerprint, damped, time.perf_counter() - begin)
+        fitted = _Fitted(found, mean, H, fingerprint, whole, damped, time.perf_counter() - begin)
         _check_mean_length(self._prior_mean, fitted)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
 
     @property
     def n_params(self) -> int:
-        """P, the number of parameters the posterior is about."""
+        """P, the length of the flat vectors `mean` and `sample`."""
+        return self.parameters.size
+
+    @property
+    def n_params_subnet(self) -> int:
+        """k, the number of coordinates the posterior is over: all P, but for a subnetwork."""
         return self._fit.accumulated.space.size
+
+    @property
+    def subnetwork_indices(self) -> Int[Tensor, " k"] | None:
+        """The coordinates of the subnetwork in the flat vector, increasing; None for whole parameters."""
+        return self._selection.indices if isinstance(self._selection, Subnetwork) else None
 
     @property
     def n_data(self) -> int:
@@ -311,8 +341,8 @@ class Laplace:
 
     @property
     def parameters(self) -> ParameterSpace:
-        """The parameters in flat order."""
-        return self._fit.accumulated.space
+        """The parameters in flat order, those that a subnetwork holds fixed included."""
+        return self._fit.accumulated.whole_space
 
     @property
     def curvature(self) -> PrecisionOperator:
@@ -323,8 +353,8 @@ class Laplace:
 
     @property
     def mean(self) -> Float[Tensor, " P"]:
-        """The posterior mean: the parameters the posterior was fitted around, flat."""
-        return self._fit.mean
+        """The parameters the posterior was fitted around, flat; for a subnetwork those it holds fixed as well."""
+        return self._fit.whole_mean
 
     @property
     @outside_inference_mode()
@@ -345,18 +375,18 @@ class Laplace:
 
     @property
     def posterior(self) -> Gaussian:
-        """The posterior over the flat parameters."""
-        return Gaussian(self.mean, self.posterior_precision)
+        """The posterior over the flat parameters; for a subnetwork over its k coordinates."""
+        return Gaussian(self._fit.mean, self.posterior_precision)
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
-        """Draws of flat parameter vectors.
+        """Draws of flat parameter vectors, of which a subnetwork's coordinates alone vary.
 
         Args:
             n_samples: how many, at least one.
             generator: source of randomness; None is torch's default generator.
         """
         shape = (positive_integer("n_samples", n_samples),)
-        return self.mean + self.posterior_precision.sample(shape, generator=generator)
+        return self._in_whole(self._fit.mean + self.posterior_precision.sample(shape, generator=generator))
 
     # -- storage ---------------------------------------------------------------------------------------------
 
@@ -711,8 +741,12 @@ class Laplace:
 
     def _predictive(self, progress_bar: bool = False) -> Predictive:
         self._check_unchanged()
-        jacobians = JacobianMap.of(self._fit.accumulated.recorder)
-        return Predictive(jacobians, self.posterior_precision, progress_bar)
+        return Predictive(self._fit.accumulated.feature_map, self.posterior_precision, progress_bar)
+
+    def _in_whole(self, values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch P"]:
+        """Values of the posterior's coordinates, in the flat vector of all parameters."""
+        subnetwork = self._fit.accumulated.subnetwork
+        return values if subnetwork is None else subnetwork.fill(self._fit.whole_mean, values)
 
     def _check_unchanged(self) -> None:
         """Every parameter and buffer counts, those outside of the posterior included: outputs depend on all."""

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from curvlin.numerics import chunks
 from curvlin.numerics.chunks import joined, pieces, recomputing
+from curvlin.numerics.repeats import repeats
 
 
 def multiplied(g: Float[Tensor, "*b N R S out"], a: Float[Tensor, "*b N S in"]) -> Float[Tensor, "*b N R D"]:
@@ -211,6 +212,8 @@ class _SampleRoute(NamedTuple):
 def _sample_route(g: Tensor, a: Tensor, w: Tensor | None, *, diagonal: bool) -> _SampleRoute:
     (R, S, out), inputs, item = g.shape[-3:], a.shape[-1], _weight_bytes(g, w)
     D, columns = out * inputs, 1 if diagonal else R
+    if S == 1 and diagonal and repeats(g, -4):
+        return _SampleRoute(_single_diagonal, item * (inputs + 2 * (R + out)))
     if S == 1:
         return _SampleRoute(_single_diagonal if diagonal else _single, item * (inputs + 2 * R * out))
     rows = R * S * D + R * columns * D
@@ -234,7 +237,11 @@ def _single(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
 
 
 def _single_diagonal(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
-    return (g.squeeze(-2).square() * _single_weight(a, w)).sum(-1)
+    v = _single_weight(a, w)
+    if repeats(g, -4):  # the same left side for all samples, of which one is enough
+        squared = g[..., 0, :, 0, :].square()
+        return (v.squeeze(-2).expand(*v.shape[:-2], squared.shape[-1])) @ squared.mT
+    return (g.squeeze(-2).square() * v).sum(-1)
 
 
 def _weighted(rows: Tensor, w: Tensor | None) -> Tensor:

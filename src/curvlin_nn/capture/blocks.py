@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Tensor
 from curvlin.index import IndexSet
 from curvlin_nn.capture.one_hot import OneHot
 from curvlin_nn.errors import UnsupportedUseError
+
+if TYPE_CHECKING:
+    from curvlin_nn.output_curvature import OutputCurvature
 
 
 @dataclass(frozen=True)
@@ -180,12 +184,16 @@ class Captures:
             embedding are not written out.
         first: whether these are the first columns of the batch; what depends on inputs alone counts only then.
         kept: which terms of the log-likelihood count (those not ignored), or None where all do.
+        output_curvature: what stands in the place of columns, of which the blocks then have none: those of a linear
+            layer whose outputs are the terms of the log-likelihood have its columns for left factors. Only structures
+            that take it see it.
     """
 
     n_samples: int
     parts: tuple[Block, ...]
     first: bool = True
     kept: Bool[Tensor, "N R"] | None = None
+    output_curvature: OutputCurvature | None = None
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:

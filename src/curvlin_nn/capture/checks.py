@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from curvlin.numerics.repeats import distinct
 from curvlin_nn.capture.graph import Graph
 from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.capture.intercept import Use
@@ -73,6 +74,7 @@ def check_finite(what: str, tensor: Tensor, use: Use, where: str) -> None:
         OutputError: naming a parameter of the layer.
     """
     # A sum that is finite says that all terms are, at the cost of one pass and no mask; one that is not may overflow.
+    tensor = distinct(tensor)
     if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
         raise OutputError(
             f"the {what} of the layer with parameter {use.names[0]!r} on {where} must be finite, found NaN or Inf"

@@ -33,6 +33,7 @@ class Graph:
         outputs: the model's outputs with their graph, all of a sample's in one row.
         shape: the shape that the outputs of one sample had.
         course: what the whole graph looks like.
+        direct: whether the output of the only use is the model's output, which then has the same cotangents.
     """
 
     leaves: dict[str, Tensor]
@@ -40,6 +41,7 @@ class Graph:
     outputs: Float[Tensor, "N C"]
     shape: torch.Size
     course: Course
+    direct: bool = False
 
     @property
     def signature(self) -> Signature:
@@ -76,6 +78,8 @@ class Graph:
         edges = [use.edge for use in self.uses]
         if not edges:
             return []
+        if self.direct:
+            return [columns.reshape(len(columns), *self.uses[0].shape)]
         found = None
         if len(columns) > 1 and all(use.rule.batched_columns for use in self.uses):
             # As many as stay in cache: more gain nothing, and are written to memory and read back.

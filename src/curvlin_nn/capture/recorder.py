@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from curvlin_nn.capture.alone import Autodiff, Rest, SampleBySample
 from curvlin_nn.capture.blocks import Block, Captures, merged
@@ -30,7 +31,9 @@ from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.inputs import can_be_cut, map_tensors
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
+from curvlin_nn.capture.linear import Matrix
 from curvlin_nn.capture.one_hot import OneHot
+from curvlin_nn.capture.reduction import reduced
 from curvlin_nn.capture.state import capturing, device_of, forward, nothing_drawn, prepared
 from curvlin_nn.errors import CouplingError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
@@ -53,6 +56,14 @@ class Recording:
         """The model's outputs, detached."""
         return self._graph.outputs.detach().reshape(-1, *self._graph.shape)
 
+    def ends_in(self, terms: Float[Tensor, "N R E"]) -> bool:
+        """Whether the chosen parameters are a linear layer whose output at each position is one of these terms."""
+        if not self._graph.direct or len(self._graph.uses) != 1 or self._rest is not _nothing:
+            return False
+        (use,) = self._graph.uses
+        event = use.shape[-1] == terms.shape[-1] and isinstance(use.rule, Matrix)
+        return event and torch.equal(terms.flatten(), self._graph.outputs.detach().flatten())
+
     def captures(self, columns: Float[Tensor, "V N *C"], *, first: bool = True) -> Captures:
         """The rows ``column^T J`` of every sample and column; unit columns give the Jacobian itself.
 
@@ -65,7 +76,7 @@ class Recording:
             CouplingError: if samples that are run alone turn out to have influenced each other.
         """
         n_samples = len(self._graph.outputs)
-        columns = columns.reshape(len(columns), n_samples, -1)
+        columns = columns.reshape(len(columns), *self._graph.outputs.shape)
         parts: dict[str, list[Block]] = {name: [] for name in self._space.names}
         for use, layout, gradient in zip(
             self._graph.uses, self._layouts, self._graph.gradients(columns), strict=True
@@ -110,13 +121,22 @@ class Recorder:
         model: maps an input to outputs ``(N, ...)``.
         space: the chosen parameters.
         fallback: whether to serve what no rule captures from a whole batch; if not, it is refused by name.
+        feature_reduction: how the model reduces the positions of its last layer to one; see `reduction`.
 
     Attributes:
         output_shape: of the outputs of one sample of the last input; None before the first.
     """
 
-    def __init__(self, model: nn.Module, space: ParameterSpace, *, fallback: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        space: ParameterSpace,
+        *,
+        fallback: bool = True,
+        feature_reduction: str | None = None,
+    ) -> None:
         self.model, self.space, self.fallback = model, space, fallback
+        self.feature_reduction = feature_reduction
         self._verified: set[tuple[object, ...]] = set()
         self._layouts: dict[tuple[Signature, Course, Possibilities], tuple[Layout, ...]] = {}
         self._unserved: dict[str, str] = {}
@@ -165,7 +185,11 @@ class Recorder:
                 check_dependent(outputs, where)
             rows = outputs.reshape(len(outputs), -1)
             names = {id(t): name for tensors in (leaves, originals) for name, t in tensors.items()}
-            graph = Graph(leaves, tuple(interceptor.uses), rows, outputs.shape[1:], Course.of(rows, names))
+            uses, course = tuple(interceptor.uses), Course.of(rows, names)
+            direct = len(uses) == 1 and uses[0].edge == get_gradient_edge(outputs)
+            if self.feature_reduction is not None:
+                uses, direct = (reduced(uses, outputs, self.feature_reduction, where),), True
+            graph = Graph(leaves, uses, rows, outputs.shape[1:], course, direct)
             question = (
                 graph.signature,
                 graph.course.steps,

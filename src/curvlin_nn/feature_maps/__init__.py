@@ -2,5 +2,6 @@
 
 from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.feature_maps.jacobian import JacobianMap, LastLayerMap
+from curvlin_nn.feature_maps.restriction import RestrictedMap
 
-__all__ = ["FeatureMap", "JacobianMap", "LastLayerMap"]
+__all__ = ["FeatureMap", "JacobianMap", "LastLayerMap", "RestrictedMap"]

@@ -21,6 +21,10 @@ LinkApproximation = Callable[[Tensor, Tensor], Tensor]
 """``(mean (*, E), variance (*, E)) -> prediction (*, E)`` of terms: a closed form of the link's expectation."""
 
 
+ROOT_BUDGET = 2**21
+"""Entries of the columns of several terms that are held at once, where only their sum is wanted."""
+
+
 class Likelihood(ABC):
     """One family of output distributions.
 
@@ -97,6 +101,23 @@ class Likelihood(ABC):
         """``S Q`` with the columns S of `root`."""
         return self.root(terms, targets) @ Q
 
+    def curvature_diagonal(self, terms: Float[Tensor, "N R E"], targets: Tensor) -> Float[Tensor, "N R E"]:
+        """The diagonal of Lambda of each term, weights left out."""
+        parts = _some_at_a_time(terms, self.rank(terms.shape[-1]))
+        return torch.cat([self.root(terms[n], targets[n]).square().sum(-1) for n in parts])
+
+    def total_curvature(
+        self, terms: Float[Tensor, "N R E"], targets: Tensor, weights: Float[Tensor, "N R"] | None
+    ) -> Float[Tensor, "E E"]:
+        """``sum_nr w Lambda`` over all terms."""
+        total = terms.new_zeros(terms.shape[-1], terms.shape[-1])
+        scale = None if weights is None else weights.sqrt()[..., None, None]
+        for n in _some_at_a_time(terms, self.rank(terms.shape[-1])):
+            S = weighted(self.root(terms[n], targets[n]), None if scale is None else scale[n])
+            S = S.movedim(-2, 0).flatten(1)
+            total += S @ S.mT
+        return total
+
     @abstractmethod
     def draw(
         self, terms: Float[Tensor, "N R E"], targets: Tensor, n_draws: int, generator: torch.Generator | None
@@ -157,6 +178,12 @@ def weighted(
 ) -> Float[Tensor, "*V N R"]:
     """``weights * values``, and zero where the weight is, whatever stands there."""
     return values if weights is None else torch.where(weights > 0, weights * values, 0.0)
+
+
+def _some_at_a_time(terms: Float[Tensor, "N R E"], rank: int) -> list[slice]:
+    """The samples in parts whose columns fit `ROOT_BUDGET`."""
+    step = max(1, ROOT_BUDGET // (terms[0].numel() * rank))
+    return [slice(start, start + step) for start in range(0, len(terms), step)]
 
 
 def systematic_uniforms(

@@ -73,6 +73,14 @@ class Gaussian(Likelihood):
         root = self._whitened(torch.eye(terms.shape[-1], dtype=torch.float64, device=terms.device))
         return root.to(terms.dtype).expand(*terms.shape, terms.shape[-1])
 
+    def total_curvature(
+        self, terms: Float[Tensor, "N R E"], targets: Tensor, weights: Float[Tensor, "N R"] | None
+    ) -> Float[Tensor, "E E"]:
+        """``Sigma^-1`` for each term."""
+        root = self.root(terms[:1, :1], targets)[0, 0]
+        count = terms[..., 0].numel() if weights is None else weights.sum()
+        return count * (root @ root.mT)
+
     def draw(
         self, terms: Float[Tensor, "N R E"], targets: Tensor, n_draws: int, generator: torch.Generator | None
     ) -> Float[Tensor, "K N R E"]:

@@ -26,6 +26,7 @@ from curvlin_nn.products.hessian_states import empty_state
 from curvlin_nn.storage import options, plain
 from curvlin_nn.storage.files import VERSION
 from curvlin_nn.structures import StructureChoice
+from curvlin_nn.subnetwork_space import Subnetwork
 
 if TYPE_CHECKING:
     from curvlin_nn.laplace import Laplace
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 KIND = "curvlin_nn.Laplace"
 """What a file of this kind says that it is."""
 
-CHOICES = ("likelihood", "subset_of_weights", "hessian_structure", "curvature", "indefinite")
+_SUBSET = ("subset_of_weights", "subnetwork_indices", "last_layer_name", "feature_reduction")
+
+CHOICES = ("likelihood", *_SUBSET, "hessian_structure", "curvature", "indefinite")
 """The arguments of the constructor that decide what is summed over the data."""
 
 _HYPERPARAMETERS = ("prior_mean", "sigma_noise", "temperature")
@@ -44,9 +47,13 @@ def choices_of(la: Laplace) -> dict[str, Any]:
     subset: Selection | list[str] = la.subset_of_weights
     if callable(subset):
         subset = list(ParameterSpace.of(la.model, subset).names)
+    subnetwork = la._selection if isinstance(la._selection, Subnetwork) else None
     return {
         "likelihood": options.of_likelihood(la.likelihood),
         "subset_of_weights": subset if isinstance(subset, str) else list(subset),
+        "subnetwork_indices": None if subnetwork is None else subnetwork.indices,
+        "last_layer_name": la.last_layer_name,
+        "feature_reduction": la.feature_reduction,
         "hessian_structure": la._hessian[0] if la._hessian else options.of_structure(la._structures[0]),
         "curvature": la._curvature,
         "indefinite": la._hessian[1] if la._hessian else "raise",
@@ -84,7 +91,7 @@ def arguments(
     structure = state["hessian_structure"]
     return {
         "likelihood": options.to_likelihood(state["likelihood"], likelihood),
-        "subset_of_weights": state["subset_of_weights"],
+        **{name: state[name] for name in _SUBSET},
         "hessian_structure": structure
         if isinstance(structure, str)
         else options.to_structure(structure, hessian_structure),
@@ -103,7 +110,8 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
     if la._hessian is not None:
         structure, indefinite = la._hessian
         states = [functools.partial(empty_state, structure=structure, indefinite=indefinite)]
-    found = Accumulated.of(state["sums"], la.model, states)
+    subnetwork = la._selection if isinstance(la._selection, Subnetwork) else None
+    found = Accumulated.of(state["sums"], la.model, states, subnetwork, la.feature_reduction)
     changed = copy.copy(la)
     changed._fitted = None
     changed._damping = state["damping"]

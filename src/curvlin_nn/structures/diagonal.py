@@ -20,6 +20,8 @@ class Diagonal(Structure):
     """``diag(H) = sum_nv (row_nv)^2``, exact under weight sharing."""
 
     name = "diag"
+    restricts = True
+    takes_output_curvature = True
 
     def __init__(self, space: ParameterSpace) -> None:
         super().__init__(space)
@@ -27,7 +29,11 @@ class Diagonal(Structure):
 
     def update(self, captures: Captures) -> None:
         """See `Structure.update`."""
-        parts = [squares(part).double() for part in captures.parts]
+        if captures.output_curvature is None:
+            parts = [squares(part).double() for part in captures.parts]
+        else:
+            diagonal = captures.output_curvature.diagonal().flatten(0, 1)
+            parts = [_of_last_layer(block, diagonal) for block in captures.blocks]
         total = captures.partition.join(parts, dim=0)
         self._diagonal = total if self._diagonal is None else self._diagonal + total
 
@@ -48,6 +54,13 @@ class Diagonal(Structure):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Structure.load_state_dict`."""
         self._diagonal = state["diagonal"]
+
+
+def _of_last_layer(block: Block, diagonal: Float[Tensor, "NR out"]) -> Float[Tensor, " size"]:
+    """`squares` of a linear layer whose outputs have curvature with these diagonals."""
+    if block.right is None:
+        return diagonal.sum(0)
+    return (diagonal.mT @ block.right.double().square().flatten(0, 1)).flatten()
 
 
 def squares(block: Block) -> Float[Tensor, " size"]:

@@ -69,6 +69,10 @@ class GramSum:
         counts = X.counts()
         self._counts = counts if self._counts is None else self._counts + counts
 
+    def add_product(self, product: Float[Tensor, "D D"]) -> None:
+        """Add ``X^T X`` of rows that need not be known, in full and float64."""
+        self._plus(product.clone())
+
     def merge(self, other: GramSum) -> None:
         """Add the sum over other rows, which stays as it is."""
         if other._counts is not None:

@@ -108,6 +108,11 @@ class _Factors:
         if self.right is not None and captures.first:
             self.positions += _add_inputs(self.right, block, captures.kept, reduce=reduce)
 
+    def add_left(self, product: Float[Tensor, "out out"]) -> None:
+        """Add ``sum g g^T`` as such."""
+        if self.same_left is None:
+            self.left.add_product(product)
+
     def merge(self, other: _Factors) -> None:
         """Add the sums over other data, which stay as they are."""
         if self.same_left is None:
@@ -211,6 +216,7 @@ class Kronecker(Structure):
     """
 
     name = "kron"
+    takes_output_curvature = True
 
     def __init__(
         self,
@@ -259,6 +265,10 @@ class Kronecker(Structure):
                 factors.part()
         for factors, block in zip(self._blocks, blocks, strict=True):
             factors.add(block, captures, reduce=self._reduce)
+        if captures.output_curvature is not None:
+            total = captures.output_curvature.total()
+            for factors in self._blocks:
+                factors.add_left(total)
 
     def _at(self, blocks: tuple[Block, ...]) -> None:
         """Have sums for these blocks."""

@@ -39,6 +39,8 @@ class SideBySide(Structure):
             ordered = tuple(name for name in space.names if name in set(names))
             self._parts.append(factory(ParameterSpace(ordered, tuple(shapes[name] for name in ordered))))
         self.passes = max(part.passes for part in self._parts)
+        self.restricts = all(part.restricts for part in self._parts)
+        self.takes_output_curvature = all(part.takes_output_curvature for part in self._parts)
         self._pass = 0
 
     def begin(self, pass_index: int) -> None:
