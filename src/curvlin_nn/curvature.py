@@ -356,7 +356,8 @@ class Accumulation:
             self._sums = self.found.with_batch(self._likelihood, recording.outputs, targets, where)
         self._n_data += len(recording.outputs)
         if unfinished := self._unfinished():
-            closed = all(state.takes_output_curvature for state in unfinished)
+            # Later passes are about rows, not about their sums.
+            closed = self.pass_index == 0 and all(state.takes_output_curvature for state in unfinished)
             for captures in _captures(recording, self._likelihood, targets, self.columns, closed=closed):
                 for state in unfinished:
                     state.update(captures)
