@@ -56,7 +56,7 @@ class Recording:
         return self._graph.outputs.detach().reshape(-1, *self._graph.shape)
 
     def ends_in(self, terms: Float[Tensor, "N R E"]) -> bool:
-        """Whether the chosen parameters are those of a linear layer whose output at each position is one of these terms."""
+        """Whether what is chosen is one linear layer, whose output at each position is one of these terms."""
         if not self._graph.direct or len(self._graph.uses) != 1 or self._rest is not _nothing:
             return False
         (use,) = self._graph.uses
