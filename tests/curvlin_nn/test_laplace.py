@@ -266,7 +266,7 @@ def test_single_precision_models_get_single_precision_predictions(structure):
         (
             {"subset_of_weights": "subnetwork"},
             UnsupportedError,
-            "'subnetwork' is not supported; expected 'all', 'la",
+            "'subnetwork' needs subnetwork_indices, found None",
         ),
         ({"subset_of_weights": ["nope"]}, UnsupportedError, "names 'nope', which is no parameter or module"),
         (

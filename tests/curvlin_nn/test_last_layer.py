@@ -96,6 +96,19 @@ def test_closed_forms_equal_sums_over_columns(approximation, likelihood):
     torch.testing.assert_close(found.to_dense(), expected.to_dense(), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+def test_a_parameter_without_influence_beside_a_head_has_no_curvature(structure):
+    model = Heads().double()
+    model.forward = lambda x: model.first(x)
+    x, y = torch.randn(6, 4).double(), torch.randint(2, (6,))
+    H = curvature(
+        model, "classification", [(x, y)], structure, subset_of_weights=["first", "second"]
+    ).to_dense()
+    assert bool((H[10:] == 0).all())
+    alone = curvature(model, "classification", [(x, y)], structure, subset_of_weights=["first"]).to_dense()
+    torch.testing.assert_close(H[:10, :10], alone, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("structure", ["kron", "diag", "full", "ekfac"])
 def test_curvature_of_a_head_equals_autodiff(structure):
     p = problem("mlp", "classification")

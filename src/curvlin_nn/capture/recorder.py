@@ -57,11 +57,13 @@ class Recording:
         return self._graph.outputs.detach().reshape(-1, *self._graph.shape)
 
     def ends_in(self, terms: Float[Tensor, "N R E"]) -> bool:
-        """Whether the chosen parameters are a linear layer whose output at each position is one of these terms."""
+        """Whether what is chosen is one linear layer, whose output at each position is one of these terms."""
         if not self._graph.direct or len(self._graph.uses) != 1 or self._rest is not _nothing:
             return False
         (use,) = self._graph.uses
-        event = use.shape[-1] == terms.shape[-1] and isinstance(use.rule, Matrix)
+        if {*use.names} != {*self._space.names} or not isinstance(use.rule, Matrix):
+            return False
+        event = use.shape[-1] == terms.shape[-1]
         return event and torch.equal(terms.flatten(), self._graph.outputs.detach().flatten())
 
     def captures(self, columns: Float[Tensor, "V N *C"], *, first: bool = True) -> Captures:
