@@ -119,7 +119,13 @@ def check_precision(value: float | Tensor) -> Tensor:
 
 
 class Prior(ABC):
-    """A Gaussian prior seen from the parameters that the posterior is fitted around."""
+    """A Gaussian prior seen from the parameters that the posterior is fitted around.
+
+    Attributes:
+        deviation: ``theta_MAP - mean``, float64.
+    """
+
+    deviation: Float[Tensor, " P"]
 
     @abstractmethod
     def logdet(self) -> Float[Tensor, ""]:

@@ -45,14 +45,14 @@ class Optimum:
 
     Attributes:
         prior_precision: one entry per group.
-        sigma_noise: the noise scale, optimised or as it was.
+        sigma_noise: the noise scale, or that of each output, optimised or as it was.
         log_marginal_likelihood: the value there, in nats.
         gradient_norm: of log Z with respect to the logarithms of the precisions and of sigma^2.
         steps: the number of Newton steps.
     """
 
     prior_precision: Float[Tensor, " K"]
-    sigma_noise: float
+    sigma_noise: float | Float[Tensor, " C"]
     log_marginal_likelihood: float
     gradient_norm: float
     steps: int
@@ -139,7 +139,7 @@ def maximise(
         shared = replace(prior, precision=prior.precision[:1], groups=torch.zeros_like(prior.groups))
         coarse = maximise(evidence, shared, sigma_noise, optimize_noise=optimize_noise, max_steps=max_steps)
         prior = replace(prior, precision=coarse.prior_precision.expand(len(prior.precision)))
-        sigma_noise, steps_before = coarse.sigma_noise, coarse.steps
+        sigma_noise, steps_before = float(coarse.sigma_noise), coarse.steps
     t = prior.precision.detach().double().log()
     tau = torch.tensor(sigma_noise, dtype=torch.float64, device=t.device).square().log()
     point = _evaluate(evidence, prior, t, tau, optimize_noise)
@@ -206,7 +206,7 @@ def _effective_parameters(evidence: Evidence, prior: GroupedPrior, scale: Tensor
         informed, delta = scale * spectrum.eigenvalues, prior.precision[groups]
         share = informed / (informed + delta)
         return zeros.index_add(0, groups, share), zeros.index_add(0, groups, share * (1 - share))
-    H = evidence.curvature.to(torch.float64)
+    H = evidence.curvature.total.to(torch.float64)
     P = scale * H + prior.operator(H)
     covariance = P.solve(torch.eye(P.size, dtype=torch.float64, device=P.device))
     free = prior.precision * zeros.index_add(0, groups, covariance.diagonal())
@@ -216,10 +216,10 @@ def _effective_parameters(evidence: Evidence, prior: GroupedPrior, scale: Tensor
 
 
 def _check_served(evidence: Evidence, prior: GroupedPrior) -> None:
-    if evidence.relevant_spectrum(prior) is None and not isinstance(evidence.curvature, Dense):
+    if evidence.relevant_spectrum(prior) is None and not isinstance(evidence.curvature.total, Dense):
         raise UnsupportedError(
             "this prior structure cuts through blocks of the curvature (a "
-            f"{type(evidence.curvature).__name__}), expected one that does not; use prior_structure='scalar' "
+            f"{type(evidence.curvature.total).__name__}), expected one that does not; use prior_structure='scalar' "
             "or 'layerwise', or hessian_structure='full'"
         )
 
@@ -232,7 +232,7 @@ def _check_optimum_exists(evidence: Evidence, prior: GroupedPrior, optimize_nois
             f"{prior.label(k)} equals the prior mean exactly, so that the log marginal likelihood grows "
             "without end in its prior precision; train the model, or fix prior_precision"
         )
-    diagonal = evidence.curvature.diagonal().double()
+    diagonal = evidence.curvature.total.diagonal().double()
     informed = torch.zeros_like(squares).index_add(0, prior.groups, diagonal)
     if bool((informed <= 0).any()):
         k = int((informed <= 0).nonzero()[0])

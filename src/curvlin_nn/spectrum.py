@@ -75,7 +75,7 @@ def _(H: Dense) -> Spectrum:
 
 @spectrum.register
 def _(H: SpectralKronecker) -> Spectrum:
-    return _together(_non_negative("SpectralKronecker", H.eigenvalues.double().flatten()))
+    return _together(non_negative("SpectralKronecker", H.eigenvalues.double().flatten()))
 
 
 @spectrum.register
@@ -120,7 +120,7 @@ def _(H: BlockDiag) -> Spectrum | None:
 
 def _separate(diagonal: Tensor) -> Spectrum:
     """Every coordinate is an eigenvector."""
-    eigenvalues = _non_negative("Diagonal", diagonal.double())
+    eigenvalues = non_negative("Diagonal", diagonal.double())
     return Spectrum(
         eigenvalues, torch.arange(len(diagonal), device=diagonal.device), eigenvalues.new_zeros(len(diagonal))
     )
@@ -134,10 +134,15 @@ def _together(eigenvalues: Tensor) -> Spectrum:
 
 def _eigenvalues(where: str, matrix: Tensor, resolution: float) -> Tensor:
     """Those of a matrix, with zeros where the posterior's factorisation has them."""
-    return _non_negative(where, without_rounding(torch.linalg.eigvalsh(matrix.double()), resolution))
+    return non_negative(where, without_rounding(torch.linalg.eigvalsh(matrix.double()), resolution))
 
 
-def _non_negative(where: str, eigenvalues: Tensor) -> Tensor:
+def non_negative(where: str, eigenvalues: Tensor) -> Tensor:
+    """The eigenvalues, if none is negative.
+
+    Raises:
+        NotPositiveDefiniteError: if one is.
+    """
     if bool((eigenvalues < 0).any()):
         raise NotPositiveDefiniteError(where, float(eigenvalues.min()))
     return eigenvalues
