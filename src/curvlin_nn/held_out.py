@@ -304,7 +304,8 @@ def folds(la: Laplace, data: Sequence[tuple[Any, Tensor]], n_folds: int) -> list
     names = list(la.parameters.names)
     factories = la._summed(continued=True)
     found = [
-        accumulate(la.model, la.likelihood, samples, names, factories, columns=la._columns) for samples in dealt
+        accumulate(la.model, la.likelihood, samples, names, factories, columns=la._columns)
+        for samples in dealt
     ]
     return [(_without(la, found, fold), dealt[fold]) for fold in range(n_folds)]
 
@@ -374,5 +375,7 @@ def _best(precisions: Tensor, scores: Tensor, at_edge: Callable[[int], bool]) ->
     usable = torch.where(scores.isnan(), torch.inf, scores)
     best = int(usable.argmin())
     if not bool(torch.isfinite(scores[best])):
-        raise DataError("no prior precision has a finite score on the held-out data; check its targets and the loss")
+        raise DataError(
+            "no prior precision has a finite score on the held-out data; check its targets and the loss"
+        )
     return HeldOutOptimum(float(precisions[best]), float(scores[best]), precisions, scores, at_edge(best))

@@ -380,7 +380,8 @@ class Laplace:
                 tensor its own), ``"modulewise"`` or ``"diag"``; on held-out data ``"scalar"``.
             optimize_noise: whether to optimise `sigma_noise` jointly, all of them if there are several; regression
                 and ``"marglik"`` only.
-            tolerance: ``"marglik"``: largest relative gradient at the end; ``"brent"``: at least 1e-3, of the logarithm.
+            tolerance: largest relative gradient at the end; for ``"brent"`` the largest error of the logarithm (at
+                least 1e-3).
             max_steps: Newton steps before giving up.
             val_loader: batches ``(inputs, targets)``, kept for the search.
             train_loader: those that the parameters were trained on, for ``"cv"``.
@@ -415,8 +416,8 @@ class Laplace:
         if method != "marglik":
             if prior_structure != "scalar" or optimize_noise:
                 raise UnsupportedError(
-                    f"method={method!r} chooses one prior precision on held-out data; leave prior_structure at 'scalar' "
-                    "and optimize_noise at False, or use method='marglik'"
+                    f"method={method!r} chooses one prior precision on held-out data; leave prior_structure at "
+                    "'scalar' and optimize_noise at False, or use method='marglik'"
                 )
             best = search(
                 self,
@@ -653,7 +654,9 @@ class Laplace:
             raise UnsupportedError(
                 "one sigma_noise for each output is served for curvature='ggn' only; give one number"
             )
-        return [partial(PerOutput, structure=structure, n_outputs=n_outputs) for structure in self._structures]
+        return [
+            partial(PerOutput, structure=structure, n_outputs=n_outputs) for structure in self._structures
+        ]
 
     def _evidence(self) -> Evidence:
         fit = self._fit
@@ -699,7 +702,9 @@ class Laplace:
         if noise.numel() == 1:
             noise = noise.reshape(())
         elif noise.ndim != 1 or not self.likelihood.has_noise_by_output:
-            expected = "one number or one for each output" if self.likelihood.has_noise_by_output else "one number"
+            expected = (
+                "one number or one for each output" if self.likelihood.has_noise_by_output else "one number"
+            )
             raise UnsupportedError(
                 f"sigma_noise must be {expected} for {self.likelihood.name}, found shape {tuple(noise.shape)}"
             )

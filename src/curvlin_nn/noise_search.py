@@ -1,8 +1,8 @@
 """The prior precision and one noise scale for each output that maximise the log marginal likelihood.
 
 With ``tau_c = log sigma_c^2`` the determinant of ``P = sum_c H_c / sigma_c^2 + P0`` is still a sum of exponentials of
-linear functions with coefficients that are not negative, each H_c being PSD; log Z is concave in (t, tau_1, ..., tau_C),
-and Newton's method climbs it as in `prior_search`. No eigenvectors stay as sigma changes: derivatives are by autograd.
+linear functions with coefficients that are not negative, each H_c being PSD. So log Z is concave in all logarithms, and
+Newton's method climbs it as in `prior_search`. No eigenvectors stay as sigma changes: derivatives are by autograd.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.capture import Block, Captures
 from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.parameters import ParameterSpace
-from curvlin_nn.structures import Full, Kronecker, Structure, StructureFactory
 from curvlin_nn.structures import Diagonal as DiagonalStructure
+from curvlin_nn.structures import Full, Kronecker, Structure, StructureFactory
 from curvlin_nn.structures.mixed import SideBySide
 
 

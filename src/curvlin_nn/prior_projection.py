@@ -25,7 +25,9 @@ def check_projection(onto: str | None) -> None:
         UnsupportedError: if none has.
     """
     if onto is not None and onto not in PROJECTIONS:
-        raise UnsupportedError(f"prior_projection={onto!r} is not supported; expected {one_of(PROJECTIONS)} or None")
+        raise UnsupportedError(
+            f"prior_projection={onto!r} is not supported; expected {one_of(PROJECTIONS)} or None"
+        )
 
 
 def closed(prior: Prior, H: PrecisionOperator, onto: str | None) -> Prior:

@@ -101,7 +101,10 @@ class _Point:
         return step - coupled * step_noise, step_noise
 
     def _solve(self, b: Tensor) -> Tensor:
-        return b / self.bend if self.bend.ndim == 1 else torch.linalg.solve(self.bend, b)
+        """Without a step in groups that log Z does not depend on, whose curvature and scatter are zero."""
+        if self.bend.ndim == 1:
+            return b / torch.where(self.bend == 0, 1.0, self.bend)
+        return torch.linalg.solve(self.bend + torch.diag((self.bend.diagonal() == 0).to(b)), b)
 
 
 def maximise(
@@ -155,6 +158,43 @@ def maximise(
         f"the prior precision did not converge in {max_steps} steps (gradient norm "
         f"{point.gradient_norm():.1e}); raise max_steps, or check that the model was trained"
     )
+
+
+def climb(
+    evidence: Evidence,
+    prior: GroupedPrior,
+    sigma_noise: float,
+    *,
+    optimize_noise: bool,
+    n_steps: int,
+    max_step: float,
+) -> tuple[Float[Tensor, " K"], float]:
+    """Newton steps that are cut to `max_step` in any logarithm: towards the maximum, whether there is one or not.
+
+    Args:
+        evidence: the function to increase.
+        prior: its precision is where to start.
+        sigma_noise: likewise.
+        optimize_noise: whether the noise scale is a variable.
+        n_steps: how many.
+        max_step: at most `SURE_STEP`, so that each increases log Z.
+
+    Returns:
+        The prior precisions and the noise scale.
+
+    Raises:
+        UnsupportedError: if the prior cuts through blocks of a curvature that is not dense.
+    """
+    _check_served(evidence, prior)
+    t = prior.precision.detach().double().log()
+    tau = torch.tensor(sigma_noise, dtype=torch.float64, device=t.device).square().log()
+    for _ in range(n_steps):
+        point = _evaluate(evidence, prior, t, tau, optimize_noise)
+        step, step_noise = point.step()
+        length = float(torch.maximum(step.abs().max(), step_noise.abs()))
+        fraction = 1.0 if length <= max_step else max_step / length
+        t, tau = t + fraction * step, tau + fraction * step_noise
+    return t.exp(), float((tau / 2).exp()) if optimize_noise else sigma_noise
 
 
 def _ascend(evidence: Evidence, prior: GroupedPrior, point: _Point) -> _Point:

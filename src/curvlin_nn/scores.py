@@ -45,7 +45,9 @@ def new_score(likelihood: Likelihood, loss: object | None) -> Callable[[], Score
     """
     if loss is None:
         if not likelihood.has_link and not likelihood.has_additive_noise:
-            raise UnsupportedError(f"predictions of {likelihood.name} have no density of targets; give a loss")
+            raise UnsupportedError(
+                f"predictions of {likelihood.name} have no density of targets; give a loss"
+            )
         return lambda: NegativeLogLikelihood(likelihood)
     if all(callable(getattr(loss, name, None)) for name in ("update", "compute", "reset")):
         return lambda: MetricScore(loss)

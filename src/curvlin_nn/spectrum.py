@@ -26,6 +26,10 @@ from curvlin.numerics.rounding import without_rounding
 from curvlin.precision.base import PrecisionOperator
 
 
+SUM_ROUNDING = 2**10
+"""The rounding of a sum over data, in multiples of that of its largest eigenvalue; it grows with their number."""
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """The eigenvalues of an operator, each standing at some coordinate of the block it belongs to.
@@ -138,11 +142,12 @@ def _eigenvalues(where: str, matrix: Tensor, resolution: float) -> Tensor:
 
 
 def non_negative(where: str, eigenvalues: Tensor) -> Tensor:
-    """The eigenvalues, if none is negative.
+    """The eigenvalues of a sum over data, with zeros for those that its rounding made negative.
 
     Raises:
-        NotPositiveDefiniteError: if one is.
+        NotPositiveDefiniteError: if one is too negative for that.
     """
-    if bool((eigenvalues < 0).any()):
-        raise NotPositiveDefiniteError(where, float(eigenvalues.min()))
-    return eigenvalues
+    least = float(eigenvalues.min())
+    if least < -SUM_ROUNDING * torch.finfo(eigenvalues.dtype).eps * float(eigenvalues.max()):
+        raise NotPositiveDefiniteError(where, least)
+    return eigenvalues.clamp(min=0)
