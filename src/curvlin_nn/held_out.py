@@ -295,8 +295,9 @@ def folds(la: Laplace, data: Sequence[tuple[Any, Tensor]], n_folds: int) -> list
     for x, targets in data:
         n = len(targets)
         for fold, samples in enumerate(dealt):
-            index = torch.arange((fold - seen) % n_folds, n, n_folds, device=targets.device)
-            if len(index):
+            places = range((fold - seen) % n_folds, n, n_folds)
+            if places:
+                index = torch.tensor(places, device=targets.device)
                 samples.append((select_samples(x, index, n), targets[index]))
         seen += n
     if seen < n_folds:

@@ -20,7 +20,7 @@ from curvlin_nn._check import numbers
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
-from curvlin_nn.errors import NotFittedError, OutputError, StaleModelError, UnsupportedError, one_of
+from curvlin_nn.errors import NoFiniteOptimumError, NotFittedError, OutputError, StaleModelError, UnsupportedError, one_of
 from curvlin_nn.evidence import Curvature, Evidence
 from curvlin_nn.feature_maps import FeatureMap, JacobianMap
 from curvlin_nn.fingerprint import Fingerprint
@@ -202,7 +202,7 @@ class Laplace:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        self._temperature = float(_checked_temperature(value))
+        self._temperature = float(_checked_temperature(value).detach())
         self._posterior = None
 
     # -- fitting ---------------------------------------------------------------------------------------------
@@ -352,6 +352,7 @@ class Laplace:
         prior_structure: str = "scalar",
         optimize_noise: bool = False,
         *,
+        optimize_temperature: bool = False,
         tolerance: float = 1e-9,
         max_steps: int = 200,
         val_loader: Iterable[Any] | None = None,
@@ -371,7 +372,7 @@ class Laplace:
         """Set the prior precision to the maximum of the log marginal likelihood, or to the best on held-out data.
 
         The marginal likelihood is concave in the logarithms of the hyperparameters; Newton's method solves it from any
-        start. It has no finite maximum in the temperature, which is chosen on held-out data.
+        start.
 
         Args:
             method: ``"marglik"``; ``"gridsearch"`` or ``"brent"`` on `val_loader`; ``"cv"``, a grid on folds of
@@ -380,6 +381,8 @@ class Laplace:
                 tensor its own), ``"modulewise"`` or ``"diag"``; on held-out data ``"scalar"``.
             optimize_noise: whether to optimise `sigma_noise` jointly, all of them if there are several; regression
                 and ``"marglik"`` only.
+            optimize_temperature: refused. log Z is strictly convex in 1 / T at any prior and noise, so that it has no
+                maximum; compare scores on held-out data instead.
             tolerance: largest relative gradient at the end; for ``"brent"`` the largest error of the logarithm (at
                 least 1e-3).
             max_steps: Newton steps before giving up.
@@ -413,6 +416,11 @@ class Laplace:
         """
         if method not in METHODS:
             raise UnsupportedError(f"method={method!r} is not supported; expected {one_of(METHODS)}")
+        if optimize_temperature:
+            raise NoFiniteOptimumError(
+                "optimize_temperature has no finite optimum, as the log marginal likelihood is convex in 1 / T; set "
+                "temperature and compare the scores of method='gridsearch'"
+            )
         if method != "marglik":
             if prior_structure != "scalar" or optimize_noise:
                 raise UnsupportedError(
@@ -708,12 +716,12 @@ class Laplace:
             raise UnsupportedError(
                 f"sigma_noise must be {expected} for {self.likelihood.name}, found shape {tuple(noise.shape)}"
             )
-        refused = noise[~((noise > 0) & torch.isfinite(noise))]
+        refused = noise[~((noise > 0) & torch.isfinite(noise))].flatten()
         if refused.numel():
-            raise ValueError(f"sigma_noise must be positive and finite, found {float(refused.flatten()[0])}")
-        if not self.likelihood.has_noise and float(noise) != 1:
+            raise ValueError(f"sigma_noise must be positive and finite, found {float(refused.detach()[0])}")
+        if not self.likelihood.has_noise and float(noise.detach()) != 1:
             raise ValueError(
-                f"sigma_noise must be 1 for {self.likelihood.name}, which has no noise, found {float(noise)}"
+                f"sigma_noise must be 1 for {self.likelihood.name}, which has no noise, found {float(noise.detach())}"
             )
         return noise
 
@@ -734,8 +742,8 @@ def _checked_temperature(value: float | Tensor) -> Float[Tensor, ""]:
     temperature = numbers("temperature", value)
     if temperature.numel() != 1:
         raise ValueError(f"temperature must be one number, found shape {tuple(temperature.shape)}")
-    if not 0 < float(temperature) < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, found {float(temperature)}")
+    if not 0 < (value := float(temperature.detach())) < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, found {value}")
     return temperature.reshape(())
 
 
