@@ -20,7 +20,14 @@ from curvlin_nn._check import numbers
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
-from curvlin_nn.errors import NoFiniteOptimumError, NotFittedError, OutputError, StaleModelError, UnsupportedError, one_of
+from curvlin_nn.errors import (
+    NoFiniteOptimumError,
+    NotFittedError,
+    OutputError,
+    StaleModelError,
+    UnsupportedError,
+    one_of,
+)
 from curvlin_nn.evidence import Curvature, Evidence
 from curvlin_nn.feature_maps import FeatureMap, JacobianMap
 from curvlin_nn.fingerprint import Fingerprint

@@ -25,7 +25,6 @@ from curvlin import (
 from curvlin.numerics.rounding import without_rounding
 from curvlin.precision.base import PrecisionOperator
 
-
 SUM_ROUNDING = 2**10
 """The rounding of a sum over data, in multiples of that of its largest eigenvalue; it grows with their number."""
 

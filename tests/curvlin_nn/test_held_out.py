@@ -84,7 +84,8 @@ def test_dense_predictions_are_scored():
 
 
 @pytest.mark.parametrize(
-    ("link_approx", "pred_type"), [("mc", "glm"), ("probit", "glm")],
+    ("link_approx", "pred_type"),
+    [("mc", "glm"), ("probit", "glm")],
 )
 def test_every_link_is_scored_with_the_same_draws(link_approx, pred_type):
     p = problem("mlp", "classification")
@@ -148,7 +149,10 @@ def test_functions_and_metrics_get_what_they_ask_for():
     lb, data = fitted(q), validation(q)
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
     width = lb.optimize_prior_precision(
-        "gridsearch", val_loader=data, loss=lambda mean, cov, y: cov.diagonal(dim1=1, dim2=2).sum(), grid_size=3
+        "gridsearch",
+        val_loader=data,
+        loss=lambda mean, cov, y: cov.diagonal(dim1=1, dim2=2).sum(),
+        grid_size=3,
     )
     assert width.prior_precision == pytest.approx(1e4)
     assert float(lb(x, diagonal_output=True)[1].sum()) == pytest.approx(width.score, rel=1e-9)
@@ -231,7 +235,12 @@ def fitted_all(p, structure):
 @pytest.mark.parametrize(
     "case",
     [
-        ("binary", likelihoods.Bernoulli, lambda n: torch.randint(2, (n, 3)).double(), F.binary_cross_entropy),
+        (
+            "binary",
+            likelihoods.Bernoulli,
+            lambda n: torch.randint(2, (n, 3)).double(),
+            F.binary_cross_entropy,
+        ),
         ("poisson", likelihoods.Poisson, lambda n: torch.randint(4, (n, 3)).double(), None),
     ],
     ids=lambda case: case[0],
@@ -310,11 +319,11 @@ def test_single_precision_and_a_noise_for_each_output():
     data = validation(p)
     double = fitted(p, "kron", sigma_noise=torch.tensor([0.5, 1.0, 2.0]))
     expected = double.optimize_prior_precision("gridsearch", val_loader=data, grid_size=5)
-    single = Laplace(copy.deepcopy(p.model).float(), "regression", "all", "kron", sigma_noise=double.sigma_noise)
+    single = Laplace(
+        copy.deepcopy(p.model).float(), "regression", "all", "kron", sigma_noise=double.sigma_noise
+    )
     single.fit([(x.float(), y.float()) for x, y in p.batches()])
     found = single.optimize_prior_precision(
         "gridsearch", val_loader=[(x.float(), y.float()) for x, y in data], grid_size=5
     )
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=0)
-
-

@@ -130,7 +130,9 @@ def test_fits_merge_and_samples_have_the_noise_of_their_output():
 def test_what_cannot_have_it_says_so():
     p = problem("mlp", "regression")
     for structure in ("ekfac", "lowrank", "kfoc"):
-        with pytest.raises(UnsupportedError, match="is not served with one sigma_noise for each output, expected"):
+        with pytest.raises(
+            UnsupportedError, match="is not served with one sigma_noise for each output, expected"
+        ):
             fitted(p, structure, sigma_noise=SIGMA)
     with pytest.raises(UnsupportedError, match="is served for curvature='ggn' only"):
         fitted(p, "kron", sigma_noise=SIGMA, curvature="fisher_mc")

@@ -36,7 +36,9 @@ def test_a_fit_that_goes_on_is_one_fit_of_all_data(choice):
     torch.testing.assert_close(
         parts.posterior_precision.to_dense(), whole.posterior_precision.to_dense(), rtol=1e-12, atol=1e-12
     )
-    assert float(parts.log_marginal_likelihood()) == pytest.approx(float(whole.log_marginal_likelihood()), rel=1e-12)
+    assert float(parts.log_marginal_likelihood()) == pytest.approx(
+        float(whole.log_marginal_likelihood()), rel=1e-12
+    )
     assert parts.n_data == whole.n_data == 9
 
 
@@ -138,7 +140,9 @@ def test_ekfac_takes_multiples_of_the_identity_only():
     assert 0 < float(la.projected_prior.relative_error) < 1
     with pytest.raises(UnsupportedError, match="does not serve a curvature in a fixed eigenbasis"):
         fitted(p, "ekfac", prior_precision=prior, prior_projection="kronecker")
-    with pytest.raises(UnsupportedError, match="prior_projection='diag' is not supported; expected one of 'kronecker'"):
+    with pytest.raises(
+        UnsupportedError, match="prior_projection='diag' is not supported; expected one of 'kronecker'"
+    ):
         Laplace(p.model, "classification", prior_projection="diag")
 
 
