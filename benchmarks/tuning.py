@@ -102,7 +102,9 @@ def compare(case: str) -> dict[str, Any]:
     theirs = laplace.Laplace(network(case), "classification", subset_of_weights="all", hessian_structure=case)
     theirs.fit(DataLoader(TensorDataset(x, y), batch_size=len(x)))
     steps = 100 if case == "kron" else 3
-    taken, _ = seconds(lambda: theirs.optimize_prior_precision(method="marglik", n_steps=steps, pred_type="glm"))
+    taken, _ = seconds(
+        lambda: theirs.optimize_prior_precision(method="marglik", n_steps=steps, pred_type="glm")
+    )
     per_step = taken / steps
     print(f"{case}  laplace-torch: {per_step:.3f} s for each step, {100 * per_step:.1f} s for 100")
     for start in STARTS:

@@ -88,7 +88,11 @@ def peer(model: nn.Module, x: Tensor, y: Tensor, structure: str) -> tuple[Any, f
     n_groups = 1 if structure == "scalar" else len(list(model.parameters()))
     logs = torch.zeros(n_groups + 1, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS(
-        [logs], max_iter=500, tolerance_grad=1e-6 * len(x), tolerance_change=0.0, line_search_fn="strong_wolfe"
+        [logs],
+        max_iter=500,
+        tolerance_grad=1e-6 * len(x),
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
     )
 
     def loss() -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,13 +114,16 @@ def test_a_sure_step_increases_the_evidence_from_anywhere(structure, prior_struc
     evidence, prior = la._evidence(), la._start(prior_structure)
     for _ in range(50):
         t, tau = 6 * torch.randn(len(prior.precision)).double(), 6 * torch.randn(()).double()
-        point = prior_search._evaluate(evidence, prior, t, tau, with_noise=True)
+        objective = prior_search._Objective.of(evidence, prior, with_noise=True)
+        point = objective.at(t, tau)
         step, step_noise = point.step()
         length = float(torch.maximum(step.abs().max(), step_noise.abs()))
         fraction = min(1.0, prior_search.SURE_STEP / length)
-        after = prior_search._at(evidence, prior, point, fraction * step, fraction * step_noise)
-        gain = fraction * (point.gradient @ step + point.noise.gradient * step_noise)
-        assert float(after.value - point.value) > 0.25 * float(gain)
+        values = [
+            evidence.value(replace(prior, precision=(t + e * step).exp()), ((tau + e * step_noise) / 2).exp())
+            for e in (0.0, fraction)
+        ]
+        assert float(values[1] - values[0]) > 0.25 * fraction * point.slope(step, step_noise)
 
 
 @functools.cache
