@@ -33,6 +33,9 @@ from curvlin_nn import Laplace
 
 STARTS = (1e-6, 1.0, 1e6)
 
+MOST_STEPS = 4000
+"""Steps of Adam that are counted."""
+
 TARGETS = {"kron": 1 / 20, "full": 1 / 50}
 """Largest ratio of our time to that of 100 steps of laplace-torch; for "full" after one factorisation."""
 
@@ -58,7 +61,7 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, found
 
 
-def adam(la: Laplace, start: float, optimum: float, most: int = 20_000) -> tuple[float, int]:
+def adam(la: Laplace, start: float, optimum: float, most: int = MOST_STEPS) -> tuple[float, int]:
     """Where the steps of laplace-torch are after 100, and after how many they stay within 1e-4 of the optimum."""
     log = torch.tensor(start, dtype=torch.float64).log().requires_grad_()
     optimiser = torch.optim.Adam([log], lr=0.1)
@@ -79,7 +82,7 @@ def adam(la: Laplace, start: float, optimum: float, most: int = 20_000) -> tuple
 def compare(case: str) -> dict[str, Any]:
     x, y = data(case)
     la = Laplace(network(case), "classification", "all", case).fit([(x, y)])
-    factoring, _ = seconds(lambda: la._evidence().curvature.spectrum)
+    factoring, _ = seconds(lambda: la._evidence().curvature.eigenvalues.binned)
     found, times = [], []
     for start in STARTS:
         la.prior_precision = start
@@ -110,8 +113,12 @@ def compare(case: str) -> dict[str, Any]:
     for start in STARTS:
         after, needed = adam(la, start, found[0])
         print(
-            f"{case}  laplace-torch from {start:g}: at {after:.3g} after 100 steps, within 1e-4 after {needed} "
-            f"({needed * per_step:.0f} s)"
+            f"{case}  laplace-torch from {start:g}: at {after:.3g} after 100 steps, within 1e-4 "
+            + (
+                f"after {needed} ({needed * per_step:.0f} s)"
+                if needed < MOST_STEPS
+                else f"not in {MOST_STEPS}"
+            )
         )
     results["theirs"] = 100 * per_step
     results["ratio"] = max(times) / results["theirs"]

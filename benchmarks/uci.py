@@ -9,8 +9,8 @@ standardised; results are in the units of the targets.
 One network with one hidden layer of 50 tanh units is trained for each split, twice: at prior precision 1 and the noise
 of its residuals, and again at the hyperparameters that have the largest evidence around the first. Both libraries then
 take this network and its full curvature over all weights, in float64. Ours finds prior precision (for each parameter
-tensor, and one for all) and noise by `optimize_prior_precision(optimize_noise=True)`; laplace-torch, which has no search
-with the noise in it, by L-BFGS on its differentiable `log_marginal_likelihood` until the gradient is below 1e-6 of the
+tensor, and one for all) and noise by `optimize_prior_precision(optimize_noise=True)`; laplace-torch, without a search
+with noise in it, by L-BFGS on its differentiable `log_marginal_likelihood` until the gradient is below 1e-6 of the
 number of data. Its network and therefore the RMSE are the same.
 """
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from curvlin import NotPositiveDefiniteError
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.curvature import State
+from curvlin_nn.grouped_eigenvalues import GroupedEigenvalues
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.per_output import PerOutput, weighted_sum
@@ -58,6 +59,14 @@ class Curvature:
         """The eigenvalues of H, computed when first asked for; None where there is no rule for them."""
         return spectrum(self.total)
 
+    @cached_property
+    @outside_inference_mode()
+    def eigenvalues(self) -> GroupedEigenvalues | None:
+        """All of them in one group."""
+        if self.spectrum is None:
+            return None
+        return GroupedEigenvalues.of(self.spectrum, torch.zeros_like(self.spectrum.block), n_groups=1)
+
 
 def curvature_scale(sigma_noise: Float[Tensor, "*C"], temperature: float | Tensor) -> Float[Tensor, "*C"]:
     """``1 / (sigma^2 T)``, float64."""
@@ -89,9 +98,10 @@ class Evidence:
         known = None if sigma_noise.ndim else self.relevant_spectrum(prior)
         if known is not None and isinstance(prior, GroupedPrior):
             scale = self.scale(sigma_noise)
-            eigenvalues = scale * known.eigenvalues + prior.precision[prior.groups]
-            if bool((lost := eigenvalues <= scale * known.floor).any()):
-                raise NotPositiveDefiniteError("the posterior precision", float(eigenvalues[lost].min()))
+            for some in known.floored:
+                eigenvalues = scale * known.eigenvalues[some] + prior.precision[prior.groups[some]]
+                if bool((lost := eigenvalues <= scale * known.floor[some]).any()):
+                    raise NotPositiveDefiniteError("the posterior precision", float(eigenvalues[lost].min()))
         return self.value(prior, sigma_noise)
 
     def value(self, prior: Prior, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
@@ -111,13 +121,14 @@ class Evidence:
         """The eigenvalues of H if they are all that is needed: no block is cut by a change of prior precision."""
         if not isinstance(prior, GroupedPrior) or self.curvature.spectrum is None:
             return None
-        return self.curvature.spectrum if self.curvature.spectrum.resolves(prior.groups) else None
+        shared = len(prior.precision) == 1 or self.curvature.spectrum.resolves(prior.groups)
+        return self.curvature.spectrum if shared else None
 
     def _logdet_ratio(self, prior: Prior, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
         """``logdet P - logdet P0``."""
         if sigma_noise.ndim == 0 and isinstance(prior, GroupedPrior):
             known, scale = self.relevant_spectrum(prior), self.scale(sigma_noise)
             if known is not None:
-                return torch.log1p(scale * known.eigenvalues / prior.precision[prior.groups]).sum()
+                return torch.log1p(scale * known.eigenvalues / prior.by_coordinate).sum()
         H = self.curvature.scaled(sigma_noise, self.temperature)
         return (H + prior.operator(H)).logdet() - prior.logdet()

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from curvlin import Dense, NotPositiveDefiniteError
 from curvlin_nn.errors import ConvergenceError, NoFiniteOptimumError, UnsupportedError
 from curvlin_nn.evidence import Evidence
+from curvlin_nn.grouped_eigenvalues import GroupedEigenvalues
 from curvlin_nn.prior import GroupedPrior
 from curvlin_nn.spectrum import Spectrum
 
@@ -38,9 +39,6 @@ by ``exp(2 r e)`` at most and a fraction a of Newton's step gains ``a (1 - a (ex
 slope, ``x = 2 r a``: more than a quarter of ``a`` at ``x = 1``. A longer step does where log Z still grows along it at
 its end. No value needs to be compared, whose terms cancel and whose last digits would stop the last steps.
 """
-
-BINS_PER_UNIT = 20
-"""Bins of eigenvalues per unit of their logarithm; a search among them ends within a few percent of the maximum."""
 
 
 @dataclass(frozen=True)
@@ -231,67 +229,6 @@ def _ascend(objective: _Objective, point: _Point) -> _Point:
 
 
 @dataclass(frozen=True)
-class _Eigenvalues:
-    """The positive eigenvalues of H by the group of their prior precision; those of zero inform of nothing.
-
-    Attributes:
-        inverses: their inverses, group by group.
-        counts: how many each stands for, or None for one.
-        sizes: how many there are in each group.
-    """
-
-    inverses: Float[Tensor, " M"]
-    counts: Float[Tensor, " M"] | None
-    sizes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, spectrum: Spectrum, prior: GroupedPrior) -> _Eigenvalues:
-        positive = spectrum.eigenvalues > 0
-        values, groups = spectrum.eigenvalues[positive], prior.groups[positive]
-        sizes = torch.bincount(groups, minlength=len(prior.precision))
-        if len(sizes) > 1 and bool((groups.diff() < 0).any()):
-            values = values[groups.argsort(stable=True)]
-        return cls(values.reciprocal(), None, tuple(sizes.tolist()))
-
-    def effective(self, precision: Float[Tensor, " K"], scale: Tensor) -> tuple[Tensor, Tensor]:
-        """``gamma`` and ``B`` of the module's docstring; groups do not interact."""
-        ratios = precision / scale
-        if len(self.sizes) > len(self.inverses) // 8:
-            sizes = torch.tensor(self.sizes, device=ratios.device)
-            share = (1 + self.inverses * ratios.repeat_interleave(sizes)).reciprocal()
-            groups = torch.arange(len(sizes), device=ratios.device).repeat_interleave(sizes)
-            parts = [share, share * (1 - share)]
-            gamma, B = (torch.zeros_like(ratios).index_add(0, groups, self._counted(part)) for part in parts)
-            return gamma, B
-        gammas, bends = [], []
-        counts = [None] * len(self.sizes) if self.counts is None else self.counts.split(self.sizes)
-        for ratio, inverses, count in zip(ratios, self.inverses.split(self.sizes), counts, strict=True):
-            share = (inverses * ratio).add_(1).reciprocal_()
-            weighted = share if count is None else share * count
-            gammas.append(weighted.sum())
-            bends.append(weighted @ (1 - share))
-        return torch.stack(gammas), torch.stack(bends)
-
-    def _counted(self, values: Tensor) -> Tensor:
-        return values if self.counts is None else values * self.counts
-
-    def binned(self) -> _Eigenvalues | None:
-        """One for each bin of their logarithms, with its mean inverse; None where these are not many times fewer."""
-        logs = self.inverses.log().mul_(BINS_PER_UNIT).floor_().long()
-        logs -= logs.min() if len(logs) else 0
-        width = int(logs.max()) + 1 if len(logs) else 1
-        if 8 * width * len(self.sizes) > len(self.inverses):
-            return None
-        sizes = torch.tensor(self.sizes, device=logs.device)
-        keys = logs + width * torch.arange(len(sizes), device=logs.device).repeat_interleave(sizes)
-        counts = torch.bincount(keys, minlength=width * len(sizes)).double()
-        sums = torch.bincount(keys, self.inverses, minlength=width * len(sizes))
-        there = counts > 0
-        per_group = there.view(len(sizes), width).sum(1)
-        return _Eigenvalues((sums / counts)[there], counts[there], tuple(per_group.tolist()))
-
-
-@dataclass(frozen=True)
 class _Objective:
     """log Z as a function of t and tau.
 
@@ -305,7 +242,7 @@ class _Objective:
 
     evidence: Evidence
     prior: GroupedPrior
-    eigenvalues: _Eigenvalues | None
+    eigenvalues: GroupedEigenvalues | None
     squares: Float[Tensor, " K"]
     with_noise: bool
 
@@ -323,12 +260,12 @@ class _Objective:
                 f"{type(evidence.curvature.total).__name__}), expected one that does not; use "
                 "prior_structure='scalar' or 'layerwise', or hessian_structure='full'"
             )
-        eigenvalues = None if spectrum is None else _Eigenvalues.of(spectrum, prior)
+        eigenvalues = None if spectrum is None else _eigenvalues(evidence, spectrum, prior)
         return cls(evidence, prior, eigenvalues, prior.squares, with_noise)
 
     def binned(self) -> _Objective | None:
         """The same function but for the eigenvalues, of which there are fewer."""
-        fewer = None if self.eigenvalues is None else self.eigenvalues.binned()
+        fewer = None if self.eigenvalues is None else self.eigenvalues.binned
         return None if fewer is None else replace(self, eigenvalues=fewer)
 
     def at(self, t: Tensor, tau: Tensor) -> _Point:
@@ -367,6 +304,12 @@ class _Objective:
         squares = zeros.new_zeros(len(zeros), P.size).index_add(0, groups, covariance.square())
         squares = zeros.new_zeros(len(zeros), len(zeros)).index_add(1, groups, squares)
         return prior.sizes - free, torch.diag(free) - torch.outer(precision, precision) * squares
+
+
+def _eigenvalues(evidence: Evidence, spectrum: Spectrum, prior: GroupedPrior) -> GroupedEigenvalues:
+    n_groups = len(prior.precision)
+    shared = evidence.curvature.eigenvalues if n_groups == 1 else None
+    return shared or GroupedEigenvalues.of(spectrum, prior.groups, n_groups)
 
 
 def _check_optimum_exists(objective: _Objective) -> None:

@@ -6,7 +6,7 @@ One rule per type of operator; a new operator enters its own with ``spectrum.reg
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import cached_property, singledispatch
 
 import torch
 from jaxtyping import Float, Int
@@ -42,6 +42,12 @@ class Spectrum:
     eigenvalues: Float[Tensor, " D"]
     block: Int[Tensor, " D"]
     floor: Float[Tensor, " D"]
+
+    @cached_property
+    def floored(self) -> tuple[Int[Tensor, " F"], ...]:
+        """The coordinates where something is lost, if there are any."""
+        found = self.floor.nonzero().squeeze(1)
+        return (found,) if len(found) else ()
 
     def resolves(self, groups: Int[Tensor, " D"]) -> bool:
         """Whether every block lies within one group, so that a shift per group keeps the eigenvectors."""
