@@ -40,7 +40,10 @@ class GroupedEigenvalues:
         return cls(values.reciprocal(), None, tuple(sizes.tolist()))
 
     def effective(self, precision: Float[Tensor, " K"], scale: Tensor) -> tuple[Tensor, Tensor]:
-        """``gamma = sum_i s_i``, ``B = sum_i s_i (1 - s_i)`` of each group, ``s_i = 1 / (1 + delta / (scale lambda_i))``."""
+        """``gamma`` and ``B`` of each group, sums of ``s_i`` and ``s_i (1 - s_i)``.
+
+        ``s_i = 1 / (1 + delta / (scale lambda_i))`` is what the data say of a direction, in units of a parameter.
+        """
         ratios = precision / scale
         if len(self.sizes) > len(self.inverses) // 8:
             sizes = torch.tensor(self.sizes, device=ratios.device)
