@@ -2,14 +2,21 @@
 
 from curvlin_nn import errors, feature_maps, likelihoods, metrics, plots, structures, subnetwork
 from curvlin_nn.curvature import curvature
+from curvlin_nn.held_out import HeldOutOptimum
 from curvlin_nn.laplace import Laplace
+from curvlin_nn.online import OnlineLaplace, marglik_training
 from curvlin_nn.parameters import ParameterSpace
+from curvlin_nn.prior_projection import project_prior
+from curvlin_nn.prior_search import Optimum
 from curvlin_nn.products.eigenpairs import hessian_eigenpairs
 from curvlin_nn.products.low_rank import low_rank
 from curvlin_nn.products.matrix_free import from_linear_operator, matrix_free
 
 __all__ = [
+    "HeldOutOptimum",
     "Laplace",
+    "OnlineLaplace",
+    "Optimum",
     "ParameterSpace",
     "curvature",
     "errors",
@@ -18,9 +25,11 @@ __all__ = [
     "hessian_eigenpairs",
     "likelihoods",
     "low_rank",
+    "marglik_training",
     "matrix_free",
     "metrics",
     "plots",
+    "project_prior",
     "structures",
     "subnetwork",
 ]

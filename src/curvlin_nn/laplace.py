@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from curvlin._check import positive_integer
 from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
+from curvlin.projection import Projection
 from curvlin_nn import likelihoods, structures
 from curvlin_nn._check import numbers
 from curvlin_nn.batches import Labelled
@@ -23,13 +24,24 @@ from curvlin_nn.capture.reduction import check_reduction
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
-from curvlin_nn.damping import DampedCurvature, check_damping
-from curvlin_nn.errors import NotFittedError, OutputError, StaleModelError, UnsupportedError, one_of
-from curvlin_nn.evidence import Evidence, curvature_scale
+from curvlin_nn.damping import check_damping
+from curvlin_nn.errors import (
+    NoFiniteOptimumError,
+    NotFittedError,
+    OutputError,
+    StaleModelError,
+    UnsupportedError,
+    one_of,
+)
+from curvlin_nn.evidence import Curvature, Evidence
+from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.fingerprint import Fingerprint
+from curvlin_nn.held_out import METHODS, Grid, HeldOutOptimum, Request, search
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.noise_search import maximise_by_output
 from curvlin_nn.parameters import ParameterSpace, Selection, check_model
+from curvlin_nn.per_output import PerOutput
 from curvlin_nn.predictive import Predictive, check_link, draw
 from curvlin_nn.prior import (
     GroupedPrior,
@@ -39,11 +51,11 @@ from curvlin_nn.prior import (
     check_structure,
     infer_structure,
 )
+from curvlin_nn.prior_projection import check_projection, closed, project_prior
 from curvlin_nn.prior_search import Optimum, maximise
 from curvlin_nn.products.hessian import Hessian
 from curvlin_nn.products.hessian_states import hessian_state
 from curvlin_nn.products.hessian_sums import check_structure as check_hessian
-from curvlin_nn.spectrum import Spectrum, spectrum
 from curvlin_nn.storage import posterior as stored
 from curvlin_nn.storage.checkpoint import Checkpoint
 from curvlin_nn.storage.files import StrPath, read, write
@@ -63,17 +75,11 @@ class _Fitted:
 
     accumulated: Accumulated
     mean: Float[Tensor, " P"]
-    curvature: PrecisionOperator
+    curvature: Curvature
     fingerprint: Fingerprint
+    feature_map: FeatureMap
     whole_mean: Float[Tensor, " W"]
-    damped: DampedCurvature | None = None
     seconds: float = 0.0
-
-    @cached_property
-    @outside_inference_mode()
-    def spectrum(self) -> Spectrum | None:
-        """The eigenvalues of the curvature, computed when the evidence is first asked for."""
-        return spectrum(self.curvature) if self.damped is None else self.damped.spectrum()
 
 
 class Laplace:
@@ -100,7 +106,8 @@ class Laplace:
         prior_precision: a number, one per parameter tensor, one per module, one per parameter, or an
             operator.
         prior_mean: a number or a flat vector.
-        sigma_noise: the standard deviation of observations, in the units of the targets; regression only.
+        sigma_noise: the standard deviation of observations, in the units of the targets, or one for each output;
+            regression only.
         temperature: T; the likelihood counts with weight 1 / T.
         feature_map: not supported yet.
         subnetwork_indices: for ``"subnetwork"``, distinct coordinates of the flat vector of all parameters that require
@@ -114,6 +121,9 @@ class Laplace:
         damping: whether a Kronecker block ``B (x) A`` and its prior precision make
             ``(sqrt(s) B + sqrt(delta) I) (x) (sqrt(s) A + sqrt(delta) I)``, ``s = 1 / (sigma^2 T)``, instead of
             ``s B (x) A + delta I``; see `curvlin_nn.damping`.
+        prior_projection: ``"kronecker"`` or ``"isotropic"``, what a prior is projected onto in blocks of the curvature
+            whose sum with it is not closed: one precision per parameter or an earlier posterior beside a Kronecker
+            product. `projected_prior` tells the error. By default such a prior is refused.
 
     Raises:
         UnsupportedError: for an option that is not served; the message says which are.
@@ -141,6 +151,7 @@ class Laplace:
         feature_reduction: str | None = None,
         dict_key_y: str = "labels",
         damping: bool = False,
+        prior_projection: str | None = None,
     ) -> None:
         if curvature not in CURVATURES:
             raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
@@ -171,9 +182,10 @@ class Laplace:
             self._structures = [structures.resolve(structure)]
         if prior_structure is not None:
             check_structure(prior_structure)
+        check_projection(prior_projection)
         self._fitted: _Fitted | None = None
         self._posterior: tuple[tuple[int, ...], PrecisionOperator] | None = None
-        self._prior_structure = prior_structure
+        self._prior_structure, self._prior_projection = prior_structure, prior_projection
         self.dict_key_y = dict_key_y
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
@@ -202,24 +214,31 @@ class Laplace:
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
-        mean = numbers("prior_mean", value)
-        if not mean.is_floating_point() or mean.ndim > 1 or not bool(torch.isfinite(mean).all()):
-            raise ValueError(
-                f"prior_mean must be a number or a flat vector, finite, found shape {tuple(mean.shape)} of "
-                f"{mean.dtype}"
-            )
-        if self._fitted is not None:
-            _check_mean_length(mean, self._fitted)
-        self._prior_mean = mean
+        self._prior_mean = _checked_mean(value, self._fitted)
 
     @property
-    def sigma_noise(self) -> Float[Tensor, ""]:
-        """The standard deviation of observations; 1 where the likelihood has no noise."""
+    def projected_prior(self) -> Projection:
+        """The prior precision as it enters the posterior, and its distance from what was given.
+
+        The `relative_error`, in the Frobenius norm, is zero where no `prior_projection` was named or needed.
+        """
+        H = self._fit.curvature.total
+        P0 = self._stated_prior(self._fit, self._prior_precision).operator(H)
+        if self._prior_projection is None:
+            return Projection(P0, torch.zeros((), dtype=P0.dtype))
+        return project_prior(P0, H, self._prior_projection)
+
+    @property
+    def sigma_noise(self) -> Float[Tensor, "*C"]:
+        """The standard deviation of observations, of all or of each output; 1 where the likelihood has no noise."""
         return self._sigma_noise
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        self._sigma_noise = self._checked_noise(value)
+        noise = self._checked_noise(value)
+        if self._fitted is not None:
+            _check_noise_length(noise, self._fitted)
+        self._sigma_noise = noise
         self._posterior = None
 
     @property
@@ -229,12 +248,7 @@ class Laplace:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        temperature = numbers("temperature", value)
-        if temperature.numel() != 1:
-            raise ValueError(f"temperature must be one number, found shape {tuple(temperature.shape)}")
-        if not 0 < float(temperature) < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, found {float(temperature)}")
-        self._temperature = float(temperature)
+        self._temperature = float(_checked_temperature(value).detach())
         self._posterior = None
 
     # -- fitting ---------------------------------------------------------------------------------------------
@@ -282,7 +296,7 @@ class Laplace:
             self.likelihood,
             train_loader,
             self._selection,
-            self._structures,
+            self._summed(continued=not override),
             columns=self._columns,
             feature_reduction=self.feature_reduction,
             progress_bar=progress_bar,
@@ -306,11 +320,11 @@ class Laplace:
         """Be fitted with these sums, around the model's present parameters; it took the time since `begin`."""
         whole = found.whole_space.flatten(found.whole_space.tensors(self.model))
         mean = whole if found.subnetwork is None else found.subnetwork.of_whole(whole)
-        H = found.states[0].finish()
-        damped = DampedCurvature.of(H) if self._damping else None
+        H = Curvature.of(found.states[0], damping=self._damping)
         fingerprint = Fingerprint.of(self.model)
-        fitted = _Fitted(found, mean, H, fingerprint, whole, damped, time.perf_counter() - begin)
+        fitted = _Fitted(found, mean, H, fingerprint, found.feature_map, whole, time.perf_counter() - begin)
         _check_mean_length(self._prior_mean, fitted)
+        _check_noise_length(self._sigma_noise, fitted)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
 
@@ -347,7 +361,7 @@ class Laplace:
     @property
     def curvature(self) -> PrecisionOperator:
         """H, summed over the data, at sigma = 1 and T = 1, in the model's dtype."""
-        return self._fit.curvature.to(self._fit.mean.dtype)
+        return self._fit.curvature.total.to(self._fit.mean.dtype)
 
     # -- the posterior ---------------------------------------------------------------------------------------
 
@@ -363,14 +377,9 @@ class Laplace:
         tensors = [t for t in (self._prior_precision, self._sigma_noise) if isinstance(t, Tensor)]
         versions = tuple(t._version for t in tensors)
         if self._posterior is None or self._posterior[0] != versions:
-            fit, prior = self._fit, self._prior(self._prior_precision)
-            scale = curvature_scale(self._sigma_noise.detach(), self._temperature)
-            if fit.damped is None:
-                H = fit.curvature.to(torch.float64)
-                P = scale * H + prior.operator(H)
-            else:
-                P = fit.damped.precision(prior, scale)
-            self._posterior = versions, P.detach().factor(fit.mean.dtype)
+            prior = self._prior(self._prior_precision)
+            P = self._fit.curvature.posterior(prior, self._sigma_noise.detach(), self._temperature)
+            self._posterior = versions, P.detach().factor(self._fit.mean.dtype)
         return self._posterior[1]
 
     @property
@@ -464,6 +473,9 @@ class Laplace:
         self,
         prior_precision: float | Tensor | PrecisionOperator | None = None,
         sigma_noise: float | Tensor | None = None,
+        *,
+        prior_mean: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
     ) -> Float[Tensor, ""]:
         """The Laplace approximation of ``log p(D)`` in nats.
 
@@ -472,15 +484,22 @@ class Laplace:
         Args:
             prior_precision: evaluate here instead of at the current value (which stays).
             sigma_noise: likewise.
+            prior_mean: likewise.
+            temperature: likewise.
 
         Returns:
-            A 0-dimensional float64 tensor, differentiable in both.
+            A 0-dimensional float64 tensor, differentiable in all of them.
         """
         precision = self._prior_precision if prior_precision is None else prior_precision
         if not isinstance(precision, PrecisionOperator):
             precision = check_precision(precision)
         noise = self._sigma_noise if sigma_noise is None else self._checked_noise(sigma_noise)
-        return self._evidence().log_marginal_likelihood(self._prior(precision), noise)
+        _check_noise_length(noise, self._fit)
+        mean = self._prior_mean if prior_mean is None else _checked_mean(prior_mean, self._fit)
+        evidence = self._evidence()
+        if temperature is not None:
+            evidence = replace(evidence, temperature=_checked_temperature(temperature))
+        return evidence.log_marginal_likelihood(self._prior(precision, mean), noise)
 
     def optimize_prior_precision(
         self,
@@ -488,49 +507,110 @@ class Laplace:
         prior_structure: str = "scalar",
         optimize_noise: bool = False,
         *,
+        optimize_temperature: bool = False,
         tolerance: float = 1e-9,
         max_steps: int = 200,
+        val_loader: Iterable[Any] | None = None,
+        train_loader: Iterable[Any] | None = None,
+        n_folds: int = 5,
+        loss: object | None = None,
+        pred_type: str = "glm",
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        log_prior_prec_min: float = -4,
+        log_prior_prec_max: float = 4,
+        grid_size: int = 100,
+        log_prior_prec_base: float = 10.0,
         progress_bar: bool = False,
-    ) -> Optimum:
-        """Set the prior precision to the maximum of the log marginal likelihood.
+    ) -> Optimum | HeldOutOptimum:
+        """Set the prior precision to the maximum of the log marginal likelihood, or to the best on held-out data.
 
-        The problem is concave in the logarithms of the hyperparameters; Newton's method solves it from any
+        The marginal likelihood is concave in the logarithms of the hyperparameters; Newton's method solves it from any
         start.
 
         Args:
-            method: ``"marglik"``.
+            method: ``"marglik"``; ``"gridsearch"`` or ``"brent"`` on `val_loader`; ``"cv"``, a grid on folds of
+                `train_loader`, each scored with the curvature of the others (around the same parameters).
             prior_structure: which parameters share a precision: ``"scalar"``, ``"layerwise"`` (each parameter
-                tensor its own), ``"modulewise"`` or ``"diag"``.
-            optimize_noise: whether to optimise `sigma_noise` jointly; regression only.
-            tolerance: largest relative gradient at the end.
+                tensor its own), ``"modulewise"`` or ``"diag"``; on held-out data ``"scalar"``.
+            optimize_noise: whether to optimise `sigma_noise` jointly, all of them if there are several; regression
+                and ``"marglik"`` only.
+            optimize_temperature: refused. log Z is strictly convex in 1 / T at any prior and noise, so that it has no
+                maximum; compare scores on held-out data instead.
+            tolerance: largest relative gradient at the end; for ``"brent"`` the largest error of the logarithm (at
+                least 1e-3).
             max_steps: Newton steps before giving up.
-            progress_bar: whether to show one; a search ends long before `max_steps`.
+            val_loader: batches ``(inputs, targets)``, kept for the search.
+            train_loader: those that the parameters were trained on, for ``"cv"``.
+            n_folds: how many folds for ``"cv"``.
+            loss: what to minimise on held-out data: None for the negative log-likelihood; a function ``(prediction,
+                targets)`` or ``(mean, covariance, targets)`` of all data; or a `torchmetrics.Metric` (of which copies
+                are used; one that is better when higher is maximised).
+            pred_type: as in `__call__`. Variances are computed from kept features for ``"glm"``.
+            link_approx: as in `__call__`.
+            n_samples: as in `__call__`.
+            generator: as in `__call__`; all precisions are tried with the same draws.
+            log_prior_prec_min: the least logarithm of a prior precision on held-out data.
+            log_prior_prec_max: the largest.
+            grid_size: how many are tried by a grid.
+            log_prior_prec_base: the base of these logarithms.
+            progress_bar: whether to show one.
 
         Returns:
-            The optimum with its log marginal likelihood, gradient norm and number of steps.
+            The optimum: with its log marginal likelihood, gradient norm and number of steps; or with its score, all
+            that were tried, and whether it is at the edge of them.
 
         Raises:
+            UnsupportedError: for options that do not go together.
+            DataError: if the held-out data cannot be used, or have no finite score.
             NoFiniteOptimumError: if there is none; it says why.
             ConvergenceError: if `max_steps` do not suffice.
             NotPositiveDefiniteError: if the prior precision at the maximum is lost in the rounding of the
                 curvature.
         """
+        if method not in METHODS:
+            raise UnsupportedError(f"method={method!r} is not supported; expected {one_of(METHODS)}")
+        if optimize_temperature:
+            raise NoFiniteOptimumError(
+                "optimize_temperature has no finite optimum, as the log marginal likelihood is convex in 1 / T; set "
+                "temperature and compare the scores of method='gridsearch'"
+            )
         if method != "marglik":
-            raise UnsupportedError(f"method={method!r} is not supported; expected 'marglik'")
+            if prior_structure != "scalar" or optimize_noise:
+                raise UnsupportedError(
+                    f"method={method!r} chooses one prior precision on held-out data; leave prior_structure at "
+                    "'scalar' and optimize_noise at False, or use method='marglik'"
+                )
+            best = search(
+                self,
+                method,
+                Grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base),
+                Request(loss, pred_type, link_approx, n_samples, generator),
+                train_loader if method == "cv" else val_loader,
+                n_folds=n_folds,
+                tolerance=max(tolerance, 1e-3),
+                progress_bar=progress_bar,
+            )
+            self.prior_precision = best.prior_precision
+            return best
         if optimize_noise and not self.likelihood.has_noise:
             raise UnsupportedError(
                 f"optimize_noise needs a likelihood with noise, found {self.likelihood.name}"
             )
-        start = self._start(prior_structure)
-        optimum = maximise(
-            self._evidence(),
-            start,
-            float(self._sigma_noise.detach()),
-            optimize_noise=optimize_noise,
-            tolerance=tolerance,
-            max_steps=max_steps,
-            progress_bar=progress_bar,
-        )
+        evidence, start, noise = self._evidence(), self._start(prior_structure), self._sigma_noise.detach()
+        if noise.ndim:
+            optimum = maximise_by_output(evidence, start, noise, optimize_noise, max_steps, progress_bar)
+        else:
+            optimum = maximise(
+                evidence,
+                start,
+                float(noise),
+                optimize_noise=optimize_noise,
+                tolerance=tolerance,
+                max_steps=max_steps,
+                progress_bar=progress_bar,
+            )
         self._prior_structure = prior_structure
         self.prior_precision = optimum.prior_precision.squeeze()
         if optimize_noise:
@@ -708,9 +788,11 @@ class Laplace:
 
     def _noise_covariance(self, mean: Tensor, covariance: Tensor | None) -> Tensor:
         """Of the targets given all outputs of a sample."""
-        return self._sigma_noise.detach().to(mean).square() * self.likelihood.noise_covariance(
-            mean, covariance
-        )
+        sigma = self._sigma_noise.detach().to(mean)
+        if sigma.ndim:  # the outputs stand term by term
+            sigma = sigma.repeat(self.n_outputs // len(sigma))
+        scale = sigma[:, None] * sigma if sigma.ndim else sigma.square()
+        return scale * self.likelihood.noise_covariance(mean, covariance)
 
     # -- what the above is made of ---------------------------------------------------------------------------
 
@@ -741,7 +823,7 @@ class Laplace:
 
     def _predictive(self, progress_bar: bool = False) -> Predictive:
         self._check_unchanged()
-        return Predictive(self._fit.accumulated.feature_map, self.posterior_precision, progress_bar)
+        return Predictive(self._fit.feature_map, self.posterior_precision, progress_bar)
 
     def _in_whole(self, values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch P"]:
         """Values of the posterior's coordinates, in the flat vector of all parameters."""
@@ -754,23 +836,45 @@ class Laplace:
         if name is not None:
             raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")
 
+    def _summed(self, continued: bool) -> list[StructureFactory]:
+        """What sums the curvature: one state, or one for each output where these have noise scales of their own."""
+        n_outputs = len(self._sigma_noise) if self._sigma_noise.ndim else 0
+        if continued and self._fitted is not None:
+            n_outputs = len(self._fitted.curvature.outputs or ())
+        if n_outputs == 0:
+            return self._structures
+        if self._damping:
+            raise UnsupportedError("damping=True takes one sigma_noise for all outputs; give one number")
+        if self._hessian is not None or self._columns.kind != "exact":
+            raise UnsupportedError(
+                "one sigma_noise for each output is served for curvature='ggn' only; give one number"
+            )
+        return [
+            partial(PerOutput, structure=structure, n_outputs=n_outputs) for structure in self._structures
+        ]
+
     def _evidence(self) -> Evidence:
         fit = self._fit
-        return Evidence(
-            self.likelihood, fit.accumulated.statistics, fit.curvature, fit.spectrum, self._temperature
-        )
+        return Evidence(self.likelihood, fit.accumulated.statistics, fit.curvature, self._temperature)
 
-    def _prior(self, precision: Tensor | PrecisionOperator) -> Prior:
-        return self._prior_of(self._fit, precision)
+    def _prior(self, precision: Tensor | PrecisionOperator, mean: Tensor | None = None) -> Prior:
+        return self._prior_of(self._fit, precision, mean)
 
-    def _prior_of(self, fitted: _Fitted, precision: Tensor | PrecisionOperator) -> Prior:
-        prior = self._any_prior(fitted, precision)
-        if fitted.damped is not None:
-            fitted.damped.check(prior)
-        return prior
+    def _prior_of(
+        self, fitted: _Fitted, precision: Tensor | PrecisionOperator, mean: Tensor | None = None
+    ) -> Prior:
+        """The prior as it enters the posterior."""
+        stated = self._stated_prior(fitted, precision, mean)
+        if fitted.curvature.damped is not None:
+            fitted.curvature.damped.check(stated)
+            return stated
+        return closed(stated, fitted.curvature.total, self._prior_projection)
 
-    def _any_prior(self, fitted: _Fitted, precision: Tensor | PrecisionOperator) -> Prior:
-        deviation = fitted.mean.double() - self._prior_mean.to(fitted.mean).double()
+    def _stated_prior(
+        self, fitted: _Fitted, precision: Tensor | PrecisionOperator, mean: Tensor | None = None
+    ) -> Prior:
+        mean = self._prior_mean if mean is None else mean
+        deviation = fitted.mean.double() - mean.to(fitted.mean).double()
         if isinstance(precision, PrecisionOperator):
             if precision.size != len(deviation):
                 raise ValueError(
@@ -784,24 +888,53 @@ class Laplace:
 
     def _start(self, prior_structure: str) -> GroupedPrior:
         """The current precision, over the groups of another structure."""
-        current = self._prior(self._prior_precision)
+        current = self._stated_prior(self._fit, self._prior_precision)
         if not isinstance(current, GroupedPrior):
             raise UnsupportedError(
                 "a prior given as an operator cannot be optimised; set prior_precision to a number first"
             )
         return current.regrouped(self._fit.accumulated.space, prior_structure)
 
-    def _checked_noise(self, value: float | Tensor) -> Tensor:
+    def _checked_noise(self, value: float | Tensor) -> Float[Tensor, "*C"]:
         noise = numbers("sigma_noise", value)
-        if noise.numel() != 1:
-            raise UnsupportedError(f"sigma_noise must be one number, found shape {tuple(noise.shape)}")
-        if not bool((noise > 0) & torch.isfinite(noise)):
-            raise ValueError(f"sigma_noise must be positive and finite, found {float(noise)}")
-        if not self.likelihood.has_noise and float(noise) != 1:
-            raise ValueError(
-                f"sigma_noise must be 1 for {self.likelihood.name}, which has no noise, found {float(noise)}"
+        if noise.numel() == 1:
+            noise = noise.reshape(())
+        elif noise.ndim != 1 or not self.likelihood.has_noise_by_output:
+            expected = (
+                "one number or one for each output" if self.likelihood.has_noise_by_output else "one number"
             )
-        return noise.reshape(())
+            raise UnsupportedError(
+                f"sigma_noise must be {expected} for {self.likelihood.name}, found shape {tuple(noise.shape)}"
+            )
+        refused = noise[~((noise > 0) & torch.isfinite(noise))].flatten()
+        if refused.numel():
+            raise ValueError(f"sigma_noise must be positive and finite, found {float(refused.detach()[0])}")
+        if not self.likelihood.has_noise and float(noise.detach()) != 1:
+            raise ValueError(
+                f"sigma_noise must be 1 for {self.likelihood.name}, which has no noise, found {float(noise.detach())}"
+            )
+        return noise
+
+
+def _checked_mean(value: float | Tensor, fitted: _Fitted | None) -> Float[Tensor, "*P"]:
+    mean = numbers("prior_mean", value)
+    if not mean.is_floating_point() or mean.ndim > 1 or not bool(torch.isfinite(mean).all()):
+        raise ValueError(
+            f"prior_mean must be a number or a flat vector, finite, found shape {tuple(mean.shape)} of "
+            f"{mean.dtype}"
+        )
+    if fitted is not None:
+        _check_mean_length(mean, fitted)
+    return mean
+
+
+def _checked_temperature(value: float | Tensor) -> Float[Tensor, ""]:
+    temperature = numbers("temperature", value)
+    if temperature.numel() != 1:
+        raise ValueError(f"temperature must be one number, found shape {tuple(temperature.shape)}")
+    if not 0 < (value := float(temperature.detach())) < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, found {value}")
+    return temperature.reshape(())
 
 
 def _check_mean_length(mean: Tensor, fitted: _Fitted) -> None:
@@ -815,3 +948,17 @@ def _of_a_term(likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
         return likelihood.terms(torch.zeros(1, *output_shape)).shape[-1]
     except RuntimeError:
         return 0
+
+
+def _check_noise_length(noise: Float[Tensor, "*C"], fitted: _Fitted) -> None:
+    if noise.ndim == 0:
+        return
+    outputs = fitted.curvature.outputs
+    if outputs is None:
+        raise UnsupportedError(
+            f"sigma_noise has {len(noise)} entries, but the curvature of each output was not kept; set them, then fit"
+        )
+    if not len(noise) == len(outputs) == fitted.accumulated.of_a_term:
+        raise ValueError(
+            f"sigma_noise must have {fitted.accumulated.of_a_term} entries, one for each output, found {len(noise)}"
+        )

@@ -119,7 +119,13 @@ def check_precision(value: float | Tensor) -> Tensor:
 
 
 class Prior(ABC):
-    """A Gaussian prior seen from the parameters that the posterior is fitted around."""
+    """A Gaussian prior seen from the parameters that the posterior is fitted around.
+
+    Attributes:
+        deviation: ``theta_MAP - mean``, float64.
+    """
+
+    deviation: Float[Tensor, " P"]
 
     @abstractmethod
     def logdet(self) -> Float[Tensor, ""]:
@@ -192,6 +198,9 @@ class GroupedPrior(Prior):
         """Over the groups of another structure, with the precisions averaged geometrically."""
         groups = group_of_coordinate(space, structure).to(self.groups.device)
         n_groups = int(groups.max()) + 1
+        if len(self.precision) == 1:
+            shared = self.precision.detach().expand(n_groups)
+            return GroupedPrior(shared, groups, self.deviation, label_of_group(space, structure))
         logs = self.precision.detach().log()[self.groups]
         total = logs.new_zeros(n_groups).index_add(0, groups, logs)
         mean = total / torch.bincount(groups, minlength=n_groups)
@@ -213,8 +222,15 @@ class GroupedPrior(Prior):
     @property
     def squares(self) -> Float[Tensor, " K"]:
         """The summed squared deviation in each group."""
-        zeros = torch.zeros_like(self.precision)
-        return zeros.index_add(0, self.groups, self.deviation.square())
+        squares = self.deviation.square()
+        if len(self.precision) == 1:
+            return squares.sum().reshape(1)
+        return torch.zeros_like(self.precision).index_add(0, self.groups, squares)
+
+    @property
+    def by_coordinate(self) -> Float[Tensor, " P"]:
+        """The precision of each coordinate, or one for all."""
+        return self.precision if len(self.precision) == 1 else self.precision[self.groups]
 
     def operator(self, H: PrecisionOperator) -> PrecisionOperator:
         """See `Prior.operator`."""

@@ -6,7 +6,7 @@ One rule per type of operator; a new operator enters its own with ``spectrum.reg
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import cached_property, singledispatch
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,9 @@ from curvlin import (
 )
 from curvlin.numerics.rounding import without_rounding
 from curvlin.precision.base import PrecisionOperator
+
+SUM_ROUNDING = 2**10
+"""The rounding of a sum over data, in multiples of that of its largest eigenvalue; it grows with their number."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class Spectrum:
     block: Int[Tensor, " D"]
     floor: Float[Tensor, " D"]
     power: Float[Tensor, " D"] | float = 1.0
+
+    @cached_property
+    def floored(self) -> tuple[Int[Tensor, " F"], ...]:
+        """The coordinates where something is lost, if there are any."""
+        found = self.floor.nonzero().squeeze(1)
+        return (found,) if len(found) else ()
 
     def resolves(self, groups: Int[Tensor, " D"]) -> bool:
         """Whether every block lies within one group, so that a shift per group keeps the eigenvectors."""
@@ -151,11 +160,12 @@ def _eigenvalues(where: str, matrix: Tensor, resolution: float) -> Tensor:
 
 
 def non_negative(where: str, eigenvalues: Tensor) -> Tensor:
-    """The eigenvalues as they are, if none is negative.
+    """The eigenvalues of a sum over data, with zeros for those that its rounding made negative.
 
     Raises:
-        NotPositiveDefiniteError: naming the operator, if one is.
+        NotPositiveDefiniteError: if one is too negative for that.
     """
-    if bool((eigenvalues < 0).any()):
-        raise NotPositiveDefiniteError(where, float(eigenvalues.min()))
-    return eigenvalues
+    least = float(eigenvalues.min())
+    if least < -SUM_ROUNDING * torch.finfo(eigenvalues.dtype).eps * float(eigenvalues.max()):
+        raise NotPositiveDefiniteError(where, least)
+    return eigenvalues.clamp(min=0)

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlin_nn.errors import UnsupportedError
+
 LinkApproximation = Callable[[Tensor, Tensor], Tensor]
 """``(mean (*, E), variance (*, E)) -> prediction (*, E)`` of terms: a closed form of the link's expectation."""
 
@@ -31,6 +33,7 @@ class Likelihood(ABC):
     Attributes:
         name: the name it is registered under.
         has_noise: whether it has a noise scale sigma, kept outside.
+        has_noise_by_output: whether sigma may be one for each of the E outputs of a term, which are independent.
         has_additive_noise: whether targets scatter around the prediction by noise that may be added to it.
         has_link: whether predictions are expectations of `link`; otherwise its mean and covariance are reported.
         is_linear: whether the link is the identity, so that these are the moments of the outputs.
@@ -41,6 +44,7 @@ class Likelihood(ABC):
 
     name: ClassVar[str]
     has_noise: ClassVar[bool] = False
+    has_noise_by_output: bool = False
     has_additive_noise: ClassVar[bool] = False
     has_link: bool = True
     is_linear: ClassVar[bool] = True
@@ -145,7 +149,7 @@ class Likelihood(ABC):
         return weighted(self.log_prob(terms, targets), self.weights(terms, targets)).sum().reshape(1)
 
     def log_likelihood(
-        self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, ""]
+        self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, "*E"]
     ) -> Float[Tensor, ""]:
         """The normalised log-likelihood of everything summed in `statistics`, in nats."""
         return statistics[0]
@@ -153,6 +157,14 @@ class Likelihood(ABC):
     @abstractmethod
     def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The mean of the output distribution of each term, of as many numbers where the family has a link."""
+
+    def inverse_link(self, prediction: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """Terms whose link is `prediction`.
+
+        Raises:
+            UnsupportedError: if the family does not know any.
+        """
+        raise UnsupportedError(f"{self.name} has no inverse link to score predictions with; give a loss")
 
     def moments(
         self, mean: Float[Tensor, "N C"], covariance: Float[Tensor, "N C C"]

@@ -204,6 +204,10 @@ class Categorical(Likelihood):
         """Class probabilities."""
         return torch.softmax(terms, dim=-1)
 
+    def inverse_link(self, prediction: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """Logarithms of probabilities."""
+        return prediction.log()
+
 
 def _cholesky(
     terms: Float[Tensor, "N R C"],

@@ -148,7 +148,8 @@ class _Factors:
     def _operator(self) -> PrecisionOperator:
         if self.right is None:
             return Dense(self.left.value())
-        own = (self.left.value(), self.right.value() / max(1, self.positions))
+        left = self.left.value()
+        own = (left, self.right.value().to(left.device) / max(1, self.positions))
         if self.turned is None or self.turned.right is None:
             return KroneckerSum([own])
         other = (self.turned.right.value() / max(1, self.turned.positions), self.turned.left.value())
