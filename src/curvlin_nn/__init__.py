@@ -2,6 +2,15 @@
 
 from curvlin_nn import errors, feature_maps, likelihoods, structures
 from curvlin_nn.curvature import curvature
+from curvlin_nn.enums import (
+    HessianStructure,
+    Likelihood,
+    LinkApprox,
+    PredType,
+    PriorStructure,
+    SubsetOfWeights,
+    TuningMethod,
+)
 from curvlin_nn.laplace import Laplace
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.products.eigenpairs import hessian_eigenpairs
@@ -9,8 +18,15 @@ from curvlin_nn.products.low_rank import low_rank
 from curvlin_nn.products.matrix_free import from_linear_operator, matrix_free
 
 __all__ = [
+    "HessianStructure",
     "Laplace",
+    "Likelihood",
+    "LinkApprox",
     "ParameterSpace",
+    "PredType",
+    "PriorStructure",
+    "SubsetOfWeights",
+    "TuningMethod",
     "curvature",
     "errors",
     "feature_maps",

@@ -61,7 +61,7 @@ class Evidence:
 
     def value(self, prior: Prior, sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """`log_marginal_likelihood`, also where the eigenvalues alone resolve the prior: on a search's way."""
-        scatter, complexity = prior.scatter(), self._logdet_ratio(prior, self.scale(sigma_noise))
+        scatter, complexity = prior.scatter(), self.log_det_ratio(prior, sigma_noise)
         return self.log_likelihood(sigma_noise) - scatter / 2 - complexity / 2
 
     def log_likelihood(self, sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -78,9 +78,9 @@ class Evidence:
             return None
         return self.spectrum if self.spectrum.resolves(prior.groups) else None
 
-    def _logdet_ratio(self, prior: Prior, scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    def log_det_ratio(self, prior: Prior, sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """``logdet P - logdet P0``."""
-        spectrum = self.relevant_spectrum(prior)
+        spectrum, scale = self.relevant_spectrum(prior), self.scale(sigma_noise)
         if spectrum is not None and isinstance(prior, GroupedPrior):
             return torch.log1p(scale * spectrum.eigenvalues / prior.precision[prior.groups]).sum()
         H = self.curvature.to(torch.float64)

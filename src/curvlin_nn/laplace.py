@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from curvlin._check import positive_integer
 from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn import likelihoods, structures
+from curvlin_nn import arguments, likelihoods, posterior, structures
 from curvlin_nn._check import numbers
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
@@ -90,7 +90,9 @@ class Laplace:
             needed only where the length of `prior_precision` fits several.
 
     Raises:
-        UnsupportedError: for an option that is not served; the message says which are.
+        UnsupportedError: for an option that is not served, ``backend`` of laplace-torch included; the message says
+            which are.
+        TypeError: for an argument that does not exist.
         ValueError: for a hyperparameter out of range.
     """
 
@@ -110,7 +112,9 @@ class Laplace:
         temperature: float = 1.0,
         feature_map: object | None = None,
         prior_structure: str | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        arguments.refuse(unknown, Laplace)
         if curvature not in CURVATURES:
             raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
         if feature_map is not None:
@@ -304,7 +308,67 @@ class Laplace:
         shape = (positive_integer("n_samples", n_samples),)
         return self.mean + self.posterior_precision.sample(shape, generator=generator)
 
+    @property
+    def posterior_variance(self) -> Float[Tensor, " P"]:
+        """The diagonal of ``P^-1``, of any structure."""
+        return self.posterior_precision.inverse_diagonal()
+
+    @property
+    def posterior_covariance(self) -> Float[Tensor, "P P"]:
+        """``P^-1`` in numbers, of the structure ``"full"`` only."""
+        return posterior.covariance(self.posterior_precision)
+
+    @property
+    def posterior_scale(self) -> Float[Tensor, "P P"] | Float[Tensor, " P"]:
+        """Lower triangular S with ``S S^T = P^-1`` for ``"full"``, standard deviations for ``"diag"``."""
+        return posterior.scale(self.posterior_precision)
+
+    @property
+    def prior_precision_diag(self) -> Float[Tensor, " P"]:
+        """The diagonal of the prior precision P0: one number per parameter, whatever the prior's structure."""
+        return self._prior(self._prior_precision).diagonal().to(self.mean.dtype)
+
+    @outside_inference_mode()
+    def log_prob(self, value: Float[Tensor, "*S P"], normalized: bool = True) -> Float[Tensor, "*S"]:
+        """The log density of flat parameter vectors under the posterior, in nats.
+
+        Args:
+            value: one vector or several.
+            normalized: whether to count the normaliser; otherwise ``-square_norm(value) / 2``.
+        """
+        return posterior.log_prob(self.posterior, value, normalized)
+
+    @outside_inference_mode()
+    def square_norm(self, value: Float[Tensor, "*S P"]) -> Float[Tensor, "*S"]:
+        """``(value - mean)^T P (value - mean)`` of flat parameter vectors."""
+        return posterior.square_norm(self.posterior, value)
+
     # -- evidence --------------------------------------------------------------------------------------------
+
+    @property
+    def log_likelihood(self) -> Float[Tensor, ""]:
+        """``log p(D | theta) / T`` in nats, float64, normaliser included; differentiable in `sigma_noise`."""
+        return self._evidence().log_likelihood(self._sigma_noise)
+
+    @property
+    def scatter(self) -> Float[Tensor, ""]:
+        """``(theta - mu)^T P0 (theta - mu)``, float64, differentiable in `prior_precision`."""
+        return self._prior(self._prior_precision).scatter()
+
+    @property
+    def log_det_prior_precision(self) -> Float[Tensor, ""]:
+        """``log det P0``, float64, differentiable in `prior_precision`."""
+        return self._prior(self._prior_precision).logdet()
+
+    @property
+    def log_det_posterior_precision(self) -> Float[Tensor, ""]:
+        """``log det P``, float64, differentiable in `prior_precision` and `sigma_noise`."""
+        return self.log_det_prior_precision + self.log_det_ratio
+
+    @property
+    def log_det_ratio(self) -> Float[Tensor, ""]:
+        """``log det P - log det P0``, float64, differentiable in `prior_precision` and `sigma_noise`."""
+        return self._evidence().log_det_ratio(self._prior(self._prior_precision), self._sigma_noise)
 
     def log_marginal_likelihood(
         self,

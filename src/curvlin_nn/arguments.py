@@ -1,0 +1,45 @@
+"""Arguments of laplace-torch that have no meaning here, and misspelt ones: refused, with what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from curvlin_nn.errors import UnsupportedError, one_of
+
+_ONE_ENGINE = "one engine serves every layer; leave it out"
+
+MENDS = {
+    "backend": f"{_ONE_ENGINE}, and name what it computes by curvature='ggn', 'fisher_mc', 'ef' or 'hessian'",
+    "backend_kwargs": f"{_ONE_ENGINE}; curvature='fisher_mc' is the stochastic one",
+    "asdl_fisher_kwargs": f"{_ONE_ENGINE}; curvature='fisher_mc' is the stochastic one",
+    "damping": "the prior is added exactly; leave it out, and set prior_precision",
+    "functional_approximation": "hessian_structure='gp' is exact; leave it out",
+}
+"""What to write instead of an argument of laplace-torch."""
+
+
+def refuse(given: Mapping[str, object], function: Callable[..., Any]) -> None:
+    """Refuse the keyword arguments that a function does not have.
+
+    Args:
+        given: what its ``**`` argument caught.
+        function: whose signature has the names that are meant.
+
+    Raises:
+        UnsupportedError: for one that laplace-torch has and curvlin does not need.
+        TypeError: for any other.
+    """
+    for name in given:
+        if name in MENDS:
+            raise UnsupportedError(f"{name}= is not supported: {MENDS[name]}")
+        known = [
+            parameter.name
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        near = difflib.get_close_matches(name, known, n=1)
+        expected = f"did you mean {near[0]!r}?" if near else f"expected {one_of(known)}"
+        raise TypeError(f"unexpected keyword argument {name!r}; {expected}")
