@@ -431,6 +431,7 @@ class Laplace:
             raise UnsupportedError(
                 f"optimize_noise needs a likelihood with noise, found {self.likelihood.name}"
             )
+        self._check_knows_noise(optimize_noise)
         start = self._start(prior_structure)
         optimum = maximise(
             self._evidence(),
@@ -676,7 +677,16 @@ class Laplace:
             raise ValueError(
                 f"sigma_noise must be 1 for {self.likelihood.name}, which has no noise, found {float(noise)}"
             )
+        self._check_knows_noise(bool(noise != 1))
         return noise.reshape(())
+
+    def _check_knows_noise(self, noise_changes: bool) -> None:
+        """An empirical Fisher matrix is of gradients, which change with the noise in another way than Hessians do."""
+        if noise_changes and self._columns.kind == "empirical":
+            raise UnsupportedError(
+                "sigma_noise must be 1 for curvature='ef', which is of gradients at sigma = 1; take curvature='ggn', "
+                "or divide targets and outputs by it"
+            )
 
 
 def _check_mean_length(mean: Tensor, fitted: _Fitted) -> None:
