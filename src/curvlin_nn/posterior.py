@@ -39,7 +39,9 @@ def scale(P: PrecisionOperator) -> Float[Tensor, "P P"] | Float[Tensor, " P"]:
     if isinstance(P, Diagonal):
         return P.inverse_diagonal().sqrt()
     if isinstance(P, Dense):
-        return _scale(P).to(P.dtype)
+        # Q R = W^T for any W with W W^T = P^-1: R^T is another one, and triangular.
+        R = torch.linalg.qr(P.unwhiten(_eye(P)).double(), mode="r").R
+        return (R.mT * R.diagonal().sign()).to(P.dtype)
     raise UnsupportedError(
         f"posterior_scale needs hessian_structure='full' or 'diag', found a {type(P).__name__}; use sample for draws, "
         "or posterior_precision.unwhiten(z), whose covariance for white z is P^-1"
@@ -58,13 +60,9 @@ def covariance(P: PrecisionOperator) -> Float[Tensor, "P P"]:
             f"posterior_covariance needs hessian_structure='full', found a {type(P).__name__}; use posterior_variance "
             "for its diagonal, la(x, joint=True) for that of outputs, or posterior_precision.solve for products"
         )
-    S = _scale(P)
-    return (S @ S.mT).to(P.dtype)
+    inverse = P.solve(_eye(P))
+    return (inverse + inverse.mT) / 2
 
 
-def _scale(P: Dense) -> Float[Tensor, "P P"]:
-    """In float64. The operator says whether it is positive definite; its own root is of the other triangle."""
-    P.logdet()
-    U = torch.linalg.cholesky(P.to(torch.float64).to_dense().flip(-2, -1)).flip(-2, -1)  # P = U U^T
-    eye = torch.eye(P.size, dtype=U.dtype, device=U.device)
-    return torch.linalg.solve_triangular(U.mT, eye, upper=False)
+def _eye(P: PrecisionOperator) -> Float[Tensor, "P P"]:
+    return torch.eye(P.size, dtype=P.dtype, device=P.device)
