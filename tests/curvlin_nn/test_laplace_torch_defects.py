@@ -66,11 +66,8 @@ def labels(n: int = 10) -> Tensor:
     return targets(n).argmax(1)
 
 
-def test_inputs() -> Tensor:
+def held_out() -> Tensor:
     return 2 * sines(3, 4, pace=0.4, phase=0.9)
-
-
-test_inputs.__test__ = False
 
 
 def close(found: Tensor, expected: Tensor, rtol: float = 1e-8) -> None:
@@ -164,7 +161,7 @@ def test_function_space_equals_weight_space_for_several_outputs(library):
     for structure, options, pred_type in [("full", {}, "glm"), ("gp", {"n_subset": 10}, "gp")]:
         la = library.Laplace(network(), "regression", "all", structure, prior_precision=0.7, **options)
         la.fit(loader(inputs(), targets()))
-        answers[structure] = la(test_inputs(), pred_type=pred_type)
+        answers[structure] = la(held_out(), pred_type=pred_type)
     close(answers["gp"][0], answers["full"][0])
     close(answers["gp"][1], answers["full"][1], rtol=1e-6)
 
@@ -175,14 +172,14 @@ def test_function_space_equals_weight_space_for_classes(library):
     for structure, options, pred_type in [("full", {}, "glm"), ("gp", {"n_subset": 10}, "gp")]:
         la = library.Laplace(network(), "classification", "all", structure, prior_precision=0.7, **options)
         la.fit(loader(inputs(), labels()))
-        answers[structure] = la(test_inputs(), pred_type=pred_type)
+        answers[structure] = la(held_out(), pred_type=pred_type)
     close(answers["gp"], answers["full"], rtol=1e-6)
 
 
 @defect("5.3: saturated points become observations of noise variance ten")
 def test_function_space_learns_nothing_from_saturated_points(library):
     """The posterior is the prior."""
-    model, x = network(), test_inputs()
+    model, x = network(), held_out()
     with torch.no_grad():
         model[-1].weight.mul_(1e5)
     la = library.Laplace(model, "classification", "all", "gp", prior_precision=0.7, n_subset=10)
@@ -200,7 +197,7 @@ def test_function_space_of_the_last_layer_equals_its_weight_space(library, likel
         options = {"prior_precision": 0.7, "last_layer_name": "4", **options}
         la = library.Laplace(network(), likelihood, "last_layer", structure, **options)
         la.fit(loader(inputs(), y))
-        answers.append(la(test_inputs(), pred_type=pred_type))
+        answers.append(la(held_out(), pred_type=pred_type))
     for found, expected in zip(answers[1], answers[0], strict=True):
         close(found, expected, rtol=1e-6)
 
@@ -225,7 +222,7 @@ def test_function_space_takes_batches_that_are_dictionaries(library):
     la.fit(batches)
     expected = library.Laplace(model.network, "classification", "all", "full", prior_precision=0.7)
     expected.fit(loader(inputs(), labels()))
-    close(la({"x": test_inputs()}, pred_type="gp"), expected(test_inputs()), rtol=1e-6)
+    close(la({"x": held_out()}, pred_type="gp"), expected(held_out()), rtol=1e-6)
 
 
 # -- the empirical Fisher ------------------------------------------------------------------------------------
@@ -281,7 +278,7 @@ def test_samples_of_functions_are_correlated_between_inputs_as_the_posterior_is(
     y = targets()[:, :1]
     la = library.Laplace(network(1), "regression", "all", "full", prior_precision=0.7)
     la.fit(loader(inputs(), y))
-    x, n = test_inputs()[:2], 20_000
+    x, n = held_out()[:2], 20_000
     _, covariance = la(x, joint=True)
     samples = la.functional_samples(x, n_samples=n, generator=torch.Generator().manual_seed(0)).squeeze(-1)
     rho = float(covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]).sqrt())
@@ -299,7 +296,7 @@ def test_predictions_by_sampling_are_reproducible(library, pred_type):
     la.fit(loader(inputs(), labels()))
     first, second, other = (
         la(
-            test_inputs(),
+            held_out(),
             pred_type=pred_type,
             link_approx="mc",
             n_samples=5,
@@ -327,7 +324,7 @@ def test_bridges_give_probabilities_however_large_the_logits(library, link):
     model = network()
     with torch.no_grad():
         model[-1].weight.mul_(2e3)
-    x = test_inputs()
+    x = held_out()
     la = library.Laplace(model, "classification", "last_layer", "diag", prior_precision=1.0)
     la.fit(loader(inputs(), labels()))
     p = la(x, link_approx=link)
@@ -344,10 +341,10 @@ def test_low_precision_does_not_end_the_process(library):
     model = network().bfloat16()
     la = library.Laplace(model, "regression", "all", "kron", prior_precision=0.7)
     la.fit(loader(inputs().bfloat16(), targets().bfloat16()))
-    _, covariance = la(test_inputs().bfloat16())
+    _, covariance = la(held_out().bfloat16())
     exact = library.Laplace(model.double(), "regression", "all", "kron", prior_precision=0.7)
     exact.fit(loader(inputs().bfloat16().double(), targets().bfloat16().double()))
-    _, expected = exact(test_inputs().bfloat16().double())
+    _, expected = exact(held_out().bfloat16().double())
     close(covariance.double(), expected, rtol=0.05)
 
 
@@ -366,8 +363,8 @@ def test_small_priors_count_in_single_precision(library, precision):
     P = H + precision * torch.eye(len(H), dtype=DOUBLE)
     single.float()
     assert float(la.log_det_posterior_precision) == pytest.approx(float(torch.logdet(P)), abs=1e-2)
-    _, covariance = la(test_inputs().float())
-    J = oracle.jacobian(single.double(), test_inputs().float().double())
+    _, covariance = la(held_out().float())
+    J = oracle.jacobian(single.double(), held_out().float().double())
     close(covariance.double(), J @ torch.linalg.inv(P) @ J.mT, rtol=1e-3)
 
 
@@ -434,7 +431,7 @@ def test_the_model_is_left_as_it_was(library):
     before = state(model)
     la = library.Laplace(model, "regression", "all", "kron")
     la.fit(loader(inputs(), targets()))
-    la(test_inputs())
+    la(held_out())
     assert_same(before, state(model))
 
 
@@ -444,9 +441,9 @@ def test_predictions_are_made_in_evaluation_mode(library):
     model.insert(2, nn.Dropout(0.5))
     la = library.Laplace(model.eval(), "regression", "all", "diag")
     la.fit(loader(inputs(), targets()))
-    mean, _ = la(test_inputs())
+    mean, _ = la(held_out())
     model.train()
-    close(la(test_inputs())[0], mean)
+    close(la(held_out())[0], mean)
 
 
 @defect("5.17: warned on every occasion")
@@ -456,7 +453,7 @@ def test_what_is_asked_for_correctly_is_not_warned_about(library):
         la = library.Laplace(network(), "classification", "all", "kron")
         la.fit(loader(inputs(), labels()))
         la.optimize_prior_precision(method="marglik")
-        la(test_inputs())
+        la(held_out())
     assert [str(w.message) for w in caught] == []
 
 
@@ -480,3 +477,37 @@ def test_low_rank_curvature_is_of_the_parameters_that_require_a_gradient():
     la.fit(loader(inputs(), targets()))
     assert la.n_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert la.posterior_precision.size == la.n_params
+
+
+# -- found on the way ----------------------------------------------------------------------------------------
+
+
+@defect("the normaliser of the log-likelihood is not tempered")
+def test_data_seen_twice_are_data_at_temperature_two(library):
+    x, y, options = inputs(), targets(), {"prior_precision": 0.7, "sigma_noise": 0.6}
+    once = library.Laplace(network(), "regression", "all", "diag", **options)
+    once.fit(loader(x, y))
+    twice = library.Laplace(network(), "regression", "all", "diag", temperature=2.0, **options)
+    twice.fit(loader(torch.cat([x, x]), torch.cat([y, y])))
+    expected = float(once.log_marginal_likelihood())
+    assert float(twice.log_marginal_likelihood()) == pytest.approx(expected, rel=1e-10)
+
+
+@defect("what the evidence is asked at is kept")
+def test_asking_for_an_evidence_changes_nothing(library):
+    la = library.Laplace(network(), "regression", "all", "diag", prior_precision=0.7, sigma_noise=0.6)
+    la.fit(loader(inputs(), targets()))
+    before = float(la.log_marginal_likelihood())
+    la.log_marginal_likelihood(
+        prior_precision=torch.tensor(3.0, dtype=DOUBLE), sigma_noise=torch.tensor(2.0, dtype=DOUBLE)
+    )
+    assert float(la.log_marginal_likelihood()) == before
+
+
+@defect("products with the curvature pass through float32")
+def test_the_full_structure_has_the_precision_of_the_network(library):
+    la = library.Laplace(network(), "regression", "all", "full", prior_precision=0.7)
+    la.fit(loader(inputs(), targets()))
+    H = oracle.ggn(network(), inputs(), targets(), oracle.half_squared_error)
+    P = H + 0.7 * torch.eye(len(H), dtype=DOUBLE)
+    assert float(la.log_det_posterior_precision) == pytest.approx(float(torch.logdet(P)), rel=1e-11)

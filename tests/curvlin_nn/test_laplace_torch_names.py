@@ -6,7 +6,9 @@ What is different on purpose is said on the page "Coming from laplace-torch".
 from __future__ import annotations
 
 import inspect
+import re
 from enum import Enum
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from curvlin_nn import Laplace
 from curvlin_nn.errors import UnsupportedError
 
 REQUIRED = inspect.Parameter.empty
+PAGE = (Path(__file__).parents[2] / "docs" / "migration.md").read_text()
+DEFECTS = Path(__file__).with_name("test_laplace_torch_defects.py").read_text()
 
 CURVLIN = [
     "PrecisionOperator",
@@ -232,6 +236,25 @@ def test_masks(name):
     assert list(inspect.signature(mask).parameters)[: len(MASKS[name])] == MASKS[name]
     assert_takes(mask.select, {"train_loader": None})
     assert {"indices", "n_params_subnet", "convert_subnet_mask_to_indices"} <= set(dir(mask))
+
+
+# -- the page ------------------------------------------------------------------------------------------------
+
+
+def test_the_page_names_every_argument_and_property():
+    only_ours = {"curvature", "feature_map", "posterior"}
+    names = {*CONSTRUCTOR, *METHODS, *PROPERTIES} - only_ours - {"__call__", "predict", "save", "load"}
+    assert {name for name in names if not re.search(rf"`(la\\.)?{name}\\b", PAGE)} == set()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", PAGE))))
+def test_the_page_names_tests_that_exist(name):
+    assert f"def {name}(" in DEFECTS
+
+
+def test_the_page_names_every_test_of_a_defect():
+    found = set(re.findall(r"^def (test_\w+)\(", DEFECTS, re.M))
+    assert found == set(re.findall(r"`(test_\w+)`", PAGE))
 
 
 # -- enumerations wherever strings are ----------------------------------------------------------------------
