@@ -114,7 +114,7 @@ class Laplace:
         prior_structure: str | None = None,
         **unknown: NoReturn,
     ) -> None:
-        arguments.refuse(unknown, Laplace)
+        arguments.refuse(unknown, Laplace, arguments.CONSTRUCTOR)
         if curvature not in CURVATURES:
             raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
         if feature_map is not None:
@@ -401,6 +401,7 @@ class Laplace:
         tolerance: float = 1e-9,
         max_steps: int = 200,
         progress_bar: bool = False,
+        **unknown: NoReturn,
     ) -> Optimum:
         """Set the prior precision to the maximum of the log marginal likelihood.
 
@@ -415,6 +416,7 @@ class Laplace:
             tolerance: largest relative gradient at the end.
             max_steps: Newton steps before giving up.
             progress_bar: whether to show one; a search ends long before `max_steps`.
+            **unknown: refused.
 
         Returns:
             The optimum with its log marginal likelihood, gradient norm and number of steps.
@@ -425,6 +427,7 @@ class Laplace:
             NotPositiveDefiniteError: if the prior precision at the maximum is lost in the rounding of the
                 curvature.
         """
+        arguments.refuse(unknown, self.optimize_prior_precision, arguments.SEARCH)
         if method != "marglik":
             raise UnsupportedError(f"method={method!r} is not supported; expected 'marglik'")
         if optimize_noise and not self.likelihood.has_noise:

@@ -210,19 +210,20 @@ class OfDict(nn.Module):
         self.network = network()
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.network(batch["x"])
+        return self.network(batch["input_ids"])
 
 
 @defect("5.16: its backend takes no dictionaries, and of others the keys are taken for samples", ValueError)
 def test_function_space_takes_batches_that_are_dictionaries(library):
-    batches = [{"x": inputs()[:6], "y": labels()[:6]}, {"x": inputs()[6:], "y": labels()[6:]}]
-    options = {"prior_precision": 0.7, "dict_key_x": "x", "dict_key_y": "y"}
+    batches = [
+        {"input_ids": x, "labels": y} for x, y in zip(inputs().split(6), labels().split(6), strict=True)
+    ]
     model = OfDict()
-    la = library.Laplace(model, "classification", "all", "gp", n_subset=10, **options)
+    la = library.Laplace(model, "classification", "all", "gp", prior_precision=0.7, n_subset=10)
     la.fit(batches)
     expected = library.Laplace(model.network, "classification", "all", "full", prior_precision=0.7)
     expected.fit(loader(inputs(), labels()))
-    close(la({"x": held_out()}, pred_type="gp"), expected(held_out()), rtol=1e-6)
+    close(la({"input_ids": held_out()}, pred_type="gp"), expected(held_out()), rtol=1e-6)
 
 
 # -- the empirical Fisher ------------------------------------------------------------------------------------

@@ -325,6 +325,28 @@ def test_arguments_without_a_meaning_are_refused_with_what_to_write_instead(opti
     assert "unknown" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n_steps": 10}, UnsupportedError, "^n_steps= is not supported: leave it out, the search ends"),
+        ({"lr": 0.1}, UnsupportedError, "^lr= is not supported: leave it out, the search ends"),
+        (
+            {"init_prior_prec": 1.0},
+            UnsupportedError,
+            "^init_prior_prec= is not supported: .* starts at prior_",
+        ),
+        ({"verbose": True}, UnsupportedError, "^verbose= is not supported: the optimum is returned"),
+        ({"max_step": 3}, TypeError, "^unexpected keyword argument 'max_step'; did you mean 'max_steps'"),
+    ],
+)
+def test_a_search_refuses_what_it_does_not_need(options, error, message):
+    p = problem("mlp", "classification")
+    la = Laplace(p.model, "classification", "all", "diag").fit(p.batches())
+    with pytest.raises(error, match=message):
+        la.optimize_prior_precision(**options)
+    assert float(la.prior_precision) == 1
+
+
 def test_the_third_argument_of_a_prediction_is_a_link_and_not_a_flag():
     """It is `joint` in laplace-torch: a call by position is refused and not taken for something else."""
     p = problem("mlp", "regression")

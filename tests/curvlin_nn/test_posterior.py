@@ -64,6 +64,20 @@ def test_densities_are_those_of_the_dense_gaussian(structure, shape):
     torch.testing.assert_close(la.log_prob(value, normalized=False), -quadratic / 2, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+def test_densities_of_a_subnetwork_are_of_its_coordinates(structure):
+    """Of vectors of all parameters, as they are drawn."""
+    indices = torch.tensor([3, 5, 12, 40, 41, 70])
+    p = problem("mlp", "regression")
+    la = Laplace(p.model, "regression", "subnetwork", structure, subnetwork_indices=indices).fit(p.batches())
+    draws = la.sample(4)
+    q = torch.distributions.MultivariateNormal(
+        la.mean[indices], precision_matrix=la.posterior_precision.to_dense()
+    )
+    torch.testing.assert_close(la.log_prob(draws), q.log_prob(draws[:, indices]), rtol=1e-10, atol=0)
+    assert float(la.square_norm(la.mean)) == 0
+
+
 @pytest.mark.parametrize("structure", ["full", "kron", "diag", "ekfac", "lowrank", "block"])
 def test_variances_are_the_diagonal_of_the_covariance(structure):
     la = settled(structure)
