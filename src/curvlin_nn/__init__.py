@@ -3,6 +3,7 @@
 from curvlin_nn import errors, feature_maps, likelihoods, structures
 from curvlin_nn.curvature import curvature
 from curvlin_nn.enums import (
+    FeatureReduction,
     HessianStructure,
     Likelihood,
     LinkApprox,
@@ -18,6 +19,7 @@ from curvlin_nn.products.low_rank import low_rank
 from curvlin_nn.products.matrix_free import from_linear_operator, matrix_free
 
 __all__ = [
+    "FeatureReduction",
     "HessianStructure",
     "Laplace",
     "Likelihood",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import Enum
 
 __all__ = [
+    "FeatureReduction",
     "HessianStructure",
     "Likelihood",
     "LinkApprox",
@@ -63,6 +64,14 @@ class Likelihood(_Name):
     BINARY = "binary"
     POISSON = "poisson"
     HETEROSCEDASTIC = "heteroscedastic"
+
+
+class FeatureReduction(_Name):
+    """What a model does with the outputs of its last layer at several positions."""
+
+    PICK_FIRST = "pick_first"
+    PICK_LAST = "pick_last"
+    AVERAGE = "average"
 
 
 class PredType(_Name):

@@ -57,6 +57,7 @@ ENUMS = {
     "SubsetOfWeights": ["all", "last_layer", "subnetwork"],
     "HessianStructure": ["full", "kron", "diag", "lowrank", "gp"],
     "Likelihood": ["regression", "classification", "reward_modeling"],
+    "FeatureReduction": ["pick_first", "pick_last", "average"],
     "PredType": ["glm", "nn", "gp"],
     "LinkApprox": ["mc", "probit", "bridge", "bridge_norm"],
     "TuningMethod": ["marglik", "gridsearch"],
@@ -87,7 +88,6 @@ CONSTRUCTOR = {
     "temperature": 1.0,
     "feature_map": None,
     "enable_backprop": False,
-    "dict_key_x": "input_ids",
     "dict_key_y": "labels",
     "last_layer_name": None,
     "feature_reduction": None,
@@ -303,6 +303,7 @@ def test_enumerations_are_taken_wherever_their_strings_are():
             UnsupportedError,
             "^asdl_fisher_kwargs= is not supported: .* leave it out",
         ),
+        ({"dict_key_x": "x"}, UnsupportedError, "^dict_key_x= is not supported: .*leave it out.*dict_key_y$"),
         ({"damping": True}, UnsupportedError, "^damping= is not supported: .* set prior_precision$"),
         (
             {"functional_approximation": "sod"},
