@@ -77,7 +77,7 @@ class Laplace:
             ``"kron-lowrank"``, ``"block"``, ``"lowrank"``, a `Structure` class, or one of these for each ``fnmatch``
             pattern of names of parameters or modules.
         curvature: ``"ggn"``; ``"fisher_mc"``, of one draw of targets for each sample, unbiased; ``"ef"``, the empirical
-            Fisher matrix, for ``sigma_noise = 1`` only; or ``"hessian"`` (``"full"``, ``"block"`` or ``"diag"``), exact.
+            Fisher matrix, at ``sigma_noise = 1`` only; or ``"hessian"`` (``"full"``, ``"block"``, ``"diag"``), exact.
         indefinite: what a Hessian with negative eigenvalues does; see `curvlin_nn.curvature`.
         generator: source of randomness for ``"fisher_mc"``; None is torch's default generator.
         prior_precision: a number, one per parameter tensor, one per module, one per parameter, or an

@@ -142,8 +142,11 @@ def main() -> None:
     found = {case.name: answers(Laplace, case) for case in CASES}
     for case in CLASSIFIERS:
         found[case.name] |= bridged(Laplace, case)
-    found = {case: {name: value.tolist() for name, value in values.items()} for case, values in found.items()}
-    FILE.write_text(json.dumps(found, indent=1) + "\n")
+    lines = (
+        f"{json.dumps(case)}: {json.dumps({name: value.tolist() for name, value in values.items()})}"
+        for case, values in found.items()
+    )
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
