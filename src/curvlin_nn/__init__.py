@@ -2,6 +2,16 @@
 
 from curvlin_nn import errors, feature_maps, likelihoods, metrics, plots, structures, subnetwork
 from curvlin_nn.curvature import curvature
+from curvlin_nn.enums import (
+    FeatureReduction,
+    HessianStructure,
+    Likelihood,
+    LinkApprox,
+    PredType,
+    PriorStructure,
+    SubsetOfWeights,
+    TuningMethod,
+)
 from curvlin_nn.held_out import HeldOutOptimum
 from curvlin_nn.laplace import Laplace
 from curvlin_nn.online import OnlineLaplace, marglik_training
@@ -13,11 +23,19 @@ from curvlin_nn.products.low_rank import low_rank
 from curvlin_nn.products.matrix_free import from_linear_operator, matrix_free
 
 __all__ = [
+    "FeatureReduction",
     "HeldOutOptimum",
+    "HessianStructure",
     "Laplace",
+    "Likelihood",
+    "LinkApprox",
     "OnlineLaplace",
     "Optimum",
     "ParameterSpace",
+    "PredType",
+    "PriorStructure",
+    "SubsetOfWeights",
+    "TuningMethod",
     "curvature",
     "errors",
     "feature_maps",

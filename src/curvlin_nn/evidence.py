@@ -117,9 +117,8 @@ class Evidence:
         if known is not None and isinstance(prior, GroupedPrior):
             scale = self.scale(sigma_noise)
             for some in known.floored:
-                first = known.eigenvalues.reshape(-1, len(known.block))[
-                    0, some
-                ]  # dense blocks have no others
+                # Of dense blocks, the only ones with a floor, the first row has all that there is.
+                first = known.eigenvalues.reshape(-1, len(known.block))[0, some]
                 eigenvalues = scale * first + prior.precision[prior.groups[some]]
                 if bool((lost := eigenvalues <= scale * known.floor[some]).any()):
                     raise NotPositiveDefiniteError("the posterior precision", float(eigenvalues[lost].min()))
@@ -127,7 +126,7 @@ class Evidence:
 
     def value(self, prior: Prior, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
         """`log_marginal_likelihood`, also where the eigenvalues alone resolve the prior: on a search's way."""
-        scatter, complexity = prior.scatter(), self._logdet_ratio(prior, sigma_noise)
+        scatter, complexity = prior.scatter(), self.log_det_ratio(prior, sigma_noise)
         return self.log_likelihood(sigma_noise) - scatter / 2 - complexity / 2
 
     def log_likelihood(self, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
@@ -145,7 +144,7 @@ class Evidence:
         shared = len(prior.precision) == 1 or self.curvature.spectrum.resolves(prior.groups)
         return self.curvature.spectrum if shared else None
 
-    def _logdet_ratio(self, prior: Prior, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
+    def log_det_ratio(self, prior: Prior, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
         """``logdet P - logdet P0``."""
         if sigma_noise.ndim == 0 and isinstance(prior, GroupedPrior):
             known, scale = self.relevant_spectrum(prior), self.scale(sigma_noise)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +17,7 @@ from curvlin._check import positive_integer
 from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
 from curvlin.projection import Projection
-from curvlin_nn import likelihoods, structures
+from curvlin_nn import arguments, likelihoods, posterior, structures
 from curvlin_nn._check import numbers
 from curvlin_nn.batches import Labelled
 from curvlin_nn.capture.reduction import check_reduction
@@ -98,8 +98,8 @@ class Laplace:
             ``"kron-lowrank"``, ``"block"``, ``"lowrank"``, a `Structure` class, or one of these for each ``fnmatch``
             pattern of names of parameters or modules.
         curvature: ``"ggn"``; ``"fisher_mc"``, of one draw of targets for each sample, unbiased; ``"ef"``, the empirical
-            Fisher matrix; or ``"hessian"``, exact (``"full"``, ``"block"``, ``"diag"`` or ``"lowrank"``, its 100
-            leading eigenpairs).
+            Fisher matrix, at ``sigma_noise = 1`` only; or ``"hessian"``, exact (``"full"``, ``"block"``, ``"diag"`` or
+            ``"lowrank"``, its 100 leading eigenpairs).
         indefinite: what a Hessian with negative eigenvalues does; see `curvlin_nn.curvature`.
         generator: source of randomness for ``"fisher_mc"`` and the eigenpairs of a Hessian; None is torch's default
             generator.
@@ -126,7 +126,9 @@ class Laplace:
             product. `projected_prior` tells the error. By default such a prior is refused.
 
     Raises:
-        UnsupportedError: for an option that is not served; the message says which are.
+        UnsupportedError: for an option that is not served, ``backend`` of laplace-torch included; the message says
+            which are.
+        TypeError: for an argument that does not exist.
         ValueError: for a hyperparameter out of range.
     """
 
@@ -152,7 +154,9 @@ class Laplace:
         dict_key_y: str = "labels",
         damping: bool = False,
         prior_projection: str | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        arguments.refuse(unknown, Laplace, arguments.CONSTRUCTOR)
         if curvature not in CURVATURES:
             raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
         if feature_map is not None:
@@ -467,7 +471,67 @@ class Laplace:
         la.load_state_dict(state)
         return la
 
+    @property
+    def posterior_variance(self) -> Float[Tensor, " P"]:
+        """The diagonal of ``P^-1``, of any structure."""
+        return self.posterior_precision.inverse_diagonal()
+
+    @property
+    def posterior_covariance(self) -> Float[Tensor, "P P"]:
+        """``P^-1`` in numbers, of the structure ``"full"`` only."""
+        return posterior.covariance(self.posterior_precision)
+
+    @property
+    def posterior_scale(self) -> Float[Tensor, "P P"] | Float[Tensor, " P"]:
+        """Lower triangular S with ``S S^T = P^-1`` for ``"full"``, standard deviations for ``"diag"``."""
+        return posterior.scale(self.posterior_precision)
+
+    @property
+    def prior_precision_diag(self) -> Float[Tensor, " P"]:
+        """The diagonal of the prior precision P0: one number per parameter, whatever the prior's structure."""
+        return self._prior(self._prior_precision).diagonal().to(self.mean.dtype)
+
+    @outside_inference_mode()
+    def log_prob(self, value: Float[Tensor, "*S P"], normalized: bool = True) -> Float[Tensor, "*S"]:
+        """The log density of flat parameter vectors under the posterior, in nats.
+
+        Args:
+            value: one vector or several.
+            normalized: whether to count the normaliser; otherwise ``-square_norm(value) / 2``.
+        """
+        return posterior.log_prob(self.posterior, self._of_posterior(value), normalized)
+
+    @outside_inference_mode()
+    def square_norm(self, value: Float[Tensor, "*S P"]) -> Float[Tensor, "*S"]:
+        """``(value - mean)^T P (value - mean)`` of flat parameter vectors."""
+        return posterior.square_norm(self.posterior, self._of_posterior(value))
+
     # -- evidence --------------------------------------------------------------------------------------------
+
+    @property
+    def log_likelihood(self) -> Float[Tensor, ""]:
+        """``log p(D | theta) / T`` in nats, float64, normaliser included; differentiable in `sigma_noise`."""
+        return self._evidence().log_likelihood(self._sigma_noise)
+
+    @property
+    def scatter(self) -> Float[Tensor, ""]:
+        """``(theta - mu)^T P0 (theta - mu)``, float64, differentiable in `prior_precision`."""
+        return self._prior(self._prior_precision).scatter()
+
+    @property
+    def log_det_prior_precision(self) -> Float[Tensor, ""]:
+        """``log det P0``, float64, differentiable in `prior_precision`."""
+        return self._prior(self._prior_precision).logdet()
+
+    @property
+    def log_det_posterior_precision(self) -> Float[Tensor, ""]:
+        """``log det P``, float64, differentiable in `prior_precision` and `sigma_noise`."""
+        return self.log_det_prior_precision + self.log_det_ratio
+
+    @property
+    def log_det_ratio(self) -> Float[Tensor, ""]:
+        """``log det P - log det P0``, float64, differentiable in `prior_precision` and `sigma_noise`."""
+        return self._evidence().log_det_ratio(self._prior(self._prior_precision), self._sigma_noise)
 
     def log_marginal_likelihood(
         self,
@@ -523,6 +587,7 @@ class Laplace:
         grid_size: int = 100,
         log_prior_prec_base: float = 10.0,
         progress_bar: bool = False,
+        **unknown: NoReturn,
     ) -> Optimum | HeldOutOptimum:
         """Set the prior precision to the maximum of the log marginal likelihood, or to the best on held-out data.
 
@@ -556,6 +621,7 @@ class Laplace:
             grid_size: how many are tried by a grid.
             log_prior_prec_base: the base of these logarithms.
             progress_bar: whether to show one.
+            **unknown: refused.
 
         Returns:
             The optimum: with its log marginal likelihood, gradient norm and number of steps; or with its score, all
@@ -569,6 +635,7 @@ class Laplace:
             NotPositiveDefiniteError: if the prior precision at the maximum is lost in the rounding of the
                 curvature.
         """
+        arguments.refuse(unknown, self.optimize_prior_precision, arguments.SEARCH)
         if method not in METHODS:
             raise UnsupportedError(f"method={method!r} is not supported; expected {one_of(METHODS)}")
         if optimize_temperature:
@@ -598,6 +665,7 @@ class Laplace:
             raise UnsupportedError(
                 f"optimize_noise needs a likelihood with noise, found {self.likelihood.name}"
             )
+        self._check_knows_noise(optimize_noise)
         evidence, start, noise = self._evidence(), self._start(prior_structure), self._sigma_noise.detach()
         if noise.ndim:
             optimum = maximise_by_output(evidence, start, noise, optimize_noise, max_steps, progress_bar)
@@ -830,6 +898,13 @@ class Laplace:
         subnetwork = self._fit.accumulated.subnetwork
         return values if subnetwork is None else subnetwork.fill(self._fit.whole_mean, values)
 
+    def _of_posterior(self, value: Float[Tensor, "*S P"]) -> Float[Tensor, "*S k"]:
+        """The posterior's coordinates of vectors of all parameters; others are left to be refused."""
+        subnetwork = self._fit.accumulated.subnetwork
+        if subnetwork is None or value.shape[-1:] != (subnetwork.whole.size,):
+            return value
+        return subnetwork.of_whole(value)
+
     def _check_unchanged(self) -> None:
         """Every parameter and buffer counts, those outside of the posterior included: outputs depend on all."""
         name = self._fit.fingerprint.difference(self.model)
@@ -913,7 +988,16 @@ class Laplace:
             raise ValueError(
                 f"sigma_noise must be 1 for {self.likelihood.name}, which has no noise, found {float(noise.detach())}"
             )
+        self._check_knows_noise(bool((noise != 1).any()))
         return noise
+
+    def _check_knows_noise(self, noise_changes: bool) -> None:
+        """An empirical Fisher matrix is of gradients, which change with the noise in another way than Hessians do."""
+        if noise_changes and self._columns.kind == "empirical":
+            raise UnsupportedError(
+                "sigma_noise must be 1 for curvature='ef', which is of gradients at sigma = 1; take curvature='ggn', "
+                "or divide targets and outputs by it"
+            )
 
 
 def _checked_mean(value: float | Tensor, fitted: _Fitted | None) -> Float[Tensor, "*P"]:

@@ -136,6 +136,10 @@ class Prior(ABC):
         """``(theta - mean)^T P0 (theta - mean)``, float64."""
 
     @abstractmethod
+    def diagonal(self) -> Float[Tensor, " P"]:
+        """That of P0, float64."""
+
+    @abstractmethod
     def operator(self, H: PrecisionOperator) -> PrecisionOperator:
         """The precision P0, in the form whose sum with the curvature H is closed where one exists."""
 
@@ -159,6 +163,10 @@ class OperatorPrior(Prior):
     def scatter(self) -> Float[Tensor, ""]:
         """See `Prior.scatter`."""
         return self.deviation @ (self.precision.to(torch.float64) @ self.deviation)
+
+    def diagonal(self) -> Float[Tensor, " P"]:
+        """See `Prior.diagonal`."""
+        return self.precision.to(torch.float64).diagonal()
 
     def operator(self, H: PrecisionOperator) -> PrecisionOperator:
         """See `Prior.operator`."""
@@ -213,6 +221,10 @@ class GroupedPrior(Prior):
     def scatter(self) -> Float[Tensor, ""]:
         """See `Prior.scatter`."""
         return (self.squares * self.precision).sum()
+
+    def diagonal(self) -> Float[Tensor, " P"]:
+        """See `Prior.diagonal`."""
+        return self.precision[self.groups]
 
     @property
     def sizes(self) -> Float[Tensor, " K"]:
