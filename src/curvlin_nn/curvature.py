@@ -253,7 +253,8 @@ def _captures(
     weights = likelihood.weights(likelihood.terms(outputs), targets)
     kept = None if weights is None else weights != 0
     for index, some in enumerate(columns(likelihood, outputs, targets)):
-        yield replace(recording.captures(some, first=index == 0), kept=kept)
+        for captures in recording.streamed(some, first=index == 0):
+            yield replace(captures, kept=kept)
 
 
 def _started(space: ParameterSpace, factories: Sequence[StructureFactory]) -> tuple[Structure, ...]:

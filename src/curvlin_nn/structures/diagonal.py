@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -10,6 +11,9 @@ from curvlin_nn.capture import Block, Captures
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
 from curvlin_nn.structures.registry import register
+
+AT_ONCE = 2**18
+"""Entries of the rows that are multiplied out at once, which stay in cache."""
 
 
 @register
@@ -24,19 +28,26 @@ class Diagonal(Structure):
 
     def update(self, captures: Captures) -> None:
         """See `Structure.update`."""
-        parts = [squares(block).double() for block in captures.blocks]
-        total = captures.partition.join(parts, dim=0)
-        self._diagonal = total if self._diagonal is None else self._diagonal + total
+        if self._diagonal is None:
+            device = captures.blocks[0].left.device
+            self._diagonal = torch.zeros(self.space.size, dtype=torch.float64, device=device)
+        for block in captures.blocks:
+            place, new = block.place, squares(block)
+            if place.consecutive:
+                self._diagonal[place.start : place.start + place.size] += new
+            else:
+                self._diagonal[place.coordinates.to(new.device)] += new
 
     def merge(self, other: Diagonal) -> None:
         """See `Structure.merge`."""
         if other._diagonal is not None:
-            self._diagonal = other._diagonal if self._diagonal is None else self._diagonal + other._diagonal
+            own = self._diagonal
+            self._diagonal = other._diagonal.clone() if own is None else own + other._diagonal
 
     def finish(self) -> DiagonalOperator:
         """See `Structure.finish`."""
         assert self._diagonal is not None
-        return DiagonalOperator(self._diagonal)
+        return DiagonalOperator(self._diagonal.clone())
 
 
 def squares(block: Block) -> Float[Tensor, " size"]:
@@ -46,7 +57,9 @@ def squares(block: Block) -> Float[Tensor, " size"]:
         return left.square().sum((0, 1, 2))
     if left.shape[2] == 1:  # one outer product per row: the columns fold before anything of size out x in
         return (left.squeeze(2).square().sum(1).mT @ right.squeeze(1).square()).flatten()
-    total = left.new_zeros(left.shape[-1], right.shape[-1])
-    for left_n, right_n in zip(left, right, strict=True):  # one sample's rows at a time stay in cache
-        total += (left_n.mT @ right_n).square().sum(0)
-    return total.flatten()
+    (n_columns, _, out), inputs = left.shape[1:], right.shape[-1]
+    total = left.new_zeros(n_columns * out, inputs)
+    at_once = max(1, AT_ONCE // total.numel())
+    for some_left, some_right in zip(left.split(at_once), right.split(at_once), strict=True):
+        total += (some_left.mT.flatten(1, 2) @ some_right).square_().sum(0)
+    return total.unflatten(0, (n_columns, out)).sum(0).flatten()

@@ -103,7 +103,7 @@ class _Factors:
     def _operator(self) -> PrecisionOperator:
         if self.right is None:
             return Dense(self.left.value())
-        own = (self.left.value(), self.right.value() / max(1, self.positions))
+        own = (self.left.value(), self.right.value().div_(max(1, self.positions)))
         if self.turned is None or self.turned.right is None:
             return KroneckerSum([own])
         other = (self.turned.right.value() / max(1, self.turned.positions), self.turned.left.value())
