@@ -27,6 +27,9 @@ PAD = 16
 """Columns that a buffer of rows has more than are used: at a stride of 512 numbers, rows fall on the same few lines of
 a cache and a product takes up to half as long again."""
 
+RUN = 16
+"""Numbers of one column that stand side by side in images at least, for the buffer to have columns one after another."""
+
 
 class GramSum:
     """``sum_b X_b^T X_b``, of which fewer rows than columns wait to be multiplied together.
@@ -104,12 +107,12 @@ def add_upper_gram(X: Float[Tensor, "*batch n D"], total: Float[Tensor, "D D"]) 
 
 
 def _converted(X: Float[Tensor, "*batch n D"], dtype: torch.dtype) -> Iterator[Float[Tensor, "k D"]]:
-    """Some rows at a time, in one buffer whose order of memory is that of X: that of images, or features last."""
+    """Some rows at a time, in one buffer that has the order of memory of X: rows, or columns (images) side by side."""
     n, size = X.shape[-2:]
     rows = max(LEAST_ROWS, AT_ONCE // size)
-    if X.ndim == 2 or X.stride(-2) != 1 or X.stride(-1) == 1:
-        X = X.reshape(-1, size)
-        buffer = torch.empty(min(rows, len(X)), size + PAD, dtype=dtype, device=X.device)
+    if X.ndim == 2 or X.stride(-2) != 1 or n < RUN:
+        X, pad = X.reshape(-1, size), PAD if size >= TILED_SIZE else 0
+        buffer = torch.empty(min(rows, len(X)), size + pad, dtype=dtype, device=X.device)
         for part in X.split(rows):
             yield buffer[: len(part), :size].copy_(part)
         return
