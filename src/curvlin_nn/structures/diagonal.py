@@ -12,9 +12,6 @@ from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
 from curvlin_nn.structures.registry import register
 
-AT_ONCE = 2**18
-"""Entries of the rows that are multiplied out at once, which stay in cache."""
-
 
 @register
 class Diagonal(Structure):
@@ -58,8 +55,9 @@ def squares(block: Block) -> Float[Tensor, " size"]:
     if left.shape[2] == 1:  # one outer product per row: the columns fold before anything of size out x in
         return (left.squeeze(2).square().sum(1).mT @ right.squeeze(1).square()).flatten()
     (n_columns, _, out), inputs = left.shape[1:], right.shape[-1]
-    total = left.new_zeros(n_columns * out, inputs)
-    at_once = max(1, AT_ONCE // total.numel())
-    for some_left, some_right in zip(left.split(at_once), right.split(at_once), strict=True):
-        total += (some_left.mT.flatten(1, 2) @ some_right).square_().sum(0)
-    return total.unflatten(0, (n_columns, out)).sum(0).flatten()
+    total = left.new_zeros(left.shape[1] * left.shape[3], right.shape[-1])
+    rows = torch.empty_like(total)
+    for left_n, right_n in zip(left, right, strict=True):  # one sample's rows at a time stay in cache
+        torch.mm(left_n.mT.flatten(0, 1), right_n, out=rows)
+        total.addcmul_(rows, rows)
+    return total.unflatten(0, (left.shape[1], -1)).sum(0).flatten()

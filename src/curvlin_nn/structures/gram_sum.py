@@ -28,7 +28,7 @@ PAD = 16
 a cache and a product takes up to half as long again."""
 
 RUN = 16
-"""Numbers of one column that stand side by side in images at least, for the buffer to have columns one after another."""
+"""Numbers of one column that stand side by side in images at least, for a buffer with columns one after another."""
 
 
 class GramSum:
