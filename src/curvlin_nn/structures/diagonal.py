@@ -54,7 +54,6 @@ def squares(block: Block) -> Float[Tensor, " size"]:
         return left.square().sum((0, 1, 2))
     if left.shape[2] == 1:  # one outer product per row: the columns fold before anything of size out x in
         return (left.squeeze(2).square().sum(1).mT @ right.squeeze(1).square()).flatten()
-    (n_columns, _, out), inputs = left.shape[1:], right.shape[-1]
     total = left.new_zeros(left.shape[1] * left.shape[3], right.shape[-1])
     rows = torch.empty_like(total)
     for left_n, right_n in zip(left, right, strict=True):  # one sample's rows at a time stay in cache
