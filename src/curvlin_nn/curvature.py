@@ -411,7 +411,8 @@ def _captures(
         yield replace(none, kept=kept, output_curvature=OutputCurvature(likelihood, terms, targets, weights))
         return
     for index, some in enumerate(columns(likelihood, outputs, targets)):
-        yield replace(recording.captures(some, first=index == 0), kept=kept)
+        for captures in recording.streamed(some, first=index == 0):
+            yield replace(captures, kept=kept)
 
 
 def _of_subnetwork(

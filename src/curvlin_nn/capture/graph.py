@@ -73,6 +73,11 @@ class Graph:
                     "used it, expected it untouched; write x = x + y instead of x += y there"
                 )
 
+    @property
+    def columns_at_once(self) -> int:
+        """How many columns' gradients stay in cache: more gain nothing, and are written to memory and read back."""
+        return max(1, COLUMN_BUDGET // max((use.shape.numel() for use in self.uses), default=1))
+
     def gradients(self, columns: Float[Tensor, "V N C"]) -> list[Float[Tensor, V * output]]:
         """For each column, the gradients of ``sum(column * outputs)`` with respect to every use's output."""
         edges = [use.edge for use in self.uses]
@@ -82,9 +87,7 @@ class Graph:
             return [columns.reshape(len(columns), *self.uses[0].shape)]
         found = None
         if len(columns) > 1 and all(use.rule.batched_columns for use in self.uses):
-            # As many as stay in cache: more gain nothing, and are written to memory and read back.
-            most = max(1, COLUMN_BUDGET // max(use.shape.numel() for use in self.uses))
-            parts = [self._at_once(some, edges) for some in columns.split(most)]
+            parts = [self._at_once(some, edges) for some in columns.split(self.columns_at_once)]
             found = None if None in parts else _joined([part for part in parts if part is not None])
         if found is None:
             found = self._one_by_one(columns, edges)
@@ -108,6 +111,8 @@ class Graph:
             torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True)
             for column in columns
         ]
+        if len(columns) == 1:
+            return tuple(None if gradient is None else gradient[None] for gradient in by_column[0])
         return tuple(
             None if of_use[0] is None else torch.stack(of_use) for of_use in zip(*by_column, strict=True)
         )

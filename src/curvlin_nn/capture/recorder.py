@@ -66,6 +66,15 @@ class Recording:
         event = use.shape[-1] == terms.shape[-1]
         return event and torch.equal(terms.flatten(), self._graph.outputs.detach().flatten())
 
+    def streamed(self, columns: Float[Tensor, "V N *C"], *, first: bool = True) -> Iterator[Captures]:
+        """The same as `captures`, some columns at a time: as many as stay in cache on their way to a sum.
+
+        Where samples are run alone, they are run for all columns at once.
+        """
+        at_once = self._graph.columns_at_once if self._rest is _nothing else len(columns)
+        for index, some in enumerate(columns.split(at_once)):
+            yield self.captures(some, first=first and index == 0)
+
     def captures(self, columns: Float[Tensor, "V N *C"], *, first: bool = True) -> Captures:
         """The rows ``column^T J`` of every sample and column; unit columns give the Jacobian itself.
 

@@ -44,11 +44,13 @@ class Call:
         input: the layer's input.
         roles: the tensors that stand in the parameter roles, ``"weight"`` or ``"bias"``.
         options: what else the rule needs, such as a stride.
+        memo: what the rule makes of these and needs again for further columns.
     """
 
     input: Tensor
     roles: Mapping[str, Tensor]
     options: Mapping[str, Any] = field(default_factory=dict)
+    memo: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -29,23 +29,29 @@ class Diagonal(Structure):
 
     def update(self, captures: Captures) -> None:
         """See `Structure.update`."""
-        if captures.output_curvature is None:
-            parts = [squares(part).double() for part in captures.parts]
-        else:
-            diagonal = captures.output_curvature.diagonal().flatten(0, 1)
-            parts = [_of_last_layer(block, diagonal) for block in captures.blocks]
-        total = captures.partition.join(parts, dim=0)
-        self._diagonal = total if self._diagonal is None else self._diagonal + total
+        if self._diagonal is None:
+            device = captures.parts[0].left.device
+            self._diagonal = torch.zeros(self.space.size, dtype=torch.float64, device=device)
+        closed = captures.output_curvature
+        diagonal = None if closed is None else closed.diagonal().flatten(0, 1)
+        for block in captures.parts:
+            place = block.place
+            new = squares(block) if diagonal is None else _of_last_layer(block, diagonal)
+            if place.consecutive:
+                self._diagonal[place.start : place.start + place.size] += new
+            else:
+                self._diagonal[place.coordinates.to(new.device)] += new
 
     def merge(self, other: Diagonal) -> None:
         """See `Structure.merge`."""
         if other._diagonal is not None:
-            self._diagonal = other._diagonal if self._diagonal is None else self._diagonal + other._diagonal
+            own = self._diagonal
+            self._diagonal = other._diagonal.clone() if own is None else own + other._diagonal
 
     def finish(self) -> DiagonalOperator:
         """See `Structure.finish`."""
         assert self._diagonal is not None
-        return DiagonalOperator(self._diagonal)
+        return DiagonalOperator(self._diagonal.clone())
 
     def state_dict(self) -> dict[str, Any]:
         """See `Structure.state_dict`."""
@@ -72,10 +78,12 @@ def squares(block: Block) -> Float[Tensor, " size"]:
         return left.square().sum((0, 1, 2))
     if left.shape[2] == 1:  # one outer product per row: the columns fold before anything of size out x in
         return (left.squeeze(2).square().sum(1).mT @ right.squeeze(1).square()).flatten()
-    total = left.new_zeros(left.shape[-1], right.shape[-1])
+    total = left.new_zeros(left.shape[1] * left.shape[3], right.shape[-1])
+    rows = torch.empty_like(total)
     for left_n, right_n in zip(left, right, strict=True):  # one sample's rows at a time stay in cache
-        total += (left_n.mT @ right_n).square().sum(0)
-    return total.flatten()
+        torch.mm(left_n.mT.flatten(0, 1), right_n, out=rows)
+        total.addcmul_(rows, rows)
+    return total.unflatten(0, (left.shape[1], -1)).sum(0).flatten()
 
 
 def _squares_of_tokens(left: Float[Tensor, "N V S out"], inputs: OneHot) -> Float[Tensor, "size out"]:

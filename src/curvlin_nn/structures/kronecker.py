@@ -149,7 +149,7 @@ class _Factors:
         if self.right is None:
             return Dense(self.left.value())
         left = self.left.value()
-        own = (left, self.right.value().to(left.device) / max(1, self.positions))
+        own = (left, self.right.value().to(left.device).div_(max(1, self.positions)))
         if self.turned is None or self.turned.right is None:
             return KroneckerSum([own])
         other = (self.turned.right.value() / max(1, self.turned.positions), self.turned.left.value())
