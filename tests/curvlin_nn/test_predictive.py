@@ -70,7 +70,7 @@ def test_chunks_change_nothing(monkeypatch):
         lambda: (la.functional_samples(p.x_test, 5, generator=generator()),),
     ]
     whole = [call() for call in calls]
-    monkeypatch.setattr(predictive, "FEATURE_BUDGET", 1)
+    monkeypatch.setattr(predictive.linearised, "FEATURE_BUDGET", 1)
     for call, expected in zip(calls, whole, strict=True):
         torch.testing.assert_close(call(), expected, rtol=1e-12, atol=1e-14)
 
@@ -78,7 +78,7 @@ def test_chunks_change_nothing(monkeypatch):
 def test_draws_in_parts_have_the_right_number_and_are_reproducible(monkeypatch):
     p = problem("mlp", "regression")
     la = fitted(p)
-    monkeypatch.setattr(predictive, "DRAW_BUDGET", 2 * la.n_params)
+    monkeypatch.setattr(predictive.parts, "DRAW_BUDGET", 2 * la.n_params)
     first = la.functional_samples(p.x_test, 5, generator=generator())
     assert first.shape == (5, 5, 3)
     assert len(first.unique(dim=0)) == 5

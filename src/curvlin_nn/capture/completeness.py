@@ -55,15 +55,16 @@ def incomplete(graph: Graph, originals: Mapping[str, Tensor], unserved: Containe
     captured = {name: torch.zeros_like(graph.leaves[name]).flatten() for name in names}
     magnitude = dict.fromkeys(names, 0.0)  # of the terms, which may cancel in the sum
     parts: dict[str, set[_Part]] = {name: set() for name in names}
-    for use, gradient in zip(graph.uses, graph.gradients(cotangent[None]), strict=True):
-        for name, piece in named_pieces(use, gradient):
-            if name in unserved:
-                continue
-            total = _total(piece)
-            parts[name].add(_Part.of(piece))
-            captured[name][piece.start : piece.start + len(total)] += total
-            magnitudes = _total(replace(piece, left=piece.left.abs(), right=_abs(piece.right)))
-            magnitude[name] += float(magnitudes.max())
+    with torch.no_grad():
+        for use, gradient in zip(graph.uses, graph.gradients(cotangent[None]), strict=True):
+            for name, piece in named_pieces(use, gradient):
+                if name in unserved:
+                    continue
+                total = _total(piece)
+                parts[name].add(_Part.of(piece))
+                captured[name][piece.start : piece.start + len(total)] += total
+                magnitudes = _total(replace(piece, left=piece.left.abs(), right=_abs(piece.right)))
+                magnitude[name] += float(magnitudes.max())
     tolerance = torch.finfo(cotangent.dtype).eps ** 0.5
     reasons = {}
     for name, truth, past in zip(names, expected, bypassed, strict=True):
@@ -106,9 +107,9 @@ def _total(piece: Piece) -> Tensor:
     left = piece.left[0].reshape(-1, piece.left.shape[-1])
     if piece.right is None:
         return left.sum(0)
-    total = left.mT @ piece.right.detach().reshape(-1, piece.right.shape[-1])
+    total = left.mT @ piece.right.reshape(-1, piece.right.shape[-1])
     return total.mT.flatten() if piece.transposed else total.flatten()
 
 
 def _abs(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().abs()
+    return None if tensor is None else tensor.abs()

@@ -75,7 +75,7 @@ class ConvRule(LayerRule):
         kernel, stride, padding, dilation = (
             call.options[key] for key in ("kernel", "stride", "padding", "dilation")
         )
-        return patches(_padded(call.input.detach(), kernel, padding, dilation), kernel, stride, dilation)
+        return patches(_padded(call.input, kernel, padding, dilation), kernel, stride, dilation)
 
 
 def patches(

@@ -27,7 +27,7 @@ from curvlin_nn.capture.checks import (
 from curvlin_nn.capture.completeness import incomplete
 from curvlin_nn.capture.course import Course
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
-from curvlin_nn.capture.inputs import can_be_cut, map_tensors
+from curvlin_nn.capture.inputs import can_be_cut, map_tensors, tensors_of
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
 from curvlin_nn.capture.state import capturing, device_of, forward, nothing_drawn, prepared
@@ -46,11 +46,13 @@ class Recording:
     _layouts: tuple[Layout, ...]
     _rest: Rest
     _where: str
+    _differentiable: bool
 
     @property
     def outputs(self) -> Float[Tensor, N * C]:
-        """The model's outputs, detached."""
-        return self._graph.outputs.detach().reshape(-1, *self._graph.shape)
+        """The model's outputs; detached, unless the pass was to be differentiable."""
+        outputs = self._graph.outputs
+        return (outputs if self._differentiable else outputs.detach()).reshape(-1, *self._graph.shape)
 
     def captures(self, columns: Float[Tensor, "V N *C"], *, first: bool = True) -> Captures:
         """The rows ``column^T J`` of every sample and column; unit columns give the Jacobian itself.
@@ -65,22 +67,28 @@ class Recording:
         """
         n_samples = len(self._graph.outputs)
         columns = columns.reshape(len(columns), n_samples, -1)
+        with torch.set_grad_enabled(self._differentiable):
+            blocks = tuple(self._blocks(self._by_rule(columns), self._rest(columns), columns))
+        return Captures(n_samples, blocks, first)
+
+    def _by_rule(self, columns: Float[Tensor, "V N C"]) -> dict[str, list[Block]]:
+        """The blocks of each use that a layer rule serves, by parameter."""
+        n_samples = columns.shape[1]
         parts: dict[str, list[Block]] = {name: [] for name in self._space.names}
-        for use, layout, gradient in zip(
-            self._graph.uses, self._layouts, self._graph.gradients(columns), strict=True
-        ):
+        gradients = self._graph.gradients(columns, differentiable=self._differentiable)
+        for use, layout, gradient in zip(self._graph.uses, self._layouts, gradients, strict=True):
             check_finite("gradient", gradient, use, self._where)
             for name, piece in named_pieces(use, gradient):
                 left = _occupied(layout.split(piece.left, n_samples, 1).movedim(0, 1))
-                right = None
-                if piece.right is not None:
-                    right = _occupied(layout.split(piece.right.detach(), n_samples, 0))
-                if right is None and left.shape[2] > 1:
+                right = piece.right
+                if right is not None:
+                    right = _occupied(layout.split(right, n_samples, 0))
+                    right = right if self._differentiable else right.detach()
+                elif left.shape[2] > 1:
                     left = left.sum(2, keepdim=True)
                 start = self._space.spans[name].start + piece.start
                 parts[name].append(Block(name, start, left, right, piece.transposed))
-        blocks = self._blocks(parts, self._rest(columns), columns)
-        return Captures(n_samples, tuple(blocks), first)
+        return parts
 
     def _blocks(
         self, parts: Mapping[str, list[Block]], rest: Mapping[str, list[Block]], columns: Tensor
@@ -132,12 +140,13 @@ class Recorder:
         alone = {} if self._alone is None else self._alone.served
         return own | {name: _RULE_ALONE if how == _RULE else how for name, how in alone.items()}
 
-    def __call__(self, x: Any, where: str = "the input") -> Recording:
+    def __call__(self, x: Any, where: str = "the input", *, differentiable: bool = False) -> Recording:
         """One forward pass.
 
         Args:
             x: what the model takes.
             where: what to call this input in error messages.
+            differentiable: whether outputs and captures have gradients with respect to `x`.
 
         Raises:
             DataError: if x holds no sample, or has a dtype that the model does not take.
@@ -149,6 +158,8 @@ class Recorder:
             ModifiedInputError: if a layer's input is changed in place after its use.
         """
         x = prepared(self.model, x, where)
+        if not differentiable:
+            x = map_tensors(torch.detach, x)
         originals = {name: self.model.get_parameter(name) for name in self.space.names}
         with capturing(self.model, originals.values()):
             leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
@@ -159,7 +170,13 @@ class Recorder:
                 check_dependent(outputs, where)
             rows = outputs.reshape(len(outputs), -1)
             names = {id(t): name for tensors in (leaves, originals) for name, t in tensors.items()}
-            graph = Graph(leaves, tuple(interceptor.uses), rows, outputs.shape[1:], Course.of(rows, names))
+            graph = Graph(
+                leaves,
+                tuple(interceptor.uses),
+                rows,
+                outputs.shape[1:],
+                Course.of(rows, names, tensors_of(x)),
+            )
             question = (
                 graph.signature,
                 graph.course.steps,
@@ -178,7 +195,18 @@ class Recorder:
             graph, layouts = self._placed(graph, x, where, new=new)
             if new:
                 self._verified.add(question)
-            return Recording(self.space, graph, layouts, self._rest(graph, originals, x, where), where)
+            rest = self._rest(graph, originals, x, where, differentiable)
+            return Recording(self.space, graph, layouts, rest, where, differentiable)
+
+    def n_samples(self, x: Any, where: str = "the input") -> int:
+        """N, by a forward pass of which nothing is recorded.
+
+        Raises:
+            DataError, OutputError: as a call does.
+        """
+        x = prepared(self.model, x, where)
+        with capturing(self.model, ()), torch.no_grad():
+            return len(checked_outputs(forward(self.model, {}, x, where), where))
 
     def _of_samples(self, names: Sequence[str]) -> Recorder:
         """A recorder of some parameters, of which a sample need not use any, though the batch does."""
@@ -251,7 +279,9 @@ class Recorder:
             self._layouts[question] = tuple(layout for layout in layouts if layout is not None)
         return layouts
 
-    def _rest(self, graph: Graph, originals: Mapping[str, Tensor], x: Any, where: str) -> Rest:
+    def _rest(
+        self, graph: Graph, originals: Mapping[str, Tensor], x: Any, where: str, differentiable: bool
+    ) -> Rest:
         """What serves the parameters that the rules do not, in this batch."""
         n_samples = len(graph.outputs)
         left_out = {*self._unserved} if n_samples == 1 else {*self._unserved, *self._shared}
@@ -259,11 +289,11 @@ class Recorder:
         if not names:
             return _nothing
         if n_samples == 1 or not can_be_cut(x, n_samples):
-            return Autodiff.of(self.space, graph, originals, names, where)
+            return Autodiff.of(self.space, graph, originals, names, where, differentiable)
         if self._alone is None or self._alone.space.names != tuple(names):
             self._alone = self._of_samples(names)
         copy = map_tensors(torch.clone, x)  # it is run again when columns come
-        return SampleBySample(self.space, self._alone, copy, graph.outputs.detach(), where)
+        return SampleBySample(self.space, self._alone, copy, graph.outputs.detach(), where, differentiable)
 
 
 def _nothing(columns: Tensor) -> Mapping[str, list[Block]]:

@@ -5,6 +5,7 @@ from curvlin_nn.structures.block import Block
 from curvlin_nn.structures.diagonal import Diagonal
 from curvlin_nn.structures.ekfac import EKFAC
 from curvlin_nn.structures.full import Full
+from curvlin_nn.structures.function_space import FunctionSpace
 from curvlin_nn.structures.kfoc import KFOC
 from curvlin_nn.structures.kronecker import Kronecker
 from curvlin_nn.structures.kronecker_low_rank import KroneckerLowRank, Truncation
@@ -19,6 +20,7 @@ __all__ = [
     "Block",
     "Diagonal",
     "Full",
+    "FunctionSpace",
     "Kronecker",
     "KroneckerLowRank",
     "LowRank",
