@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,12 @@ from curvlin_nn.capture.checks import (
 )
 from curvlin_nn.capture.completeness import incomplete
 from curvlin_nn.capture.course import Course
+from curvlin_nn.capture.detours import attention_by_matrix_products
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.inputs import can_be_cut, map_tensors, tensors_of
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
+from curvlin_nn.capture.second_order import check_differentiable
 from curvlin_nn.capture.state import capturing, device_of, forward, nothing_drawn, prepared
 from curvlin_nn.errors import CouplingError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
@@ -69,6 +72,8 @@ class Recording:
         columns = columns.reshape(len(columns), n_samples, -1)
         with torch.set_grad_enabled(self._differentiable):
             blocks = tuple(self._blocks(self._by_rule(columns), self._rest(columns), columns))
+        if self._differentiable:
+            check_differentiable([self._graph.outputs, *_factors(blocks)], self._where)
         return Captures(n_samples, blocks, first)
 
     def _by_rule(self, columns: Float[Tensor, "V N C"]) -> dict[str, list[Block]]:
@@ -163,7 +168,8 @@ class Recorder:
         originals = {name: self.model.get_parameter(name) for name in self.space.names}
         with capturing(self.model, originals.values()):
             leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
-            with nothing_drawn(device_of(self.model), where), Interceptor(leaves) as interceptor:
+            attention = attention_by_matrix_products() if differentiable else nullcontext()
+            with nothing_drawn(device_of(self.model), where), attention, Interceptor(leaves) as interceptor:
                 outputs = forward(self.model, leaves, x, where)
             outputs = checked_outputs(outputs, where)
             if not self._partial:
@@ -298,6 +304,13 @@ class Recorder:
 
 def _nothing(columns: Tensor) -> Mapping[str, list[Block]]:
     return {}
+
+
+def _factors(blocks: Iterable[Block]) -> Iterator[Tensor]:
+    for block in blocks:
+        yield block.left
+        if block.right is not None:
+            yield block.right
 
 
 def _occupied(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from curvlin import BlockFeatures, DenseFeatures, FeatureOperator, KhatriRaoFeatures
 from curvlin_nn.capture import Block, Captures, Recorder, last_layer
+from curvlin_nn.capture.inputs import tensors_of
 from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.parameters import ParameterSpace, Selection
@@ -45,7 +46,8 @@ class JacobianMap(FeatureMap):
     @outside_inference_mode()
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
         """See `FeatureMap.__call__`."""
-        recording = self._recorder(x, differentiable=self._differentiable and torch.is_grad_enabled())
+        recording_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(x))
+        recording = self._recorder(x, differentiable=self._differentiable and recording_gradients)
         outputs = recording.outputs.flatten(1) if recording.outputs.ndim > 1 else recording.outputs[:, None]
         n_samples, n_outputs = outputs.shape
         unit = torch.eye(n_outputs, dtype=outputs.dtype, device=outputs.device)

@@ -97,9 +97,9 @@ class WeightSpace:
         with nothing_drawn(device_of(self.model), "the input"):
             for some in theta.split(side_by_side):
                 outputs = _mapped(run, self.space.unflatten(some))
-                parts.append(checked_outputs(outputs, "a draw of the weights").flatten(2))
+                parts.append(checked_outputs(outputs, "a draw of the weights"))
         outputs = torch.cat(parts)
-        return outputs if outputs.ndim > 2 else outputs.unsqueeze(-1)
+        return outputs.reshape(*outputs.shape[:2], -1)
 
     def _at_mean(self, x: Any) -> Tensor:
         with torch.no_grad(), attributes_kept(self.model):
