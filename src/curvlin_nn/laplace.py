@@ -38,7 +38,7 @@ from curvlin_nn.predictive import (
     WeightSpace,
 )
 from curvlin_nn.predictive.linearised import functional_covariance
-from curvlin_nn.predictive.request import check_noise, check_pred_type
+from curvlin_nn.predictive.request import check_draws, check_noise, check_pred_type
 from curvlin_nn.prior import (
     GroupedPrior,
     OperatorPrior,
@@ -482,6 +482,7 @@ class Laplace:
         Raises:
             UnsupportedError, NotFittedError, StaleModelError: as a call does.
         """
+        check_draws(n_samples, 2)
         request = Request(pred_type, link_approx, n_samples=n_samples, generator=generator)
         return self._predictor(pred_type, progress_bar).predict(x, request.checked(self.likelihood))
 

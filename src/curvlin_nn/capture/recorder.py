@@ -72,8 +72,6 @@ class Recording:
         columns = columns.reshape(len(columns), n_samples, -1)
         with torch.set_grad_enabled(self._differentiable):
             blocks = tuple(self._blocks(self._by_rule(columns), self._rest(columns), columns))
-        if self._differentiable:
-            check_differentiable([self._graph.outputs, *_factors(blocks)], self._where)
         return Captures(n_samples, blocks, first)
 
     def _by_rule(self, columns: Float[Tensor, "V N C"]) -> dict[str, list[Block]]:
@@ -199,10 +197,15 @@ class Recorder:
                 self._leave_out(incomplete(graph, originals, self._unserved))
                 graph = graph.without(self._unserved)
             graph, layouts = self._placed(graph, x, where, new=new)
+            rest = self._rest(graph, originals, x, where, differentiable)
+            recording = Recording(self.space, graph, layouts, rest, where, differentiable)
+            if new and differentiable:
+                blocks = recording.captures(torch.ones_like(graph.outputs)[None]).blocks
+                inputs = [t for t in tensors_of(x) if t.requires_grad]
+                check_differentiable(graph.outputs, _factors(blocks), inputs, where)
             if new:
                 self._verified.add(question)
-            rest = self._rest(graph, originals, x, where, differentiable)
-            return Recording(self.space, graph, layouts, rest, where, differentiable)
+            return recording
 
     def n_samples(self, x: Any, where: str = "the input") -> int:
         """N, by a forward pass of which nothing is recorded.

@@ -7,7 +7,8 @@ bridge        the mean of the Dirichlet distribution whose logits have the same 
 bridge_norm   the same for logits scaled to a fixed mean variance
 
 A softmax does not change when all logits move together. The probit formula does: it counts that part of the variance
-as if it were uncertainty about the class. The other formulas do not.
+as if it were uncertainty about the class. The mean-field formula does not. The bridges condition the logits on a sum of
+zero, as the paper has it: a shift of all logits that their mean has counts where their variances differ.
 
 All of them are computed from logarithms, and change none of their arguments.
 """
@@ -47,7 +48,7 @@ def bridge(
 ) -> Float[Tensor, "*batch E"]:
     """``p ~ alpha`` with ``alpha_k = (1 - 2/K + exp(m_k) sum_l exp(-m_l) / K^2) / V_kk``, given logits of sum zero.
 
-    With two classes both variances are one number, which cancels: the prediction is the softmax of the mean.
+    With two classes both variances are one number, which cancels: the prediction is the softmax of that mean.
     """
     return torch.softmax(_log_alpha(*_of_sum_zero(mean, covariance)), dim=-1)
 

@@ -20,7 +20,7 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_maps.alignment import aligned
-from curvlin_nn.predictive.parts import check_rows, count, cut, deviations
+from curvlin_nn.predictive.parts import PROBED, check_rows, count, cut, deviations
 
 FEATURE_BUDGET = 2**23
 """Entries of the tensors of features held at once: 32 MiB in float32."""
@@ -71,16 +71,16 @@ class Predictive:
         return torch.cat(parts)
 
     def _chunks(self, x: Any) -> Iterator[tuple[Tensor, FeatureOperator]]:
-        """Outputs and features of x, a bounded number of samples at a time; one sample measures the size."""
+        """Outputs and features of x, a bounded number of samples at a time; the first two measure the size."""
         n_samples = count(x, self.feature_map.n_samples)
-        if n_samples is None or n_samples <= 1:
+        if n_samples <= PROBED:
             yield self._features(x)
             return
-        f, Phi = self._features(select_samples(x, slice(0, 1), n_samples))
-        if len(f) != 1:  # samples do not stand along axis 0 of the inputs
+        f, Phi = self._features(select_samples(x, slice(0, PROBED), n_samples))
+        if len(f) != PROBED:  # samples do not stand along axis 0 of the inputs
             yield self._features(x)
             return
-        at_once = max(1, FEATURE_BUDGET // sum(t.numel() for t, _ in Phi._tensors()))
+        at_once = max(1, FEATURE_BUDGET * PROBED // sum(t.numel() for t, _ in Phi._tensors()))
         parts = tqdm(
             cut(x, n_samples, at_once),
             desc="prediction",

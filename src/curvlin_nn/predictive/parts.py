@@ -16,9 +16,13 @@ from curvlin_nn.errors import OutputError
 DRAW_BUDGET = 2**26
 """Entries of the tensor of posterior draws held at once."""
 
+PROBED = 2
+"""Samples of the first part, which tells how much memory one takes, and whether samples stand along axis 0: one sample
+would not, if it is of as many time steps that come first."""
 
-def count(x: Any, by_running: Callable[[Any], int]) -> int | None:
-    """N, the number of samples in x; None where x cannot be cut into samples.
+
+def count(x: Any, by_running: Callable[[Any], int]) -> int:
+    """N, the number of samples in x; zero where x cannot be cut into samples.
 
     Args:
         x: what the model takes.
@@ -28,7 +32,7 @@ def count(x: Any, by_running: Callable[[Any], int]) -> int | None:
     if len(lengths) == 1:
         return lengths.pop()
     n_samples = by_running(x) if lengths else 0
-    return n_samples if can_be_cut(x, n_samples) else None
+    return n_samples if can_be_cut(x, n_samples) else 0
 
 
 def cut(x: Any, n_samples: int, at_once: int) -> Iterator[tuple[Any, int]]:

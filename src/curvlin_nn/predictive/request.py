@@ -46,9 +46,7 @@ class Request:
                 f"joint is not supported for {likelihood.name}; use functional_samples for joint draws of outputs"
             )
         if link_approx == "mc":
-            least = 1 if likelihood.has_link else 2
-            if positive_integer("n_samples", self.n_samples) < least:
-                raise ValueError(f"n_samples must be at least 2 for a covariance, found {self.n_samples}")
+            check_draws(self.n_samples, 1 if likelihood.has_link else 2)
         return replace(self, link_approx=link_approx)
 
 
@@ -64,6 +62,16 @@ def check_pred_type(pred_type: str, hessian_structure_is_gp: bool) -> None:
         raise UnsupportedError(
             "pred_type='gp' needs hessian_structure='gp'; of other structures 'glm' is the same linearised predictive"
         )
+
+
+def check_draws(n_samples: object, least: int) -> None:
+    """Whether there are enough draws.
+
+    Raises:
+        TypeError, ValueError: if there are not.
+    """
+    if positive_integer("n_samples", n_samples) < least:
+        raise ValueError(f"n_samples must be at least {least} for a covariance, found {n_samples}")
 
 
 def check_noise(likelihood: Likelihood, observation_noise: bool) -> None:

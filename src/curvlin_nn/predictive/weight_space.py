@@ -19,7 +19,7 @@ from curvlin_nn.capture.detours import loops_of_vmap_unannounced
 from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.capture.state import attributes_kept, capturing, device_of, forward, nothing_drawn, prepared
 from curvlin_nn.parameters import ParameterSpace
-from curvlin_nn.predictive.parts import check_rows, count, cut, deviations
+from curvlin_nn.predictive.parts import PROBED, check_rows, count, cut, deviations
 
 ACTIVATION_BUDGET = 2**24
 """Entries of the largest intermediate result of all draws and samples that run at once: 64 MiB in float32."""
@@ -71,15 +71,16 @@ class WeightSpace:
         recording = self.differentiable and torch.is_grad_enabled()
         with capturing(self.model, ()), torch.set_grad_enabled(recording), loops_of_vmap_unannounced():
             n_samples = count(x, lambda x: len(self._at_mean(x)))
-            first = x if n_samples is None else select_samples(x, slice(0, 1), n_samples)
+            can_be_cut = n_samples > PROBED
+            first = select_samples(x, slice(0, PROBED), n_samples) if can_be_cut else x
             with _Largest(self.model) as largest:
                 found = len(self._at_mean(first))
-            if n_samples is None or found != 1:
+            if not can_be_cut or found != PROBED:
                 return self._at_once(theta, x, largest.size)
-            at_once = max(1, ACTIVATION_BUDGET // largest.size)
+            each = -(-largest.size // PROBED)
             parts = []
-            for part, expected in cut(x, n_samples, at_once):
-                outputs = self._at_once(theta, part, largest.size * expected)
+            for part, expected in cut(x, n_samples, max(1, ACTIVATION_BUDGET // each)):
+                outputs = self._at_once(theta, part, each * expected)
                 check_rows(outputs[0], expected)
                 parts.append(outputs)
             return torch.cat(parts, dim=1)
