@@ -530,16 +530,23 @@ class Laplace:
 
     def _predictor(self, pred_type: str, progress_bar: bool = False) -> Predictor:
         check_pred_type(pred_type, FunctionSpace in self._structures)
-        self._check_unchanged()
-        fit, precision = self._fit.accumulated, self.posterior_precision
-        response = Response(self.likelihood, fit.output_shape or (1,), self._sigma_noise.detach())
+        shape = self._fit.accumulated.output_shape or (1,)
+        response = Response(self.likelihood, shape, self._sigma_noise.detach())
         if pred_type == "nn":
-            draws = WeightSpace(
-                self.model, fit.space, self.mean, precision, self.enable_backprop, progress_bar
-            )
-            return Sampled(response, draws)
-        jacobians = JacobianMap.of(fit.recorder, differentiable=self.enable_backprop)
-        return Linearised(response, Predictive(jacobians, precision, progress_bar))
+            return Sampled(response, self._weight_space(progress_bar))
+        return Linearised(response, self._predictive(progress_bar))
+
+    def _predictive(self, progress_bar: bool = False) -> Predictive:
+        self._check_unchanged()
+        jacobians = JacobianMap.of(self._fit.accumulated.recorder, differentiable=self.enable_backprop)
+        return Predictive(jacobians, self.posterior_precision, progress_bar)
+
+    def _weight_space(self, progress_bar: bool = False) -> WeightSpace:
+        self._check_unchanged()
+        precision = self.posterior_precision
+        return WeightSpace(
+            self.model, self.parameters, self.mean, precision, self.enable_backprop, progress_bar
+        )
 
     def _check_unchanged(self) -> None:
         """Every parameter and buffer counts, those outside of the posterior included: outputs depend on all."""

@@ -124,7 +124,7 @@ def test_gradients(name):
 def test_predictions_use_the_covariances_of_each_term(name):
     p = problem("mlp", "classification")
     la = Laplace(p.model, "classification", "all", "full").fit(p.batches())
-    f, V = la._predictor("glm").predictive.mean_and_covariance(p.x_test)
+    f, V = la._predictive().mean_and_covariance(p.x_test)
     torch.testing.assert_close(la(p.x_test, link_approx=name), FORMS[name](f, V), rtol=1e-12, atol=0)
 
 
@@ -144,7 +144,7 @@ def test_terms_of_an_image_have_covariances_of_their_own(class_dim):
     x, y = torch.randn(5, 2, 3).double(), torch.randint(4, (5, 2))
     la = Laplace(Tokens().double(), Categorical(class_dim=class_dim), "all", "full").fit([(x, y)])
     found = la(x, link_approx="mean_field")
-    f, V = la._predictor("glm").predictive.mean_and_covariance(x)
+    f, V = la._predictive().mean_and_covariance(x)
     for t in range(2):
         places = slice(4 * t, 4 * t + 4) if class_dim == -1 else slice(t, None, 2)
         expected = mean_field(f[:, places], V[:, places, places])

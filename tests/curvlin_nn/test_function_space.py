@@ -61,7 +61,27 @@ def test_it_is_the_gaussian_process_with_the_tangent_kernel():
     torch.testing.assert_close(la(p.x_test, "gp", joint=True)[1], expected, **TIGHT)
 
 
-@pytest.mark.parametrize("scale", [30.0, 1e3])
+def test_other_priors_and_neighbours():
+    """Earlier posteriors of either form as priors, and this structure for some of the layers only."""
+    p = problem("mlp", "classification")
+    first, rest = p.batches()[:1], p.batches()[1:]
+
+    def second(structure: str, prior: str) -> Laplace:
+        before = Laplace(p.model, "classification", "all", prior).fit(first)
+        return Laplace(
+            p.model, "classification", "all", structure, prior_precision=before.posterior_precision
+        ).fit(rest)
+
+    at_once = Laplace(p.model, "classification", "all", "full").fit(p.batches())
+    torch.testing.assert_close(second("gp", "gp")(p.x_test), at_once(p.x_test), **TIGHT)
+    for prior in ("kron", "diag"):
+        torch.testing.assert_close(second("gp", prior)(p.x_test), second("full", prior)(p.x_test), **TIGHT)
+    mixed = [fitted(p, {"0": structure, "2": "kron", "*": structure}) for structure in ("gp", "full")]
+    torch.testing.assert_close(*(la(p.x_test) for la in mixed), **TIGHT)
+    torch.testing.assert_close(*(la.log_marginal_likelihood() for la in mixed), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e4])
 def test_saturated_classes_carry_no_information_and_are_not_taken_for_noise(scale):
     """Logits in the hundreds: output Hessians of 1e-100 and zero, next to others of one."""
     p = problem("mlp", "classification")
