@@ -512,10 +512,12 @@ class Laplace:
         n_samples = positive_integer("n_samples", n_samples)
         return self._predictor(pred_type).predictive_samples(x, n_samples, generator, observation_noise)
 
+    @outside_inference_mode()
     def functional_variance(self, Js: FeatureOperator | Float[Tensor, "N C P"]) -> Float[Tensor, "N C C"]:
         """``J P^-1 J^T`` of each sample, for Jacobians in factored form (`JacobianMap`) or multiplied out."""
         return functional_covariance(self.posterior_precision, Js, joint=False)
 
+    @outside_inference_mode()
     def functional_covariance(self, Js: FeatureOperator | Float[Tensor, "N C P"]) -> Float[Tensor, "NC NC"]:
         """The same between all outputs of all samples, sample-major."""
         return functional_covariance(self.posterior_precision, Js, joint=True)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from curvlin._random import checked_generator
+
 
 def frozen(generator: torch.Generator | None, device: torch.device) -> Callable[[], torch.Generator]:
     """What makes a generator that gives the same draws each time, whatever becomes of `generator` in between.
@@ -15,7 +17,11 @@ def frozen(generator: torch.Generator | None, device: torch.device) -> Callable[
     Args:
         generator: source of randomness.
         device: where the draws are made.
+
+    Raises:
+        TypeError: if `generator` is neither a generator nor None.
     """
+    generator = checked_generator(generator)
     own = torch.device("cpu") if generator is None else generator.device
     seed = int(torch.randint(2**62, (), generator=generator, device=own))
     return lambda: torch.Generator(device).manual_seed(seed)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlin._random import standard_normal
 from curvlin.numerics.symmetric_root import symmetric_root
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.likelihoods import Likelihood
@@ -43,5 +44,5 @@ def draw(
     covariance = covariance.double()
     eigenvalues, vectors = torch.linalg.eigh(covariance.detach())
     root = symmetric_root(covariance, vectors, eigenvalues.clamp(min=0)).to(mean.dtype)
-    noise = torch.randn((n_samples, *mean.shape), generator=generator, dtype=mean.dtype, device=mean.device)
+    noise = standard_normal((n_samples,), mean.shape, generator, mean)
     return mean + (root @ noise.unsqueeze(-1)).squeeze(-1)

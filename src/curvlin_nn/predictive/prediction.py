@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlin_nn.errors import UnsupportedError
+from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.predictive.response import Response
 from curvlin_nn.predictive.running import RunningMoments
@@ -66,16 +67,19 @@ class Prediction:
         return self.mean
 
     @cached_property
+    @outside_inference_mode()
     def outputs(self) -> Float[Tensor, "S N C"]:
         """Draws of the model's outputs: independent over inputs, or with ``pred_type="nn"`` one network each."""
         return self._draws()
 
     @cached_property
+    @outside_inference_mode()
     def samples(self) -> Float[Tensor, "S N ..."]:
         """Draws of what `mean` is the mean of: probabilities, rates, or means of the targets."""
         return self._response.values(self.outputs)
 
     @cached_property
+    @outside_inference_mode()
     def covariance(self) -> Float[Tensor, "N D D"]:
         """Of what `mean` is the mean of, under the posterior: without noise; where there is a link, from `samples`."""
         if self._covariance is not None:
@@ -83,6 +87,7 @@ class Prediction:
         return self._spread(diagonal=False)
 
     @cached_property
+    @outside_inference_mode()
     def variance(self) -> Float[Tensor, "N ..."]:
         """The diagonal of the covariance, in the shape of the mean."""
         if self._covariance is not None:
@@ -90,6 +95,7 @@ class Prediction:
         return self._spread(diagonal=True).reshape(self.mean.shape)
 
     @cached_property
+    @outside_inference_mode()
     def aleatoric(self) -> Tensor:
         """The part that stays when outputs are known: expected entropy ``(N, *terms)``, or noise variance.
 
@@ -105,6 +111,7 @@ class Prediction:
         return variances.mean(0)
 
     @cached_property
+    @outside_inference_mode()
     def epistemic(self) -> Tensor:
         """The part that more data would take away: mutual information ``(N, *terms)``, or `variance`."""
         if self._likelihood.has_classes:
@@ -112,6 +119,7 @@ class Prediction:
         return self.variance
 
     @cached_property
+    @outside_inference_mode()
     def entropy(self) -> Tensor:
         """Of the target, in nats: of its mean distribution over the draws, ``(N, *terms)``.
 
@@ -126,6 +134,7 @@ class Prediction:
         return _gaussian_entropy(self.covariance + self._gaussian_noise)
 
     @cached_property
+    @outside_inference_mode()
     def mutual_information(self) -> Tensor:
         """Between target and parameters, in nats: what an observation of the target is expected to teach.
 
@@ -137,6 +146,7 @@ class Prediction:
         return self.entropy - _gaussian_entropy(self._gaussian_noise)
 
     @cached_property
+    @outside_inference_mode()
     def _log_probabilities(self) -> Float[Tensor, "S NR K"]:
         """Of the classes of each term at each draw."""
         log_p = self._likelihood.log_probabilities(self._response.terms(self.outputs))
