@@ -87,9 +87,8 @@ class Laplace:
         subset_of_weights: ``"all"`` (parameters that require a gradient), ``"last_layer"`` (the default),
             names of parameters or modules, or a predicate of name and parameter.
         hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"``, ``"ekfac"``, ``"kfoc"``,
-            ``"kron-lowrank"``, ``"block"``, ``"lowrank"``, ``"gp"`` (`"full"` in function space), a `Structure` class,
-            or one of these for each ``fnmatch``
-            pattern of names of parameters or modules.
+            ``"kron-lowrank"``, ``"block"``, ``"lowrank"``, ``"gp"`` (``"full"`` in function space), a `Structure`
+            class, or one of these for each ``fnmatch`` pattern of names of parameters or modules.
         curvature: ``"ggn"``; ``"fisher_mc"``, of one draw of targets for each sample, unbiased; ``"ef"``, the empirical
             Fisher matrix; or ``"hessian"`` (``"full"``, ``"block"`` or ``"diag"``), exact.
         indefinite: what a Hessian with negative eigenvalues does; see `curvlin_nn.curvature`.

@@ -115,6 +115,8 @@ def test_monte_carlo_link_converges_to_the_integral(diagonal_output):
         lambda la, x, g: la.sample(3, generator=g),
         lambda la, x, g: la.functional_samples(x, 3, generator=g),
         lambda la, x, g: la.predictive_samples(x, 3, generator=g),
+        lambda la, x, g: la(x, "nn", n_samples=3, generator=g),
+        lambda la, x, g: la.functional_samples(x, 3, generator=g, pred_type="nn"),
     ],
 )
 def test_generators_are_obeyed_and_the_default_one_is_used_and_not_reseeded(call):

@@ -18,7 +18,7 @@ from curvlin_nn.predictive.response import Response
 from curvlin_nn.predictive.running import RunningMoments
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Prediction:
     """The predictive distribution at N inputs. What costs something is computed when it is first asked for.
 

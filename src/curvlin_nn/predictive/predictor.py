@@ -162,7 +162,7 @@ class Sampled(Predictor):
         if self.response.likelihood.has_link:
             return Prediction(self.response, self.response.values(outputs).mean(0), f, V, lambda: outputs)
         mean, covariance = _mean_and_covariance(self.response.values(outputs))
-        noise = noise_at(self.response, outputs).mean(0) if self.response.is_noisy else None
+        noise = self.response.noise_at(outputs).mean(0) if self.response.is_noisy else None
         return Prediction(self.response, mean, f, V, lambda: outputs, covariance, noise)
 
     def _parts(self, x: Any, request: Request) -> Iterator[Float[Tensor, "s N C"]]:
@@ -179,7 +179,7 @@ class Sampled(Predictor):
             found = self.response.values(outputs)
             values.add(found.flatten(1) if request.joint else found)
             if request.observation_noise:
-                noise.append(noise_at(self.response, outputs).sum(0))
+                noise.append(self.response.noise_at(outputs).sum(0))
         spread = values.spread()
         if request.observation_noise:
             own = functools.reduce(torch.add, noise) / request.n_samples
@@ -193,14 +193,6 @@ def _mean_and_covariance(outputs: Float[Tensor, "S N D"]) -> tuple[Tensor, Tenso
     moments = RunningMoments()
     moments.add(outputs)
     return moments.mean, moments.spread()
-
-
-def noise_at(response: Response, outputs: Float[Tensor, "s N C"]) -> Float[Tensor, "s N D D"]:
-    """The covariance of targets at each draw of the outputs."""
-    f = outputs.flatten(0, 1)
-    nothing = None if response.likelihood.is_linear else f.new_zeros(*f.shape, f.shape[-1])
-    noise = response.noise_covariance(f, nothing)
-    return noise.expand(len(f), *noise.shape[-2:]).unflatten(0, outputs.shape[:2])
 
 
 def _repeated(response: Response, mean: Float[Tensor, " NC"]) -> Float[Tensor, "NC NC"]:

@@ -92,6 +92,13 @@ class Response:
         noise = self.likelihood.noise_covariance(mean, covariance)
         return self.sigma_noise.to(mean).square() * noise
 
+    def noise_at(self, outputs: Float[Tensor, "S N C"]) -> Float[Tensor, "S N D D"]:
+        """The covariance of targets at outputs that are known."""
+        f = outputs.flatten(0, 1)
+        certain = None if self.likelihood.is_linear else f.new_zeros(*f.shape, f.shape[-1])
+        noise = self.noise_covariance(f, certain)
+        return noise.expand(len(f), *noise.shape[-2:]).unflatten(0, outputs.shape[:2])
+
     def terms(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "B R E"]:
         """Outputs term by term."""
         return self.likelihood.terms(self._rows(outputs))

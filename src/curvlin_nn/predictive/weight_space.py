@@ -76,16 +76,18 @@ class WeightSpace:
             with _Largest(self.model) as largest:
                 found = len(self._at_mean(first))
             if not can_be_cut or found != PROBED:
-                return self._at_once(theta, x, largest.size)
+                return self._at_once(theta, x, largest.size, _SideBySide())
             each = -(-largest.size // PROBED)
-            parts = []
+            parts, mapped = [], _SideBySide()
             for part, expected in cut(x, n_samples, max(1, ACTIVATION_BUDGET // each)):
-                outputs = self._at_once(theta, part, each * expected)
+                outputs = self._at_once(theta, part, each * expected, mapped)
                 check_rows(outputs[0], expected)
                 parts.append(outputs)
             return torch.cat(parts, dim=1)
 
-    def _at_once(self, theta: Float[Tensor, "s P"], x: Any, entries: int) -> Float[Tensor, "s N C"]:
+    def _at_once(
+        self, theta: Float[Tensor, "s P"], x: Any, entries: int, mapped: _SideBySide
+    ) -> Float[Tensor, "s N C"]:
         """Outputs at all of x, as many draws side by side as the budget has room for."""
 
         def run(parameters: Mapping[str, Tensor]) -> Tensor:
@@ -97,7 +99,7 @@ class WeightSpace:
         parts = []
         with nothing_drawn(device_of(self.model), "the input"):
             for some in theta.split(side_by_side):
-                outputs = _mapped(run, self.space.unflatten(some))
+                outputs = mapped(run, self.space.unflatten(some))
                 parts.append(checked_outputs(outputs, "a draw of the weights"))
         outputs = torch.cat(parts)
         return outputs.reshape(*outputs.shape[:2], -1)
@@ -107,18 +109,23 @@ class WeightSpace:
             return checked_outputs(forward(self.model, {}, x, "the input"), "the input")
 
 
-def _mapped(run: Run, parameters: Mapping[str, Tensor]) -> Float[Tensor, "s N ..."]:
-    """`run` at each of several sets of parameters."""
-    n_draws = len(next(iter(parameters.values())))
-    if n_draws > 1:
-        try:
-            return torch.vmap(run)(dict(parameters))
-        except Exception:  # whatever is no fault of the map happens again below
-            pass
-    one_by_one = [
-        run({name: tensor[index] for name, tensor in parameters.items()}) for index in range(n_draws)
-    ]
-    return torch.stack(one_by_one)
+class _SideBySide:
+    """Runs at each of several sets of parameters: all in one, until that turns out not to be possible."""
+
+    def __init__(self) -> None:
+        self._possible = True
+
+    def __call__(self, run: Run, parameters: Mapping[str, Tensor]) -> Float[Tensor, "s N ..."]:
+        n_draws = len(next(iter(parameters.values())))
+        if self._possible and n_draws > 1:
+            try:
+                return torch.vmap(run)(dict(parameters))
+            except Exception:  # whatever is no fault of the map happens again below
+                self._possible = False
+        one_by_one = [
+            run({name: tensor[index] for name, tensor in parameters.items()}) for index in range(n_draws)
+        ]
+        return torch.stack(one_by_one)
 
 
 class _Largest(TorchDispatchMode):
