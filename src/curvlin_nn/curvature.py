@@ -78,10 +78,9 @@ class Accumulated:
         """The coordinates the curvature is about; of a subnetwork, as many of each parameter as were chosen."""
         return self.recorder.space if self.subnetwork is None else self.subnetwork.space
 
-    @property
-    def feature_map(self) -> FeatureMap:
-        """The Jacobian in these coordinates."""
-        jacobian = JacobianMap.of(self.recorder)
+    def feature_map(self, differentiable: bool = False) -> FeatureMap:
+        """The Jacobian in these coordinates; with gradients by its inputs if it is to be differentiable."""
+        jacobian = JacobianMap.of(self.recorder, differentiable=differentiable)
         return jacobian if self.subnetwork is None else RestrictedMap(jacobian, self.subnetwork.index)
 
     @property

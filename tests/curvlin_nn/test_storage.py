@@ -30,7 +30,6 @@ STRUCTURES = {
     "kron-lowrank": partial(structures.KroneckerLowRank, rank=3),
     "block": "block",
     "gp": "gp",
-    "subset": partial(structures.FunctionSpace, n_subset=5, generator=torch.Generator().manual_seed(3)),
     "by module": partial(structures.Block, by_module=True),
     "lowrank": partial(structures.LowRank, rank=4, generator=torch.Generator().manual_seed(3)),
     "by layer": {"0": "ekfac", "2.bias": "diag", "*": partial(structures.Kronecker, max_block=99)},

@@ -289,7 +289,7 @@ def test_entry_points_offer_structures_by_name(monkeypatch):
     assert "trace" in structures.available()
     with pytest.raises(
         UnsupportedError,
-        match="expected one of 'block', 'diag', 'ekfac', 'full', 'kfoc', 'kron', 'kron-lowrank', 'lowrank', 'trace'",
+        match="one of 'block', 'diag', 'ekfac', 'full', 'gp', 'kfoc', 'kron', 'kron-lowrank', 'lowrank', 'trace'",
     ):
         structures.resolve("ekfax")
 

@@ -17,3 +17,7 @@ class FeatureMap(ABC):
     @abstractmethod
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
         """The outputs at x, and the features ``(N, C, D)`` that multiply a deviation of the coordinates."""
+
+    def n_samples(self, x: Any) -> int:
+        """N, the number of samples in x."""
+        return len(self(x)[0])
