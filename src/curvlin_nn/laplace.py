@@ -922,6 +922,10 @@ class Laplace:
         n_outputs = len(self._sigma_noise) if self._sigma_noise.ndim else 0
         if continued and self._fitted is not None:
             n_outputs = len(self._fitted.curvature.outputs or ())
+        return self._by_output(n_outputs)
+
+    def _by_output(self, n_outputs: int) -> list[StructureFactory]:
+        """One state, or one for each of several outputs."""
         if n_outputs == 0:
             return self._structures
         if self._damping:
