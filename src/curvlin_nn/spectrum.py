@@ -124,7 +124,7 @@ def _(H: Woodbury) -> Spectrum | None:
         values = torch.linalg.svdvals(H.U.double()).square()
     else:
         gram = H.U.to(torch.float64).gram().flatten(2).flatten(0, 1)
-        values = _eigenvalues("Woodbury", gram, H.resolution)
+        values = _eigenvalues("Woodbury", gram, H.resolution)[-H.size :]  # of more rows, the others are zero
     return _together(torch.cat([values, values.new_zeros(H.size - len(values))]))
 
 

@@ -222,7 +222,7 @@ def test_reduced_features_are_those_of_a_model_that_reduces_first(reduction):
     head = Laplace(First(), "classification", "all").fit([(phi, y)])
     torch.testing.assert_close(la.curvature.to_dense(), head.curvature.to_dense(), rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(la(x), head(phi), rtol=1e-11, atol=0)
-    features = la._fit.accumulated.feature_map(x)[1]
+    features = la._fit.accumulated.feature_map()(x)[1]
     assert isinstance(features.parts[0], KhatriRaoFeatures)
     assert features.parts[0].n_positions == 1
 

@@ -116,6 +116,7 @@ def _total(piece: Piece) -> Tensor:
     return total.mT.flatten() if piece.transposed else total.flatten()
 
 
+@torch.no_grad()
 def _magnitude(piece: Piece) -> float:
     """The largest sum of the absolute values of terms, which may cancel in the sum itself."""
     return float(_total(replace(piece, left=piece.left.abs(), right=_abs(piece.right))).max())

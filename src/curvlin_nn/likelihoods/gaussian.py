@@ -50,7 +50,7 @@ class Gaussian(Likelihood):
                 )
         if covariance is not None:
             self._factor = _cholesky(covariance)
-            self._options["covariance"] = covariance.detach()
+            self._options["covariance"] = torch.as_tensor(covariance).detach()
         self.has_noise_by_output = covariance is None
 
     def options(self) -> dict[str, Any]:
