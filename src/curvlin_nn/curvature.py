@@ -18,6 +18,8 @@ from curvlin_nn.capture import Captures, Recorder, Recording
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import EXACT, Columns
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
+from curvlin_nn.feature_maps.base import FeatureMap
+from curvlin_nn.feature_maps.recording import FeatureRecorder, FeatureRecording
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
@@ -50,7 +52,7 @@ class Accumulated:
     """What a pass over data leaves.
 
     Attributes:
-        recorder: the verified recorder of the model.
+        recorder: the verified recorder of the model, or of a feature map in its place.
         states: the state of each structure.
         statistics: what the log-likelihood needs to know of the data.
         n_data: the number of samples seen.
@@ -58,7 +60,7 @@ class Accumulated:
         of_a_term: E, how many of the outputs are of one term of the log-likelihood.
     """
 
-    recorder: Recorder
+    recorder: Recorder | FeatureRecorder
     states: tuple[State, ...]
     statistics: Float[Tensor, " K"]
     n_data: int = 0
@@ -124,10 +126,14 @@ class Accumulated:
 
     @classmethod
     def of(
-        cls, state: dict[str, Any], model: nn.Module, factories: Sequence[Callable[[ParameterSpace], State]]
+        cls,
+        state: dict[str, Any],
+        model: nn.Module,
+        factories: Sequence[Callable[[ParameterSpace], State]],
+        feature_map: FeatureMap | None = None,
     ) -> Accumulated:
-        """The sums that had this `state_dict`, over a model like theirs, in states that the factories make."""
-        recorder = Recorder(model, _space(state["parameters"]))
+        """The sums that had this `state_dict`, over a model (or a map) like theirs, in states that the factories make."""
+        recorder = _recorder(model, feature_map, _space(state["parameters"]))
         states = tuple(factory(recorder.space) for factory in factories)
         return cls(recorder, states, state["statistics"]).with_state(state)
 
@@ -225,7 +231,7 @@ def accumulate(
     model: nn.Module,
     likelihood: Likelihood,
     loader: Iterable[Any],
-    subset_of_weights: Selection,
+    subset_of_weights: Selection | FeatureMap,
     factories: Sequence[StructureFactory],
     *,
     columns: Columns = EXACT,
@@ -233,6 +239,8 @@ def accumulate(
     checkpoint: Checkpoint | None = None,
 ) -> Accumulated:
     """Send captures of all data through structures; several share the passes. See `curvature`.
+
+    A feature map in the place of the subset of weights has its coordinates in the place of parameters.
 
     With a checkpoint, sums that it holds are continued, and batches that are in them are only looked at.
     """
@@ -274,7 +282,7 @@ class Accumulation:
         self,
         model: nn.Module,
         likelihood: Likelihood,
-        subset_of_weights: Selection,
+        subset_of_weights: Selection | FeatureMap,
         factories: Sequence[StructureFactory],
         columns: Columns,
     ) -> None:
@@ -348,14 +356,14 @@ class Accumulation:
         for state in self._states:
             state.begin(0)
         nothing = torch.zeros(1, dtype=torch.float64, device=device_of(self.model))
-        self._sums = Accumulated(Recorder(self.model, space), self._states, nothing)
+        self._sums = Accumulated(_recorder(self.model, self._subset, space), self._states, nothing)
 
     def _unfinished(self) -> list[Structure]:
         return [state for state in self._states if self.pass_index < state.passes]
 
 
 def _captures(
-    recording: Recording, likelihood: Likelihood, targets: Tensor, columns: Columns
+    recording: Recording | FeatureRecording, likelihood: Likelihood, targets: Tensor, columns: Columns
 ) -> Iterator[Captures]:
     """What a batch says, some columns at a time."""
     outputs = recording.outputs
@@ -363,6 +371,14 @@ def _captures(
     kept = None if weights is None else weights != 0
     for index, some in enumerate(columns(likelihood, outputs, targets)):
         yield replace(recording.captures(some, first=index == 0), kept=kept)
+
+
+def _recorder(
+    model: nn.Module, recorded: Selection | FeatureMap | None, space: ParameterSpace
+) -> Recorder | FeatureRecorder:
+    if isinstance(recorded, FeatureMap):
+        return FeatureRecorder(model, recorded, space)
+    return Recorder(model, space)
 
 
 def _space(state: dict[str, Any]) -> ParameterSpace:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,12 +18,14 @@ from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
 from curvlin_nn._check import numbers
 from curvlin_nn.batches import Labelled
+from curvlin_nn.capture import Recorder
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
 from curvlin_nn.errors import NotFittedError, OutputError, StaleModelError, UnsupportedError, one_of
 from curvlin_nn.evidence import Evidence, curvature_scale
-from curvlin_nn.feature_maps import JacobianMap
+from curvlin_nn.feature_maps import FeatureMap, JacobianMap
+from curvlin_nn.feature_posterior import FeatureSpace, Residual, ResidualPredictive
 from curvlin_nn.fingerprint import Fingerprint
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
@@ -61,6 +63,7 @@ class _Fitted:
     curvature: PrecisionOperator
     fingerprint: Fingerprint
     seconds: float = 0.0
+    of_map: Mapping[str, Tensor] = field(default_factory=dict)  # checksums
 
     @cached_property
     @outside_inference_mode()
@@ -92,7 +95,9 @@ class Laplace:
         prior_mean: a number or a flat vector.
         sigma_noise: the standard deviation of observations, in the units of the targets; regression only.
         temperature: T; the likelihood counts with weight 1 / T.
-        feature_map: not supported yet.
+        feature_map: features in the place of the Jacobian, such as a `NystromMap`: the posterior is then over their K
+            coordinates, ``"full"``, a deviation from the network with mean zero; see `curvlin_nn.feature_posterior`.
+        residual: with such a map, whether predictions keep the prior variance that its features leave out.
         prior_structure: ``"scalar"``, ``"layerwise"`` (per parameter tensor), ``"modulewise"`` or ``"diag"``;
             needed only where the length of `prior_precision` fits several.
         dict_key_y: the name of the targets in loaders that yield mappings, as those of Hugging Face do.
@@ -116,17 +121,21 @@ class Laplace:
         prior_mean: float | Tensor = 0.0,
         sigma_noise: float | Tensor = 1.0,
         temperature: float = 1.0,
-        feature_map: object | None = None,
+        feature_map: FeatureMap | None = None,
+        residual: bool = True,
         prior_structure: str | None = None,
         dict_key_y: str = "labels",
     ) -> None:
         if curvature not in CURVATURES:
             raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
-        if feature_map is not None:
-            raise UnsupportedError(
-                "feature_map is not supported; the exact Jacobian is used, leave it at None"
-            )
         check_model(model)
+        self.feature_map = feature_map
+        self._features: FeatureSpace | None = None
+        if feature_map is not None:
+            self._features = FeatureSpace.of(
+                feature_map, residual, subset_of_weights, hessian_structure, curvature
+            )
+            subset_of_weights, hessian_structure = "all", "full"
         self.model = model
         self.likelihood = likelihoods.resolve(likelihood)
         self.subset_of_weights: Selection = "last_layer" if subset_of_weights is None else subset_of_weights
@@ -253,7 +262,7 @@ class Laplace:
             self.model,
             self.likelihood,
             train_loader,
-            self.subset_of_weights,
+            self.subset_of_weights if self.feature_map is None else self.feature_map,
             self._structures,
             columns=self._columns,
             progress_bar=progress_bar,
@@ -274,9 +283,12 @@ class Laplace:
 
     def _finish(self, found: Accumulated, begin: float) -> None:
         """Be fitted with these sums, around the model's present parameters; it took the time since `begin`."""
-        mean = found.space.flatten(found.space.tensors(self.model))
         curvature, fingerprint = found.states[0].finish(), Fingerprint.of(self.model)
-        fitted = _Fitted(found, mean, curvature, fingerprint, time.perf_counter() - begin)
+        if self._features is None:
+            mean, of_map = found.space.flatten(found.space.tensors(self.model)), {}
+        else:
+            mean, of_map = self._features.weights(self.model), self._features.checksums()
+        fitted = _Fitted(found, mean, curvature, fingerprint, time.perf_counter() - begin, of_map)
         _check_mean_length(self._prior_mean, fitted)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
@@ -310,8 +322,8 @@ class Laplace:
 
     @property
     def mean(self) -> Float[Tensor, " P"]:
-        """The posterior mean: the parameters the posterior was fitted around, flat."""
-        return self._fit.mean
+        """The posterior mean: the parameters the posterior was fitted around, flat; zero for features."""
+        return self._fit.mean if self._features is None else self._fit.mean.new_zeros(self.n_params)
 
     @property
     @outside_inference_mode()
@@ -337,7 +349,14 @@ class Laplace:
         Args:
             n_samples: how many, at least one.
             generator: source of randomness; None is torch's default generator.
+
+        Raises:
+            UnsupportedError: for a posterior on features, which are no weights.
         """
+        if self._features is not None:
+            raise UnsupportedError(
+                "sample draws weights, and a posterior with a feature_map has none; take functional_samples"
+            )
         shape = (positive_integer("n_samples", n_samples),)
         return self.mean + self.posterior_precision.sample(shape, generator=generator)
 
@@ -389,7 +408,7 @@ class Laplace:
         *,
         likelihood: str | nn.Module | Likelihood | None = None,
         hessian_structure: StructureChoice | None = None,
-        feature_map: object | None = None,
+        feature_map: FeatureMap | None = None,
     ) -> Laplace:
         """The object that was saved; predictions, evidence and further fits are as they would have been.
 
@@ -398,7 +417,7 @@ class Laplace:
             model: the model that it was fitted to, with the same parameters and buffers.
             likelihood: the one it had, needed only where no name stands for it (such as `likelihoods.Custom`).
             hessian_structure: likewise, such as a class of one's own that is not registered.
-            feature_map: likewise.
+            feature_map: the one it had, with the same features; no file holds it.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -406,8 +425,8 @@ class Laplace:
             StaleModelError: if the model is another one, or holds other values.
         """
         state = read(path, stored.KIND)
-        given = stored.arguments(state, likelihood, hessian_structure)
-        la = cls(model, **given, feature_map=feature_map)
+        given = stored.arguments(state, likelihood, hessian_structure, feature_map)
+        la = cls(model, **given)
         la.load_state_dict(state)
         return la
 
@@ -612,6 +631,20 @@ class Laplace:
             samples = samples + self._sigma_noise.detach().to(samples) * (targets - samples)
         return samples.reshape(*outputs.shape[:2], -1)
 
+    @outside_inference_mode()
+    def residual_covariance(self, x: Any) -> Residual:
+        """The prior variance that the features of a `feature_map` leave out, as predictions at x add it.
+
+        Raises:
+            UnsupportedError: where there is none: without such a map, or with ``residual=False``.
+        """
+        predictive = self._predictive()
+        if not isinstance(predictive, ResidualPredictive):
+            raise UnsupportedError(
+                "residual_covariance needs a feature_map that stands in for a Jacobian, and residual=True"
+            )
+        return predictive.residual(x)
+
     def _linked(self, link: Callable[..., Tensor], *outputs: Float[Tensor, "*batch C"]) -> Tensor:
         """A function of terms, in the shape of the model's outputs."""
         rows = [self._rows(f) for f in outputs]
@@ -684,14 +717,20 @@ class Laplace:
 
     def _predictive(self, progress_bar: bool = False) -> Predictive:
         self._check_unchanged()
-        jacobians = JacobianMap.of(self._fit.accumulated.recorder)
-        return Predictive(jacobians, self.posterior_precision, progress_bar)
+        if self._features is not None:
+            prior = self._prior(self._prior_precision)
+            return self._features.predictive(self.posterior_precision, prior, progress_bar)
+        recorder = self._fit.accumulated.recorder
+        assert isinstance(recorder, Recorder)
+        return Predictive(JacobianMap.of(recorder), self.posterior_precision, progress_bar)
 
     def _check_unchanged(self) -> None:
         """Every parameter and buffer counts, those outside of the posterior included: outputs depend on all."""
         name = self._fit.fingerprint.difference(self.model)
         if name is not None:
             raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")
+        if self._features is not None:
+            self._features.check_unchanged(self._fit.of_map)
 
     def _evidence(self) -> Evidence:
         fit = self._fit
@@ -704,6 +743,8 @@ class Laplace:
 
     def _prior_of(self, fitted: _Fitted, precision: Tensor | PrecisionOperator) -> Prior:
         deviation = fitted.mean.double() - self._prior_mean.to(fitted.mean).double()
+        if self._features is not None and self._features.stands_in:
+            return self._features.prior(precision, deviation)
         if isinstance(precision, PrecisionOperator):
             if precision.size != len(deviation):
                 raise ValueError(

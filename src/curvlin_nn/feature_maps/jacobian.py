@@ -37,6 +37,11 @@ class JacobianMap(FeatureMap):
         return jacobian
 
     @property
+    def model(self) -> nn.Module:
+        """The model that is linearised."""
+        return self._recorder.model
+
+    @property
     def space(self) -> ParameterSpace:
         """The parameters of the Jacobian's columns."""
         return self._recorder.space

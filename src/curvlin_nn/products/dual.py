@@ -19,7 +19,7 @@ def from_rows(rows: Sequence[BlockFeatures], rank: int) -> LowRankApproximation:
     eigenvalues; what is left of the trace is the sum of the other eigenvalues.
     """
     rows = [Phi.to(torch.float64) for Phi in rows]
-    dual = _dual(rows)
+    dual = kernel(rows)
     values, Q = torch.linalg.eigh(dual)
     kept = values[-rank:].flip(0) > len(values) * torch.finfo(values.dtype).eps * values.abs().max()
     Q = Q[:, -rank:].flip(1) * kept
@@ -31,7 +31,7 @@ def from_rows(rows: Sequence[BlockFeatures], rank: int) -> LowRankApproximation:
     return LowRankApproximation(U, exactly(left, 0))
 
 
-def _dual(rows: Sequence[BlockFeatures]) -> Float[Tensor, "R R"]:
+def kernel(rows: Sequence[BlockFeatures]) -> Float[Tensor, "R R"]:
     """The kernel between all rows, symmetric, by pairs of batches."""
     blocks: list[list[Tensor]] = [[] for _ in rows]
     for i, Phi in enumerate(rows):

@@ -18,6 +18,7 @@ from torch import nn
 from curvlin_nn.capture.state import device_of
 from curvlin_nn.curvature import Accumulated
 from curvlin_nn.errors import StorageError
+from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.fingerprint import check_same
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 KIND = "curvlin_nn.Laplace"
 """What a file of this kind says that it is."""
 
-CHOICES = ("likelihood", "subset_of_weights", "hessian_structure", "curvature", "indefinite")
+CHOICES = ("likelihood", "subset_of_weights", "hessian_structure", "curvature", "indefinite", "feature_map")
 """The arguments of the constructor that decide what is summed over the data."""
 
 _HYPERPARAMETERS = ("prior_mean", "sigma_noise", "temperature")
@@ -49,6 +50,7 @@ def choices_of(la: Laplace) -> dict[str, Any]:
         "hessian_structure": la._hessian[0] if la._hessian else options.of_structure(la._structures[0]),
         "curvature": la._curvature,
         "indefinite": la._hessian[1] if la._hessian else "raise",
+        "feature_map": None if la._features is None else la._features.description(),
     }
 
 
@@ -73,6 +75,7 @@ def arguments(
     state: dict[str, Any],
     likelihood: str | nn.Module | Likelihood | None,
     hessian_structure: StructureChoice | None,
+    feature_map: FeatureMap | None,
 ) -> dict[str, Any]:
     """What the constructor takes to make an object that a state fits, some of it given again.
 
@@ -80,6 +83,12 @@ def arguments(
         StorageError: if something must be given that is not, or no generator can be made on this machine.
     """
     structure = state["hessian_structure"]
+    of_map = state["feature_map"]
+    if of_map is not None and feature_map is None:
+        raise StorageError(
+            f"feature_map was a {of_map['kind']}, which no file holds; give it again with "
+            "Laplace.load(..., feature_map=...)"
+        )
     return {
         "likelihood": options.to_likelihood(state["likelihood"], likelihood),
         "subset_of_weights": state["subset_of_weights"],
@@ -89,6 +98,8 @@ def arguments(
         "curvature": state["curvature"],
         "indefinite": state["indefinite"],
         "generator": options.to_generator(state["generator"]),
+        "feature_map": feature_map,
+        "residual": of_map is None or of_map["residual"],
     }
 
 
@@ -96,7 +107,7 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
     """See `Laplace.load_state_dict`."""
     _check(la, state)
     check_same(state["model"], la.model)
-    found = Accumulated.of(state["sums"], la.model, la._structures or [_hessian_of(la)])
+    found = Accumulated.of(state["sums"], la.model, la._structures or [_hessian_of(la)], la.feature_map)
     changed = copy.copy(la)
     changed._fitted = None
     changed._prior_structure = state["prior_structure"]
