@@ -28,8 +28,8 @@ class NystromMap(ProjectedMap):
     """``Phi = J V`` with the K leading right singular vectors V of M rows of the Jacobian.
 
     With ``J_M J_M^T = U diag(s) U^T``, ``V = J_M^T U_K s_K^-1/2`` is orthonormal, and ``Phi Phi^T`` the Nystrom
-    approximation of the tangent kernel: the features of ELLA (Deng et al., 2022). V is kept as K flat vectors, or as the
-    rows that span it where these are fewer numbers.
+    approximation of the tangent kernel: the features of ELLA (Deng et al., 2022). V is kept as K flat vectors, or as
+    the rows that span it where these are fewer numbers.
 
     Args:
         model: maps one argument to outputs ``(N, C)``; it comes back as it was.
