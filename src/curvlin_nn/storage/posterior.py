@@ -83,7 +83,7 @@ def arguments(
         StorageError: if something must be given that is not, or no generator can be made on this machine.
     """
     structure = state["hessian_structure"]
-    of_map = state["feature_map"]
+    of_map = state.get("feature_map")
     if of_map is not None and feature_map is None:
         raise StorageError(
             f"feature_map was a {of_map['kind']}, which no file holds; give it again with "
