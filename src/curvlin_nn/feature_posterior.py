@@ -4,8 +4,8 @@
     log Z = log p(D | theta) / T - delta |theta - mu|^2 / 2 - (logdet P - K log delta) / 2
 
 The coordinates are a deviation from the network: their mean is zero. In log Z the other P - K directions of weights
-have the prior's precision and cancel, but for the scatter of theta, which is that of all P weights. Predictions add what
-the features leave out; see `curvlin_nn.residual`.
+have the prior's precision and cancel, but for the scatter of theta, which is that of all P weights. Predictions add
+what the features leave out; see `curvlin_nn.residual`.
 """
 
 from __future__ import annotations
