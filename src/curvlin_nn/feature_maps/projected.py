@@ -41,6 +41,11 @@ class ProjectedMap(FeatureMap):
         """J, whose products the features are."""
         return self._jacobian
 
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """See `FeatureMap.output_shape`."""
+        return self._jacobian.output_shape
+
     @outside_inference_mode()
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], DenseFeatures]:
         """See `FeatureMap.__call__`."""
