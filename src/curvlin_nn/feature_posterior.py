@@ -81,7 +81,8 @@ class FeatureSpace:
             )
         if enable_backprop:
             raise UnsupportedError(
-                "enable_backprop=True is not supported with a feature_map, whose features have no gradients; leave it out"
+                "enable_backprop=True is not supported with a feature_map, whose features have no gradients; leave it "
+                "at False"
             )
         return cls(feature_map, residual)
 
