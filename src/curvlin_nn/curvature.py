@@ -20,6 +20,7 @@ from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import EXACT, Columns
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
 from curvlin_nn.feature_maps import FeatureMap, JacobianMap, RestrictedMap
+from curvlin_nn.feature_maps.recording import FeatureRecorder, FeatureRecording
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.output_curvature import OutputCurvature
@@ -56,7 +57,7 @@ class Accumulated:
     """What a pass over data leaves.
 
     Attributes:
-        recorder: the verified recorder of the model.
+        recorder: the verified recorder of the model, or of a feature map in its place.
         states: the state of each structure.
         statistics: what the log-likelihood needs to know of the data.
         n_data: the number of samples seen.
@@ -65,7 +66,7 @@ class Accumulated:
         subnetwork: the chosen coordinates, if these are not whole parameters.
     """
 
-    recorder: Recorder
+    recorder: Recorder | FeatureRecorder
     states: tuple[State, ...]
     statistics: Float[Tensor, " K"]
     n_data: int = 0
@@ -79,7 +80,13 @@ class Accumulated:
         return self.recorder.space if self.subnetwork is None else self.subnetwork.space
 
     def feature_map(self, differentiable: bool = False) -> FeatureMap:
-        """The Jacobian in these coordinates; with gradients by its inputs if it is to be differentiable."""
+        """The Jacobian in these coordinates, or what stands in for it.
+
+        Args:
+            differentiable: whether a Jacobian is to have gradients by its inputs.
+        """
+        if isinstance(self.recorder, FeatureRecorder):
+            return self.recorder.feature_map
         jacobian = JacobianMap.of(self.recorder, differentiable=differentiable)
         return jacobian if self.subnetwork is None else RestrictedMap(jacobian, self.subnetwork.index)
 
@@ -150,11 +157,12 @@ class Accumulated:
         state: dict[str, Any],
         model: nn.Module,
         factories: Sequence[Callable[[ParameterSpace], Any]],
-        subnetwork: Subnetwork | None = None,
+        subset: Subnetwork | FeatureMap | None = None,
         feature_reduction: str | None = None,
     ) -> Accumulated:
-        """The sums that had this `state_dict`, over a model like theirs, in states that the factories make."""
-        recorder = Recorder(model, _space(state["parameters"]), feature_reduction=feature_reduction)
+        """The sums that had this `state_dict`, over a model or map like theirs, in states that the factories make."""
+        recorder = _recorder(model, subset, _space(state["parameters"]), feature_reduction)
+        subnetwork = subset if isinstance(subset, Subnetwork) else None
         states = tuple(factory(recorder.space) for factory in _of_subnetwork(factories, subnetwork))
         return cls(recorder, states, state["statistics"], subnetwork=subnetwork).with_state(state)
 
@@ -256,7 +264,7 @@ def accumulate(
     model: nn.Module,
     likelihood: Likelihood,
     loader: Iterable[Any],
-    subset_of_weights: Selection | Subnetwork,
+    subset_of_weights: Selection | Subnetwork | FeatureMap,
     factories: Sequence[StructureFactory],
     *,
     columns: Columns = EXACT,
@@ -265,6 +273,8 @@ def accumulate(
     checkpoint: Checkpoint | None = None,
 ) -> Accumulated:
     """Send captures of all data through structures; several share the passes. See `curvature`.
+
+    A feature map in the place of the subset of weights has its coordinates in the place of parameters.
 
     With a checkpoint, sums that it holds are continued, and batches that are in them are only looked at.
     """
@@ -307,7 +317,7 @@ class Accumulation:
         self,
         model: nn.Module,
         likelihood: Likelihood,
-        subset_of_weights: Selection | Subnetwork,
+        subset_of_weights: Selection | Subnetwork | FeatureMap,
         factories: Sequence[StructureFactory],
         columns: Columns,
         feature_reduction: str | None = None,
@@ -388,7 +398,7 @@ class Accumulation:
         self._states = tuple(factory(space) for factory in _of_subnetwork(self._factories, subnetwork))
         for state in self._states:
             state.begin(0)
-        recorder = Recorder(self.model, space, feature_reduction=self._feature_reduction)
+        recorder = _recorder(self.model, self._subset, space, self._feature_reduction)
         nothing = torch.zeros(1, dtype=torch.float64, device=device_of(self.model))
         self._sums = Accumulated(recorder, self._states, nothing, subnetwork=subnetwork)
 
@@ -397,7 +407,12 @@ class Accumulation:
 
 
 def _captures(
-    recording: Recording, likelihood: Likelihood, targets: Tensor, columns: Columns, *, closed: bool = False
+    recording: Recording | FeatureRecording,
+    likelihood: Likelihood,
+    targets: Tensor,
+    columns: Columns,
+    *,
+    closed: bool = False,
 ) -> Iterator[Captures]:
     """What a batch says, some columns at a time; or in closed form if that is wanted, and the parameters allow it."""
     outputs = recording.outputs
@@ -421,6 +436,17 @@ def _of_subnetwork(
     if subnetwork is None:
         return factories
     return [partial(SubnetworkStructure, subnetwork=subnetwork, factory=factory) for factory in factories]
+
+
+def _recorder(
+    model: nn.Module,
+    subset: Selection | Subnetwork | FeatureMap | None,
+    space: ParameterSpace,
+    feature_reduction: str | None,
+) -> Recorder | FeatureRecorder:
+    if isinstance(subset, FeatureMap):
+        return FeatureRecorder(model, subset, space)
+    return Recorder(model, space, feature_reduction=feature_reduction)
 
 
 def _space(state: dict[str, Any]) -> ParameterSpace:

@@ -129,7 +129,9 @@ class HeldOut:
         self._request, self._progress_bar = request, progress_bar
         self._parts: list[_Part] = []
         for la, data in pairs:
-            view = _View.of(la) if request.pred_type == "glm" else None
+            # What a feature map leaves out of the prior is not among the kept features.
+            linear = request.pred_type == "glm" and la.feature_map is None
+            view = _View.of(la) if linear else None
             self._parts += [_Part(copy.copy(la), view, x, targets) for x, targets in data]
 
     def scores(self, precisions: Float[Tensor, " G"]) -> Float[Tensor, " G"]:
@@ -208,7 +210,14 @@ class _Kept:
 
 
 class _Held(FeatureMap):
-    """Gives back what was kept."""
+    """Gives back what was kept, over so many coordinates."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        return self._size
 
     def __call__(self, x: _Kept) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
         return x.outputs, x.features
@@ -247,7 +256,7 @@ class _View:
         curvature = fit.curvature
         if not damped:
             curvature = _Scaled(H if basis is None else Diagonal(basis.eigenvalues))
-        seen._fitted = replace(fit, curvature=curvature, feature_map=_Held())
+        seen._fitted = replace(fit, curvature=curvature, feature_map=_Held(H.size))
         return cls(seen, Predictive(fit.feature_map, H), basis)
 
     def pieces(self, x: Any) -> Iterator[_Kept]:
@@ -306,10 +315,10 @@ def folds(la: Laplace, data: Sequence[tuple[Any, Tensor]], n_folds: int) -> list
         seen += n
     if seen < n_folds:
         raise DataError(f"cross-validation with {n_folds} folds needs as many samples, found {seen}")
-    names = list(la.parameters.names)
+    chosen = list(la.parameters.names) if la.feature_map is None else la.feature_map
     factories = la._summed(continued=True)
     found = [
-        accumulate(la.model, la.likelihood, samples, names, factories, columns=la._columns)
+        accumulate(la.model, la.likelihood, samples, chosen, factories, columns=la._columns)
         for samples in dealt
     ]
     return [(_without(la, found, fold), dealt[fold]) for fold in range(n_folds)]

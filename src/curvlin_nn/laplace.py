@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -36,6 +36,7 @@ from curvlin_nn.errors import (
 )
 from curvlin_nn.evidence import Curvature, Evidence
 from curvlin_nn.feature_maps import FeatureMap
+from curvlin_nn.feature_posterior import FeatureSpace
 from curvlin_nn.fingerprint import Fingerprint
 from curvlin_nn.held_out import METHODS, Grid, HeldOutOptimum, Scoring, search
 from curvlin_nn.inference_mode import outside_inference_mode
@@ -68,6 +69,7 @@ from curvlin_nn.prior_search import Optimum, maximise
 from curvlin_nn.products.hessian import Hessian
 from curvlin_nn.products.hessian_states import hessian_state
 from curvlin_nn.products.hessian_sums import check_structure as check_hessian
+from curvlin_nn.residual import Residual, ResidualPredictive
 from curvlin_nn.storage import posterior as stored
 from curvlin_nn.storage.checkpoint import Checkpoint
 from curvlin_nn.storage.files import StrPath, read, write
@@ -92,6 +94,7 @@ class _Fitted:
     feature_map: FeatureMap
     whole_mean: Float[Tensor, " W"]
     seconds: float = 0.0
+    of_map: Mapping[str, Tensor] = field(default_factory=dict)  # checksums
 
 
 class Laplace:
@@ -121,7 +124,9 @@ class Laplace:
         sigma_noise: the standard deviation of observations, in the units of the targets, or one for each output;
             regression only.
         temperature: T; the likelihood counts with weight 1 / T.
-        feature_map: not supported yet.
+        feature_map: features in the place of the Jacobian, such as a `NystromMap`: the posterior is then over their K
+            coordinates, ``"full"``, a deviation from the network with mean zero; see `curvlin_nn.feature_posterior`.
+        residual: with such a map, whether predictions keep the prior variance that its features leave out.
         subnetwork_indices: for ``"subnetwork"``, distinct coordinates of the flat vector of all parameters that require
             a gradient. The posterior is over these alone, in increasing order.
         last_layer_name: for ``"last_layer"``, the module to take; None finds it by running the model.
@@ -162,7 +167,8 @@ class Laplace:
         prior_mean: float | Tensor = 0.0,
         sigma_noise: float | Tensor = 1.0,
         temperature: float = 1.0,
-        feature_map: object | None = None,
+        feature_map: FeatureMap | None = None,
+        residual: bool = True,
         prior_structure: str | None = None,
         subnetwork_indices: Tensor | None = None,
         last_layer_name: str | None = None,
@@ -177,19 +183,19 @@ class Laplace:
         arguments.refuse(unknown, Laplace, arguments.CONSTRUCTOR)
         if curvature not in CURVATURES:
             raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
-        if feature_map is not None:
-            raise UnsupportedError(
-                "feature_map is not supported; the exact Jacobian is used, leave it at None"
-            )
         check_model(model)
+        self.feature_map = feature_map
+        self._features: FeatureSpace | None = None
+        if feature_map is not None:
+            self._features = FeatureSpace.of(
+                feature_map, residual, subset_of_weights, hessian_structure, curvature, enable_backprop
+            )
+            subset_of_weights, hessian_structure = "all", "full"
         self.model = model
         self.likelihood = likelihoods.resolve(likelihood)
         subset = Subset.of(model, subset_of_weights, subnetwork_indices, last_layer_name)
-        self.subset_of_weights, self._selection, self.last_layer_name = (
-            subset.name,
-            subset.selection,
-            last_layer_name,
-        )
+        self.subset_of_weights, self.last_layer_name = subset.name, last_layer_name
+        self._selection: Selection | Subnetwork | FeatureMap = feature_map or subset.selection
         self.feature_reduction = check_reduction(feature_reduction)
         structure = "kron" if hessian_structure is None else hessian_structure
         self._curvature = curvature
@@ -346,19 +352,16 @@ class Laplace:
 
     def _finish(self, found: Accumulated, begin: float) -> None:
         """Be fitted with these sums, around the model's present parameters; it took the time since `begin`."""
-        whole = found.whole_space.flatten(found.whole_space.tensors(self.model))
+        if self._features is None:
+            whole, of_map = found.whole_space.flatten(found.whole_space.tensors(self.model)), {}
+        else:
+            whole, of_map = self._features.weights(self.model), self._features.checksums()
         mean = whole if found.subnetwork is None else found.subnetwork.of_whole(whole)
         H = Curvature.of(found.states[0], damping=self._damping)
         fingerprint = Fingerprint.of(self.model)
-        fitted = _Fitted(
-            found,
-            mean,
-            H,
-            fingerprint,
-            found.feature_map(self.enable_backprop),
-            whole,
-            time.perf_counter() - begin,
-        )
+        linearised = found.feature_map(self.enable_backprop)
+        seconds = time.perf_counter() - begin
+        fitted = _Fitted(found, mean, H, fingerprint, linearised, whole, seconds, of_map)
         _check_mean_length(self._prior_mean, fitted)
         _check_noise_length(self._sigma_noise, fitted)
         self._prior_of(fitted, self._prior_precision)
@@ -403,8 +406,12 @@ class Laplace:
 
     @property
     def mean(self) -> Float[Tensor, " P"]:
-        """The parameters the posterior was fitted around, flat; for a subnetwork those it holds fixed as well."""
-        return self._fit.whole_mean
+        """The parameters the posterior was fitted around, flat; for a subnetwork those it holds fixed as well.
+
+        Zero for features, which are a deviation from the network.
+        """
+        fit = self._fit
+        return fit.whole_mean if self._features is None else fit.mean.new_zeros(self.n_params)
 
     @property
     @outside_inference_mode()
@@ -421,7 +428,8 @@ class Laplace:
     @property
     def posterior(self) -> Gaussian:
         """The posterior over the flat parameters; for a subnetwork over its k coordinates."""
-        return Gaussian(self._fit.mean, self.posterior_precision)
+        mean = self._fit.mean if self._features is None else self.mean
+        return Gaussian(mean, self.posterior_precision)
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
         """Draws of flat parameter vectors, of which a subnetwork's coordinates alone vary.
@@ -429,7 +437,14 @@ class Laplace:
         Args:
             n_samples: how many, at least one.
             generator: source of randomness; None is torch's default generator.
+
+        Raises:
+            UnsupportedError: for a posterior on features, which are no weights.
         """
+        if self._features is not None:
+            raise UnsupportedError(
+                "sample draws weights, and a posterior with a feature_map has none; take functional_samples"
+            )
         shape = (positive_integer("n_samples", n_samples),)
         return self._in_whole(self._fit.mean + self.posterior_precision.sample(shape, generator=generator))
 
@@ -481,7 +496,7 @@ class Laplace:
         *,
         likelihood: str | nn.Module | Likelihood | None = None,
         hessian_structure: StructureChoice | None = None,
-        feature_map: object | None = None,
+        feature_map: FeatureMap | None = None,
     ) -> Laplace:
         """The object that was saved; predictions, evidence and further fits are as they would have been.
 
@@ -490,7 +505,7 @@ class Laplace:
             model: the model that it was fitted to, with the same parameters and buffers.
             likelihood: the one it had, needed only where no name stands for it (such as `likelihoods.Custom`).
             hessian_structure: likewise, such as a class of one's own that is not registered.
-            feature_map: likewise.
+            feature_map: the one it had, with the same features; no file holds it.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -498,8 +513,8 @@ class Laplace:
             StaleModelError: if the model is another one, or holds other values.
         """
         state = read(path, stored.KIND)
-        given = stored.arguments(state, likelihood, hessian_structure)
-        la = cls(model, **given, feature_map=feature_map)
+        given = stored.arguments(state, likelihood, hessian_structure, feature_map)
+        la = cls(model, **given)
         la.load_state_dict(state)
         return la
 
@@ -836,6 +851,20 @@ class Laplace:
         return self._predictor(pred_type).predictive_samples(x, n_samples, generator, observation_noise)
 
     @outside_inference_mode()
+    def residual_covariance(self, x: Any) -> Residual:
+        """The prior variance that the features of a `feature_map` leave out, as predictions at x add it.
+
+        Raises:
+            UnsupportedError: where there is none: without such a map, or with ``residual=False``.
+        """
+        predictive = self._predictive()
+        if not isinstance(predictive, ResidualPredictive):
+            raise UnsupportedError(
+                "residual_covariance needs a feature_map that stands in for a Jacobian, and residual=True"
+            )
+        return predictive.residual(x)
+
+    @outside_inference_mode()
     def functional_variance(self, Js: FeatureOperator | Float[Tensor, "N C P"]) -> Float[Tensor, "N C C"]:
         """``J P^-1 J^T`` of each sample, for Jacobians in factored form (`JacobianMap`) or multiplied out."""
         return functional_covariance(self.posterior_precision, Js, joint=False)
@@ -874,6 +903,11 @@ class Laplace:
 
     def _predictor(self, pred_type: str, progress_bar: bool = False) -> Predictor:
         check_pred_type(pred_type, FunctionSpace in self._structures)
+        if pred_type == "nn" and self._features is not None:
+            raise UnsupportedError(
+                "pred_type='nn' runs the network at draws of its weights, and a posterior with a feature_map has none; "
+                "take 'glm'"
+            )
         sigma_noise = self._sigma_noise.detach()
         if pred_type == "nn":
             shape = self._fit.accumulated.output_shape or (1,)
@@ -885,6 +919,9 @@ class Laplace:
 
     def _predictive(self, progress_bar: bool = False) -> Predictive:
         self._check_unchanged()
+        if self._features is not None:
+            prior = self._prior(self._prior_precision)
+            return self._features.predictive(self.posterior_precision, prior, progress_bar)
         return Predictive(self._fit.feature_map, self.posterior_precision, progress_bar)
 
     def _in_whole(self, values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch P"]:
@@ -916,6 +953,8 @@ class Laplace:
         name = self._fit.fingerprint.difference(self.model)
         if name is not None:
             raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")
+        if self._features is not None:
+            self._features.check_unchanged(self._fit.of_map)
 
     def _summed(self, continued: bool) -> list[StructureFactory]:
         """What sums the curvature: one state, or one for each output where these have noise scales of their own."""
@@ -960,6 +999,8 @@ class Laplace:
     ) -> Prior:
         mean = self._prior_mean if mean is None else mean
         deviation = fitted.mean.double() - mean.to(fitted.mean).double()
+        if self._features is not None and self._features.stands_in:
+            return self._features.prior(precision, deviation)
         if isinstance(precision, PrecisionOperator):
             if precision.size != len(deviation):
                 raise ValueError(

@@ -2,6 +2,8 @@
 
 from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.feature_maps.jacobian import JacobianMap, LastLayerMap
+from curvlin_nn.feature_maps.nystrom import NystromMap
 from curvlin_nn.feature_maps.restriction import RestrictedMap
+from curvlin_nn.feature_maps.sketch import SketchMap
 
-__all__ = ["FeatureMap", "JacobianMap", "LastLayerMap", "RestrictedMap"]
+__all__ = ["FeatureMap", "JacobianMap", "LastLayerMap", "NystromMap", "RestrictedMap", "SketchMap"]

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlin import BlockFeatures, DenseFeatures, FeatureOperator, KhatriRaoFeatures
-from curvlin_nn.capture import Block, Captures, Recorder, last_layer
+from curvlin_nn.capture import Block, Captures, Recorder, Recording, last_layer
 from curvlin_nn.capture.inputs import tensors_of
+from curvlin_nn.errors import NotFittedError
 from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.parameters import ParameterSpace, Selection
@@ -24,6 +25,8 @@ class JacobianMap(FeatureMap):
         subset_of_weights: ``"all"``, names of parameters or modules, or a predicate.
         differentiable: whether outputs and features have gradients with respect to x (while autograd records).
     """
+
+    orthonormal = True
 
     def __init__(
         self, model: nn.Module, subset_of_weights: Selection = "all", *, differentiable: bool = False
@@ -39,9 +42,29 @@ class JacobianMap(FeatureMap):
         return jacobian
 
     @property
+    def model(self) -> nn.Module:
+        """The model that is linearised."""
+        return self._recorder.model
+
+    @property
     def space(self) -> ParameterSpace:
         """The parameters of the Jacobian's columns."""
         return self._recorder.space
+
+    @property
+    def size(self) -> int:
+        """P, the number of parameters."""
+        return self.space.size
+
+    @property
+    def jacobian(self) -> JacobianMap:
+        """The map itself."""
+        return self
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """See `FeatureMap.output_shape`."""
+        return self._recorder.output_shape
 
     @outside_inference_mode()
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
@@ -49,10 +72,15 @@ class JacobianMap(FeatureMap):
         recording_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(x))
         recording = self._recorder(x, differentiable=self._differentiable and recording_gradients)
         outputs = recording.outputs.flatten(1) if recording.outputs.ndim > 1 else recording.outputs[:, None]
-        n_samples, n_outputs = outputs.shape
-        unit = torch.eye(n_outputs, dtype=outputs.dtype, device=outputs.device)
-        captures = recording.captures(unit[:, None, :].expand(n_outputs, n_samples, n_outputs))
-        return outputs, features(captures)
+        return outputs, rows_of_outputs(recording)
+
+    def project(self, weights: Float[Tensor, "P S"]) -> Float[Tensor, "P S"]:
+        """See `FeatureMap.project`: the weights themselves."""
+        return weights
+
+    def record(self, x: Any, where: str = "the input") -> Recording:
+        """See `FeatureMap.record`: rows by layers."""
+        return self._recorder(x, where)
 
     def n_samples(self, x: Any) -> int:
         """See `FeatureMap.n_samples`; takes a forward pass."""
@@ -66,16 +94,62 @@ class LastLayerMap(FeatureMap):
         model: maps one argument to outputs ``(N, C)``; it comes back as it was.
     """
 
+    orthonormal = True
+
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._jacobian: JacobianMap | None = None
 
+    @property
+    def jacobian(self) -> JacobianMap:
+        """The Jacobian with respect to the last layer.
+
+        Raises:
+            NotFittedError: before the map has seen an input, which tells the last layer.
+        """
+        if self._jacobian is None:
+            raise NotFittedError("the last layer is not known yet; call this LastLayerMap on an input first")
+        return self._jacobian
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The parameters of the last layer."""
+        return self.jacobian.space
+
+    @property
+    def size(self) -> int:
+        """The number of parameters of the last layer."""
+        return self.space.size
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """See `FeatureMap.output_shape`."""
+        return None if self._jacobian is None else self._jacobian.output_shape
+
     @outside_inference_mode()
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
         """See `FeatureMap.__call__`."""
+        return self._found(x, "the input")(x)
+
+    def project(self, weights: Float[Tensor, "P S"]) -> Float[Tensor, "P S"]:
+        """See `FeatureMap.project`: the weights themselves."""
+        return weights
+
+    def record(self, x: Any, where: str = "the input") -> Recording:
+        """See `FeatureMap.record`: rows by layers."""
+        return self._found(x, where).record(x, where)
+
+    def _found(self, x: Any, where: str) -> JacobianMap:
         if self._jacobian is None:
-            self._jacobian = JacobianMap(self._model, last_layer(self._model, x).names)
-        return self._jacobian(x)
+            self._jacobian = JacobianMap(self._model, last_layer(self._model, x, where).names)
+        return self._jacobian
+
+
+def rows_of_outputs(recording: Recording) -> BlockFeatures:
+    """The Jacobian of the outputs of a forward pass: one row for each."""
+    n_samples, n_outputs = len(recording.outputs), recording.outputs[0].numel()
+    unit = torch.eye(n_outputs, dtype=recording.outputs.dtype, device=recording.outputs.device)
+    return features(recording.captures(unit[:, None, :].expand(n_outputs, n_samples, n_outputs)))
 
 
 def features(captures: Captures) -> BlockFeatures:

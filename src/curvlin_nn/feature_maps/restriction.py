@@ -25,6 +25,16 @@ class RestrictedMap(FeatureMap):
     def __init__(self, feature_map: FeatureMap, index: Int[Tensor, " k"]) -> None:
         self._feature_map, self._index = feature_map, index
 
+    @property
+    def size(self) -> int:
+        """k, the number of coordinates that are left."""
+        return len(self._index)
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """See `FeatureMap.output_shape`."""
+        return self._feature_map.output_shape
+
     @outside_inference_mode()
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
         """See `FeatureMap.__call__`."""

@@ -19,7 +19,7 @@ def from_rows(rows: Sequence[BlockFeatures], rank: int) -> LowRankApproximation:
     eigenvalues; what is left of the trace is the sum of the other eigenvalues.
     """
     rows = [Phi.to(torch.float64) for Phi in rows]
-    dual = _dual(rows)
+    dual = kernel(rows)
     values, Q = torch.linalg.eigh(dual)
     kept = values[-rank:].flip(0) > len(values) * torch.finfo(values.dtype).eps * values.abs().max()
     Q = Q[:, -rank:].flip(1) * kept
@@ -31,14 +31,15 @@ def from_rows(rows: Sequence[BlockFeatures], rank: int) -> LowRankApproximation:
     return LowRankApproximation(U, exactly(left, 0))
 
 
-def _dual(rows: Sequence[BlockFeatures]) -> Float[Tensor, "R R"]:
-    """The kernel between all rows, symmetric, by pairs of batches."""
+def kernel(rows: Sequence[BlockFeatures]) -> Float[Tensor, "R R"]:
+    """The kernel between all rows, symmetric, by pairs of batches, in float64."""
     blocks: list[list[Tensor]] = [[] for _ in rows]
-    for i, Phi in enumerate(rows):
+    for i, batch in enumerate(rows):
+        Phi = batch.to(torch.float64)
         for j, Psi in enumerate(rows):
             if j < i:
                 blocks[i].append(blocks[j][i].mT)
             else:
-                pair = Phi.gram(None if i == j else Psi)
+                pair = Phi.gram(None if i == j else Psi.to(torch.float64))
                 blocks[i].append(pair.flatten(2, 3).flatten(0, 1))
     return torch.cat([torch.cat(row, dim=1) for row in blocks])

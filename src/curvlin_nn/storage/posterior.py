@@ -19,6 +19,7 @@ from torch import nn
 from curvlin_nn.capture.state import device_of
 from curvlin_nn.curvature import Accumulated, State
 from curvlin_nn.errors import StorageError
+from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.fingerprint import check_same
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
@@ -36,7 +37,7 @@ KIND = "curvlin_nn.Laplace"
 
 _SUBSET = ("subset_of_weights", "subnetwork_indices", "last_layer_name", "feature_reduction")
 
-CHOICES = ("likelihood", *_SUBSET, "hessian_structure", "curvature", "indefinite")
+CHOICES = ("likelihood", *_SUBSET, "hessian_structure", "curvature", "indefinite", "feature_map")
 """The arguments of the constructor that decide what is summed over the data."""
 
 _HYPERPARAMETERS = ("prior_mean", "sigma_noise", "temperature")
@@ -59,6 +60,7 @@ def choices_of(la: Laplace) -> dict[str, Any]:
         "hessian_structure": la._hessian[0] if la._hessian else options.of_structure(la._structures[0]),
         "curvature": la._curvature,
         "indefinite": la._hessian[1] if la._hessian else "raise",
+        "feature_map": None if la._features is None else la._features.description(),
     }
 
 
@@ -89,6 +91,7 @@ def arguments(
     state: dict[str, Any],
     likelihood: str | nn.Module | Likelihood | None,
     hessian_structure: StructureChoice | None,
+    feature_map: FeatureMap | None,
 ) -> dict[str, Any]:
     """What the constructor takes to make an object that a state fits, some of it given again.
 
@@ -96,6 +99,12 @@ def arguments(
         StorageError: if something must be given that is not, or no generator can be made on this machine.
     """
     structure = state["hessian_structure"]
+    of_map = state.get("feature_map")
+    if of_map is not None and feature_map is None:
+        raise StorageError(
+            f"feature_map was a {of_map['kind']}, which no file holds; give it again with "
+            "Laplace.load(..., feature_map=...)"
+        )
     return {
         "likelihood": options.to_likelihood(state["likelihood"], likelihood),
         **{name: state[name] for name in _SUBSET},
@@ -105,6 +114,8 @@ def arguments(
         "curvature": state["curvature"],
         "indefinite": state["indefinite"],
         "generator": options.to_generator(state["generator"]),
+        "feature_map": feature_map,
+        "residual": of_map is None or of_map["residual"],
         **{name: state[name] for name in _SETTINGS},
     }
 
@@ -117,8 +128,8 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
     if la._hessian is not None:
         structure, indefinite = la._hessian
         states = [functools.partial(empty_state, structure=structure, indefinite=indefinite)]
-    subnetwork = la._selection if isinstance(la._selection, Subnetwork) else None
-    found = Accumulated.of(state["sums"], la.model, states, subnetwork, la.feature_reduction)
+    subset = la._selection if isinstance(la._selection, (Subnetwork, FeatureMap)) else None
+    found = Accumulated.of(state["sums"], la.model, states, subset, la.feature_reduction)
     changed = copy.copy(la)
     changed._fitted = None
     changed._damping, changed._prior_projection = state["damping"], state["prior_projection"]
