@@ -12,7 +12,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep -E '^torch==' constraints.txt)
 
-.PHONY: help setup test test-all lint format types docs demo bench clean
+.PHONY: help setup test test-all lint format types docs pictures demo bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -50,6 +50,9 @@ docs: $(STAMP)  ## check its tables, run its code, build it with warnings as err
 	$(BIN)/python docs/hooks/tables.py --check
 	$(BIN)/python -W ignore docs/hooks/run_snippets.py README.md $$(find docs -name '*.md' | sort)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+pictures: $(STAMP)  ## draw the pictures of the tutorials again
+	$(BIN)/python -W ignore docs/hooks/run_snippets.py --pictures docs/assets/tutorials docs/tutorials/*.md
 
 demo: $(STAMP)  ## train, fit several posteriors, print a table, write pictures to demo_out/
 	$(BIN)/python examples/demo.py $(DEMO_FLAGS)
