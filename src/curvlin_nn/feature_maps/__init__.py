@@ -4,5 +4,7 @@ from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.feature_maps.jacobian import JacobianMap, LastLayerMap
 from curvlin_nn.feature_maps.nystrom import NystromMap
 from curvlin_nn.feature_maps.sketch import SketchMap
+from curvlin_nn.feature_maps.surrogate import SurrogateMap
+from curvlin_nn.feature_maps.surrogate_training import SurrogateHistory
 
-__all__ = ["FeatureMap", "JacobianMap", "LastLayerMap", "NystromMap", "SketchMap"]
+__all__ = ["FeatureMap", "JacobianMap", "LastLayerMap", "NystromMap", "SketchMap", "SurrogateHistory", "SurrogateMap"]
