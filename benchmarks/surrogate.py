@@ -101,8 +101,11 @@ def main() -> None:
             pixels = images(data / name, "t10k")[0]
             tests[name] = pixels[torch.randperm(len(pixels), generator=generator)[:64]]
             grams[name] = jacobian(tests[name])[1].gram().flatten(2).flatten(0, 1)
-            print(f"seed {seed}, {name}: rank {arguments.rank} allows "
-                  f"{least_error(grams[name], arguments.rank):.3f}", flush=True)
+            print(
+                f"seed {seed}, {name}: rank {arguments.rank} allows "
+                f"{least_error(grams[name], arguments.rank):.3f}",
+                flush=True,
+            )
         for name in arguments.configurations:
             options = CONFIGURATIONS[name]
             published = options.get("protocol") == "published"
@@ -123,8 +126,11 @@ def main() -> None:
             }
             history = fitted.history
             assert history is not None
-            print(f"seed {seed}, {name}: {history.steps[-1]} steps, "
-                  + ", ".join(f"{test} {error:.3f}" for test, error in errors.items()), flush=True)
+            print(
+                f"seed {seed}, {name}: {history.steps[-1]} steps, "
+                + ", ".join(f"{test} {error:.3f}" for test, error in errors.items()),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

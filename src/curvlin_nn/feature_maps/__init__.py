@@ -7,4 +7,12 @@ from curvlin_nn.feature_maps.sketch import SketchMap
 from curvlin_nn.feature_maps.surrogate import SurrogateMap
 from curvlin_nn.feature_maps.surrogate_training import SurrogateHistory
 
-__all__ = ["FeatureMap", "JacobianMap", "LastLayerMap", "NystromMap", "SketchMap", "SurrogateHistory", "SurrogateMap"]
+__all__ = [
+    "FeatureMap",
+    "JacobianMap",
+    "LastLayerMap",
+    "NystromMap",
+    "SketchMap",
+    "SurrogateHistory",
+    "SurrogateMap",
+]

@@ -134,7 +134,9 @@ def joined(parts: Sequence[tuple[Any, int]], name: str) -> Any:
     """
     columns = [list(tensors_of(x)) for x, _ in parts]
     if len({len(column) for column in columns}) > 1:
-        raise DataError(f"{name} yields inputs of {len(columns[0])} tensors and of another number, expected one")
+        raise DataError(
+            f"{name} yields inputs of {len(columns[0])} tensors and of another number, expected one"
+        )
     whole = []
     for tensors in zip(*columns, strict=True):
         if any(t.shape[:1] != (n,) for t, (_, n) in zip(tensors, parts, strict=True)):

@@ -7,6 +7,7 @@ Eqs. 4 to 6).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,24 +42,28 @@ def probed(
     Raises:
         OutputError: if the outputs or their derivatives are not finite.
     """
-    columns = []
-    for _ in range(n_probes):
-        signs = _signs(space, generator)
-        columns.append(tangent(model, space, x, signs, where))
-    return torch.stack(columns, 1) / n_probes**0.5
+    draws = (_signs(space, generator) for _ in range(n_probes))
+    return tangents(model, space, x, draws, where) / n_probes**0.5
 
 
-def tangent(
-    model: nn.Module, space: ParameterSpace, x: Any, v: Float[Tensor, " P"], where: str = "the input"
-) -> Float[Tensor, " R"]:
-    """``J v``, by one forward pass in forward mode."""
+def tangents(
+    model: nn.Module,
+    space: ParameterSpace,
+    x: Any,
+    directions: Iterable[Float[Tensor, " P"]],
+    where: str = "the input",
+) -> Float[Tensor, "R S"]:
+    """``J v`` for some directions v, each by one forward pass in forward mode; see `probed`."""
     x = prepared(model, x, where)
     values = space.tensors(model)
-    vectors = {name: v_.to(values[name]) for name, v_ in space.unflatten(v).items()}
+    columns = []
     with capturing(model, ()), torch.no_grad():
-        outputs, Jv = jvp(lambda values: forward(model, values, x, where), (values,), (vectors,))
-    checked_outputs(outputs, where)
-    return _finite(Jv.reshape(-1), where)
+        for v in directions:
+            vectors = {name: piece.to(values[name]) for name, piece in space.unflatten(v).items()}
+            outputs, Jv = jvp(lambda values: forward(model, values, x, where), (values,), (vectors,))
+            checked_outputs(outputs, where)
+            columns.append(_finite(Jv.reshape(-1), where))
+    return torch.stack(columns, 1)
 
 
 def gram_by_products(

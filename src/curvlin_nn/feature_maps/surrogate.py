@@ -16,7 +16,13 @@ from curvlin._check import positive_integer
 from curvlin_nn.capture import Recorder
 from curvlin_nn.capture.checks import checked_outputs
 from curvlin_nn.capture.state import capturing, device_of, evaluation_mode, forward, prepared
-from curvlin_nn.errors import DataError, NotFittedError, OutputError, TrainingDivergedError, UnsupportedUseError
+from curvlin_nn.errors import (
+    DataError,
+    NotFittedError,
+    OutputError,
+    TrainingDivergedError,
+    UnsupportedUseError,
+)
 from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.feature_maps.jacobian import JacobianMap
 from curvlin_nn.feature_maps.pool import Pool
@@ -225,7 +231,9 @@ def _prepared(
     options = asked.resolved()
     pool = Pool.of(train_loader, "train_loader", options.pool_size)
     device = None if generator is None else generator.device
-    seed = int(torch.randint(2**62, (), generator=generator, device=device)) if state is None else state["seed"]
+    seed = (
+        int(torch.randint(2**62, (), generator=generator, device=device)) if state is None else state["seed"]
+    )
     own = torch.Generator().manual_seed(seed)
     pool = Pool(pool[torch.randperm(pool.size, generator=own)], pool.size)
     context: Pool | None = None

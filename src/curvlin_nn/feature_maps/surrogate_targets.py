@@ -133,7 +133,9 @@ class DistilledTargets(KernelTargets):
     ) -> Tensor:
         """See `KernelTargets.distance`."""
         Y = torch.cat([self._known[self._number(pool)][index.to(F.device)] for pool, index in batch])
-        return distance_to_factors(weights[:, None] * F, weights[:, None] * Y.flatten(0, 1).to(F.dtype), groups)
+        return distance_to_factors(
+            weights[:, None] * F, weights[:, None] * Y.flatten(0, 1).to(F.dtype), groups
+        )
 
     def _number(self, pool: Pool) -> int:
         return next(number for number, own in enumerate(self._pools) if own is pool)

@@ -147,9 +147,7 @@ class SurrogateTraining:
             return ExactTargets(self._jacobian)
         if options.targets == "jvp":
             return ProbedTargets(self._model, self._jacobian, options.n_probes, self._generator)
-        return DistilledTargets(
-            self._jacobian, self._pools, self._weights, options.rank, self._generator
-        )
+        return DistilledTargets(self._jacobian, self._pools, self._weights, options.rank, self._generator)
 
     def _begin_at_regression(self) -> None:
         """The head where it is nearest to the features to be distilled, if it is a widened one."""
@@ -162,9 +160,7 @@ class SurrogateTraining:
 
     # -- steps -----------------------------------------------------------------------------------------------
 
-    def run(
-        self, progress_bar: bool = False, checkpoint: StrPath | None = None, every: int = 1000
-    ) -> None:
+    def run(self, progress_bar: bool = False, checkpoint: StrPath | None = None, every: int = 1000) -> None:
         """Go on until the steps, the time or the patience are at their end; the best state is the surrogate's then.
 
         Raises:

@@ -11,11 +11,13 @@ from curvlin_nn.plots.prediction import (
     predictive_band,
     reliability_diagram,
 )
+from curvlin_nn.plots.surrogate import kernel_error
 
 __all__ = [
     "confidence_histogram",
     "entropy_histograms",
     "evidence_curve",
+    "kernel_error",
     "kronecker_factor",
     "predictive_band",
     "reliability_diagram",
