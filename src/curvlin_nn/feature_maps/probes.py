@@ -60,7 +60,7 @@ def tangents(
     with capturing(model, ()), torch.no_grad():
         for v in directions:
             vectors = {name: piece.to(values[name]) for name, piece in space.unflatten(v).items()}
-            outputs, Jv = jvp(lambda values: forward(model, values, x, where), (values,), (vectors,))
+            outputs, Jv, *_ = jvp(lambda values: forward(model, values, x, where), (values,), (vectors,))
             checked_outputs(outputs, where)
             columns.append(_finite(Jv.reshape(-1), where))
     return torch.stack(columns, 1)
@@ -74,14 +74,14 @@ def gram_by_products(
     values = space.tensors(model)
     columns = []
     with capturing(model, ()):
-        outputs, transposed = vjp(lambda values: forward(model, values, x, where), values)
+        outputs, transposed, *_ = vjp(lambda values: forward(model, values, x, where), values)
         outputs = checked_outputs(outputs, where)
         for row in range(outputs.numel()):
             unit = torch.zeros_like(outputs).flatten()
             unit[row] = 1
             (gradient,) = transposed(unit.view_as(outputs))
             with torch.no_grad():
-                _, column = jvp(lambda values: forward(model, values, x, where), (values,), (gradient,))
+                _, column, *_ = jvp(lambda values: forward(model, values, x, where), (values,), (gradient,))
             columns.append(_finite(column.reshape(-1), where))
     gram = torch.stack(columns, 1).detach()
     return (gram + gram.mT) / 2

@@ -101,7 +101,7 @@ class SurrogateMap(FeatureMap):
           sample in the pool; a step costs no derivative of the model. The head begins at the regression of Y on its
           inputs.
         - ``"exact"``: the kernel of each batch, layer by layer.
-        - ``"jvp"``: `n_probes` random probes; the default for models whose layers cannot be captured. The history tells.
+        - ``"jvp"``: `n_probes` random probes; the default where layers cannot be captured. The history tells.
 
         Args:
             model: maps one argument to outputs ``(N, C)``; it comes back as it was.
@@ -207,7 +207,7 @@ class SurrogateMap(FeatureMap):
             raise OutputError(
                 f"the surrogate must return a tensor (N, C, K), found {type(features).__name__}"
             )
-        features = checked_features(features, *outputs.shape, self._size, where)
+        features = checked_features(features, len(outputs), outputs.shape[1], self._size, where)
         if not bool(torch.isfinite(features).all()):
             raise OutputError(f"features of the surrogate on {where} must be finite, found NaN or Inf")
         self._size = features.shape[2]

@@ -37,6 +37,7 @@ class Scaled(nn.Module):
         self.register_buffer("scale", torch.tensor(scale, dtype=dtype, device=device))
 
     def forward(self, x: Any) -> Tensor:
+        """The features; `x` is spread over the network's arguments as a model's input is."""
         args, kwargs = arguments(self.network, x)
         outputs = outputs_of(self.network(*args, **kwargs))
         if not isinstance(outputs, Tensor):

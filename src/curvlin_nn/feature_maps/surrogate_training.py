@@ -1,4 +1,4 @@
-"""The training of a surrogate: steps on a kernel distance, held-out errors, the best state, and a file to go on from."""
+"""The training of a surrogate: steps, held-out errors, the best state, and a file to go on from."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ class SurrogateTraining:
             distance = self._targets.distance(F, weights, batch, groups if options.biased else (), where)
             loss = distance / len(F) ** 2
             self._adam.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         value = float(loss.detach())
         self.step += 1
         if not math.isfinite(value):
@@ -257,7 +257,7 @@ class SurrogateTraining:
 
     @torch.no_grad()
     def _error(self, held_out: _HeldOut) -> float:
-        parts = []
+        parts: list[Tensor] = []
         with evaluation_mode(self.surrogate):
             for x in held_out.pool.batches(CHUNK):
                 n = min(CHUNK, held_out.pool.size - CHUNK * len(parts))
