@@ -132,7 +132,7 @@ class Accumulated:
         factories: Sequence[Callable[[ParameterSpace], State]],
         feature_map: FeatureMap | None = None,
     ) -> Accumulated:
-        """The sums that had this `state_dict`, over a model (or a map) like theirs, in states that the factories make."""
+        """The sums that had this `state_dict`, over a model or map like theirs, in states that the factories make."""
         recorder = _recorder(model, feature_map, _space(state["parameters"]))
         states = tuple(factory(recorder.space) for factory in factories)
         return cls(recorder, states, state["statistics"]).with_state(state)

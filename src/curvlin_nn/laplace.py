@@ -25,7 +25,7 @@ from curvlin_nn.curvature import Accumulated, accumulate
 from curvlin_nn.errors import NotFittedError, OutputError, StaleModelError, UnsupportedError, one_of
 from curvlin_nn.evidence import Evidence, curvature_scale
 from curvlin_nn.feature_maps import FeatureMap, JacobianMap
-from curvlin_nn.feature_posterior import FeatureSpace, Residual, ResidualPredictive
+from curvlin_nn.feature_posterior import FeatureSpace
 from curvlin_nn.fingerprint import Fingerprint
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
@@ -43,6 +43,7 @@ from curvlin_nn.prior_search import Optimum, maximise
 from curvlin_nn.products.hessian import Hessian
 from curvlin_nn.products.hessian_sums import HessianSum
 from curvlin_nn.products.hessian_sums import check_structure as check_hessian
+from curvlin_nn.residual import Residual, ResidualPredictive
 from curvlin_nn.spectrum import Spectrum, spectrum
 from curvlin_nn.storage import posterior as stored
 from curvlin_nn.storage.checkpoint import Checkpoint

@@ -275,7 +275,11 @@ def test_single_precision_models_get_single_precision_predictions(structure):
             "'ekfax' is not supported; expected one of 'block', 'diag', 'ekfac', 'full'",
         ),
         ({"curvature": "gn"}, UnsupportedError, "curvature='gn' is not supported; expected one of 'ggn'"),
-        ({"feature_map": object()}, UnsupportedError, "feature_map is not supported"),
+        (
+            {"feature_map": object()},
+            UnsupportedError,
+            "feature_map must be a curvlin_nn.feature_maps.FeatureMap",
+        ),
         ({"prior_precision": 0.0}, ValueError, "prior_precision must be positive and finite, found 0.000e"),
         ({"prior_precision": -1.0}, ValueError, "prior_precision must be positive and finite, found -1.000e"),
         (

@@ -66,6 +66,8 @@ class FlatDirections(Directions):
 class SpannedDirections(Directions):
     """``V = J_M^T U``, kept as the M rows of a Jacobian in factored form: products are Gram matrices with these.
 
+    Columns that U makes orthonormal are so up to the rounding of ``J_M J_M^T``: the better, the larger the eigenvalue.
+
     Attributes:
         rows: of J_M, batch by batch.
         U: their coefficients, the batches' one after another.
@@ -102,17 +104,17 @@ class SpannedDirections(Directions):
         }
         return {**rows, "U": self.U}
 
-    def multiplied(self) -> FlatDirections:
-        """The same directions as flat vectors."""
+    def orthonormal_basis(self) -> FlatDirections:
+        """An orthonormal basis of the same directions as flat vectors."""
         V = torch.zeros(self.rows[0].size, self.size, dtype=self.U.dtype, device=self.U.device)
         for Psi, U in self._batches():
             V += Psi.to(U.dtype).T @ U.unflatten(0, (Psi.n_samples, Psi.n_rows))
-        return FlatDirections(V)
+        return FlatDirections(torch.linalg.qr(V).Q)
 
     def cheaper(self) -> Directions:
         """The form of fewer numbers, which is that of fewer multiplications too."""
         own = sum(tensor.numel() for tensor in self.tensors().values())
-        return self.multiplied() if self.rows[0].size * self.size <= own else self
+        return self.orthonormal_basis() if self.rows[0].size * self.size <= own else self
 
     def _batches(self) -> Iterator[tuple[BlockFeatures, Tensor]]:
         counts = [Psi.n_samples * Psi.n_rows for Psi in self.rows]

@@ -28,7 +28,7 @@ class NystromMap(ProjectedMap):
     """``Phi = J V`` with the K leading right singular vectors V of M rows of the Jacobian.
 
     With ``J_M J_M^T = U diag(s) U^T``, ``V = J_M^T U_K s_K^-1/2`` is orthonormal, and ``Phi Phi^T`` the Nystrom
-    approximation of the tangent kernel: features of ELLA (Deng et al., 2022, Sec. 4). V is kept as K flat vectors, or as
+    approximation of the tangent kernel: the features of ELLA (Deng et al., 2022). V is kept as K flat vectors, or as
     the rows that span it where these are fewer numbers.
 
     Args:
@@ -37,8 +37,8 @@ class NystromMap(ProjectedMap):
         n_samples: how many of them are drawn, each at most once; None takes all.
         rank: K, at most the rank of the rows up to rounding; None takes that.
         subset_of_weights: ``"all"``, names of parameters or modules, or a predicate.
-        outputs: ``"one"`` row for each sample, that of an output drawn at random, as ELLA has it; or those of ``"all"``.
-        labels: the class of each sample; then every class is drawn as often as any other, up to one.
+        outputs: ``"one"``, a row for each sample, of an output drawn at random, as ELLA has it; or those of ``"all"``.
+        labels: the class of each sample; then every class is drawn as often as any other, up to one sample.
         generator: source of randomness; None is torch's default generator.
 
     Raises:
@@ -72,8 +72,7 @@ class NystromMap(ProjectedMap):
 
 def _leading(rows: list[BlockFeatures], rank: int | None) -> Directions:
     """The leading right singular vectors of rows."""
-    gram = kernel([Psi.to(torch.float64) for Psi in rows])
-    values, U = torch.linalg.eigh(gram)
+    values, U = torch.linalg.eigh(kernel(rows))
     values, U = values.flip(0), U.flip(1)
     supported = int((values > len(values) * torch.finfo(values.dtype).eps * values[0]).sum())
     if supported == 0:
@@ -82,8 +81,8 @@ def _leading(rows: list[BlockFeatures], rank: int | None) -> Directions:
         )
     if rank is not None and rank > supported:
         raise UnsupportedError(
-            f"rank must be at most {supported}, that of the {len(values)} rows of the Jacobian, found {rank}; draw more "
-            "samples, or take outputs='all'"
+            f"rank must be at most {supported}, that of the {len(values)} rows of the Jacobian, found {rank}; draw "
+            "more samples, or take outputs='all'"
         )
     K = supported if rank is None else rank
     return SpannedDirections(rows, U[:, :K] / values[:K].sqrt()).cheaper()
@@ -150,22 +149,25 @@ def _chosen(
             else type(labels).__name__
         )
         raise DataError(f"labels must be {n_given} integers, one for each sample of x, found {found}")
-    return _balanced(order, labels.cpu()[order], M)
+    return _balanced(order, labels.to(order.device)[order], M, generator)
 
 
-def _balanced(order: Tensor, labels: Tensor, M: int) -> Int[Tensor, " M"]:
-    """The first samples in this order of each class, and of those that follow one more of some classes."""
+def _balanced(
+    order: Int[Tensor, " N"], labels: Int[Tensor, " N"], M: int, generator: torch.Generator | None
+) -> Int[Tensor, " M"]:
+    """The first samples in this order of each class; which classes have one more is random."""
+    kinds, kind = labels.unique(return_inverse=True)
     place = torch.empty_like(order)
-    for label in labels.unique():
-        mine = (labels == label).nonzero().squeeze(1)
+    for k in range(len(kinds)):
+        mine = (kind == k).nonzero().squeeze(1)
         place[mine] = torch.arange(len(mine))
-    # By the number of a sample in its class; classes that come first in the random order have one more.
-    chosen = place.argsort(stable=True)[:M]
-    counts = torch.stack([(labels[chosen] == label).sum() for label in labels.unique()])
+    device = None if generator is None else generator.device
+    turn = torch.randperm(len(kinds), device=device, generator=generator).cpu()
+    chosen = (place * len(kinds) + turn[kind]).argsort()[:M]
+    counts = torch.bincount(kind[chosen], minlength=len(kinds))
     if int(counts.max() - counts.min()) > 1:
-        short = labels.unique()[counts.argmin()]
         raise DataError(
             f"n_samples={M} needs as many samples of each class, up to one, found {int(counts.min())} of class "
-            f"{int(short)}; give more of it, or leave labels at None"
+            f"{int(kinds[counts.argmin()])}; give more of it, or leave labels at None"
         )
     return order[chosen]

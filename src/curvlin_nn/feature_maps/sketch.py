@@ -22,8 +22,8 @@ DISTRIBUTIONS = ("rademacher", "gaussian")
 class SketchMap(ProjectedMap):
     """``Phi = J Omega / sqrt(K)`` with random Omega: ``E Phi Phi^T = J J^T``.
 
-    For rows a and b of J, the entry of the kernel has variance ``(|a|^2 |b|^2 + (a b)^2) / K`` with Gaussian entries, and
-    ``2 sum_p a_p^2 b_p^2 / K`` less with Rademacher ones (ScaLLA, Ortega et al., 2026, Eqs. 5 and 6). Omega is kept.
+    For rows a and b of J, the entry of the kernel has variance ``(|a|^2 |b|^2 + (a b)^2) / K`` with Gaussian entries,
+    and ``2 sum_p a_p^2 b_p^2 / K`` less with Rademacher ones (ScaLLA, arXiv 2601.21835, Eqs. 5 and 6). Omega is kept.
 
     Args:
         model: maps one argument to outputs ``(N, C)``; it comes back as it was.

@@ -32,13 +32,14 @@ def from_rows(rows: Sequence[BlockFeatures], rank: int) -> LowRankApproximation:
 
 
 def kernel(rows: Sequence[BlockFeatures]) -> Float[Tensor, "R R"]:
-    """The kernel between all rows, symmetric, by pairs of batches."""
+    """The kernel between all rows, symmetric, by pairs of batches, in float64."""
     blocks: list[list[Tensor]] = [[] for _ in rows]
-    for i, Phi in enumerate(rows):
+    for i, batch in enumerate(rows):
+        Phi = batch.to(torch.float64)
         for j, Psi in enumerate(rows):
             if j < i:
                 blocks[i].append(blocks[j][i].mT)
             else:
-                pair = Phi.gram(None if i == j else Psi)
+                pair = Phi.gram(None if i == j else Psi.to(torch.float64))
                 blocks[i].append(pair.flatten(2, 3).flatten(0, 1))
     return torch.cat([torch.cat(row, dim=1) for row in blocks])
