@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
+from curvlin_nn import Laplace
 from curvlin_nn.errors import (
     DataError,
     NotFittedError,
@@ -21,7 +22,7 @@ from curvlin_nn.errors import (
     TrainingDivergedError,
     UnsupportedError,
 )
-from curvlin_nn.feature_maps import JacobianMap, SurrogateMap, surrogate_training
+from curvlin_nn.feature_maps import JacobianMap, SurrogateMap, kernel_error, surrogate_training
 from curvlin_nn.feature_maps.jacobian import rows_of_outputs
 from curvlin_nn.feature_maps.kernel_loss import (
     distance_to_factors,
@@ -253,6 +254,37 @@ def test_training_brings_the_kernel_nearer_and_keeps_the_best_state() -> None:
     assert history.optimum == pytest.approx(least_error(J @ J.mT, 8), rel=1e-8)
 
 
+def test_a_posterior_on_the_features_is_that_of_dense_algebra() -> None:
+    """K x K, with the residual of each sample from the exact kernel (scalla: the two corrections together)."""
+    model, x = mlp(), data(40)
+    targets = torch.randn(40, 2, dtype=torch.float64, generator=seeded())
+    fitted = SurrogateMap.fit(model, [(x, targets)], rank=4, n_steps=20, generator=seeded())
+    la = Laplace(model, "regression", feature_map=fitted, prior_precision=2.0, sigma_noise=0.5)
+    la.fit([(x[:25], targets[:25]), (x[25:], targets[25:])])
+    Phi = fitted(x)[1].matrix
+    P = torch.einsum("nck,ncl->kl", Phi, Phi) / 0.25 + 2 * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(la.posterior_precision.to_dense(), P, rtol=1e-10, atol=1e-10)
+    new = data(5) + 1
+    Phi, J = fitted(new)[1].matrix, jacobian(model, new).unflatten(0, (5, 2))
+    left_out = torch.linalg.eigh((J @ J.mT - Phi @ Phi.mT) / 2)
+    residual = (left_out.eigenvectors * left_out.eigenvalues.clamp(min=0)[:, None]) @ left_out.eigenvectors.mT
+    _, covariance = la(new)
+    torch.testing.assert_close(covariance, Phi @ P.inverse() @ Phi.mT + residual, rtol=1e-9, atol=1e-10)
+
+
+def test_the_kernel_error_of_a_map() -> None:
+    model, x = mlp(), data(12)
+    J = jacobian(model, x)
+    exact = kernel_error(JacobianMap(model), x)
+    assert exact.relative < 1e-12 and exact.optimum < 1e-12 and exact.trace == pytest.approx(1)
+    own = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3))).double()
+    F = own(x).detach().flatten(0, 1)
+    found = kernel_error(SurrogateMap(own, model), x)
+    assert found.relative == pytest.approx(relative_error(F, J @ J.mT), rel=1e-10)
+    assert found.optimum == pytest.approx(least_error(J @ J.mT, 3), rel=1e-8)
+    assert found.trace == pytest.approx(float(F.square().sum() / J.square().sum()), rel=1e-10)
+
+
 def _seed() -> int:
     return int(torch.randint(2**62, (), generator=seeded()))
 
@@ -301,19 +333,19 @@ def test_context_is_taken_from_where_it_is_given_and_made_within_the_range_of_th
 
 def test_the_picture_of_a_training_shows_its_errors_and_the_optimum() -> None:
     pytest.importorskip("matplotlib")
-    from curvlin_nn.plots import kernel_error
+    from curvlin_nn.plots import surrogate_training as plot
 
     fitted = SurrogateMap.fit(
         mlp(), loader(data(40)), rank=2, n_steps=4, evaluate_every=2, generator=seeded()
     )
     history = fitted.history
     assert history is not None
-    held_out, context, optimum = kernel_error(fitted).lines
+    held_out, context, optimum = plot(fitted).lines
     assert list(held_out.get_xdata()) == [0, 2, 4] and list(held_out.get_ydata()) == history.errors
     assert list(context.get_ydata()) == history.context_errors
     assert set(optimum.get_ydata()) == {history.optimum}
     with pytest.raises(NotFittedError, match="history"):
-        kernel_error(SurrogateMap(fitted.surrogate, mlp()))
+        plot(SurrogateMap(fitted.surrogate, mlp()))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------

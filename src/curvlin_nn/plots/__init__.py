@@ -11,15 +11,15 @@ from curvlin_nn.plots.prediction import (
     predictive_band,
     reliability_diagram,
 )
-from curvlin_nn.plots.surrogate import kernel_error
+from curvlin_nn.plots.surrogate import surrogate_training
 
 __all__ = [
     "confidence_histogram",
     "entropy_histograms",
     "evidence_curve",
-    "kernel_error",
     "kronecker_factor",
     "predictive_band",
     "reliability_diagram",
     "spectrum",
+    "surrogate_training",
 ]

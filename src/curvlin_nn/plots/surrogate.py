@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def kernel_error(surrogate_map: SurrogateMap, *, ax: Axes | None = None) -> Axes:
+def surrogate_training(surrogate_map: SurrogateMap, *, ax: Axes | None = None) -> Axes:
     """The relative error of a surrogate's kernel on held-out samples, over the steps of its training.
 
     Args:
