@@ -255,7 +255,7 @@ def test_training_brings_the_kernel_nearer_and_keeps_the_best_state() -> None:
 
 
 def test_a_posterior_on_the_features_is_that_of_dense_algebra() -> None:
-    """K x K, with the residual of each sample from the exact kernel (scalla: the two corrections together)."""
+    """K x K, with the residual of each sample from the exact kernel alone."""
     model, x = mlp(), data(40)
     targets = torch.randn(40, 2, dtype=torch.float64, generator=seeded())
     fitted = SurrogateMap.fit(model, [(x, targets)], rank=4, n_steps=20, generator=seeded())
@@ -385,6 +385,12 @@ def test_bad_data_is_refused() -> None:
         SurrogateMap.fit(model, loader(x), [x[:, :2]], rank=2)
     with pytest.raises(DataError, match="rank must be at most 8"):
         SurrogateMap.fit(model, loader(x[:5]), rank=9)
+    with pytest.raises(DataError, match="train_loader must have at least 2 samples"):
+        SurrogateMap.fit(model, loader(x[:1]), rank=1)
+    with pytest.raises(DataError, match="train_loader must have at least 41 samples"):
+        SurrogateMap.fit(model, loader(x), rank=1, n_held_out=40)
+    with pytest.raises(DataError, match="context_loader must have at least 2 samples"):
+        SurrogateMap.fit(model, loader(x), [x[:1]], rank=1)
     with pytest.raises(DataError, match="NaN"):
         SurrogateMap.fit(model, loader(x * math.nan), rank=2)
     with torch.no_grad():

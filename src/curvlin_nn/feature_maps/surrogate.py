@@ -99,7 +99,7 @@ class SurrogateMap(FeatureMap):
 
         - ``"distilled"`` (the default): the kernel in its K leading directions, ``Y = J V``, computed once for every
           sample in the pool; a step costs no derivative of the model. The head begins at the regression of Y on its
-          inputs.
+          inputs. V has P K numbers.
         - ``"exact"``: the kernel of each batch, layer by layer.
         - ``"jvp"``: `n_probes` random probes; the default where layers cannot be captured. The history tells.
 
@@ -122,14 +122,16 @@ class SurrogateMap(FeatureMap):
             context_weight: of the context's kernel against that of training samples; 0.25. The published protocol has
                 none: both count as they are.
             lr: the largest learning rate; 1e-3, or 5e-5.
-            pool_size: training inputs held in memory, the first of the loader; None for all. Of context, as many.
+            pool_size: training inputs held in memory, the first of the loader; None for all. Of context, as many. Each
+                has C K numbers of distilled targets besides.
             n_held_out: samples of each kind whose exact kernel tells how good the surrogate is; never trained on. At
                 most 64 (16 where layers cannot be captured) and a tenth of the samples by default.
             evaluate_every: steps between two looks at them.
-            patience: looks without progress before stopping; None goes on to the end. The best state counts anyway.
+            patience: looks without progress before stopping; 20, or none. The best state counts anyway.
             generator: source of randomness, drawn from once; None is torch's default generator.
             progress_bar: whether to show one.
-            checkpoint: a file that the training is stored in, and goes on from if it is there; removed at the end.
+            checkpoint: a file that the training is stored in, and goes on from if it is there, to other `n_steps`,
+                `max_seconds` and `patience` if these are given; removed at the end.
             every: steps between two writes.
 
         Raises:
@@ -244,6 +246,9 @@ def _prepared(
             context = Pool.of(context_loader, "context_loader", options.pool_size)
             context.check_like(pool, "context_loader", "train_loader")
             context = Pool(context[torch.randperm(context.size, generator=own)], context.size)
+    _check_size(pool, "train_loader", options.n_held_out)
+    if context is not None:
+        _check_size(context, "context_loader", None)
     space = ParameterSpace.of(model, "all")
     few = pool[: min(4, pool.size)]
     recorder, captured = Recorder(model, space, fallback=False), True
@@ -273,3 +278,13 @@ def _prepared(
     scaled = Scaled(network, (space.size / options.rank) ** 0.5)
     scaled.training = network.training
     return SurrogateTraining(model, JacobianMap.of(recorder), captured, scaled, pool, context, options, seed)
+
+
+def _check_size(pool: Pool, name: str, n_held_out: int | None) -> None:
+    """Whether there are samples left where some are held out."""
+    least = 2 if n_held_out is None else n_held_out + 1
+    if pool.size < least:
+        raise DataError(
+            f"{name} must have at least {least} samples, as some are held out, found {pool.size}; give more, or lower "
+            "n_held_out"
+        )

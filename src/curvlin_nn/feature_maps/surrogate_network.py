@@ -91,7 +91,7 @@ def widened(model: nn.Module, x: Any, n_outputs: int, rank: int, *, fresh: bool,
             f"{path!r}; {_GIVE}"
         )
     with seeded(seed, layer.weight.device):
-        network = copy.deepcopy(model)
+        network = _copied(model)
         if fresh:
             for module in network.modules():
                 if callable(reset := getattr(module, "reset_parameters", None)):
@@ -113,6 +113,14 @@ def widened(model: nn.Module, x: Any, n_outputs: int, rank: int, *, fresh: bool,
             f"{shape}, expected (N, {n_outputs}, {rank}); {_GIVE}"
         )
     return network
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedError(f"the model cannot be copied ({reason}); {_GIVE}") from error
 
 
 def head_of(network: nn.Module) -> WidenedHead | None:

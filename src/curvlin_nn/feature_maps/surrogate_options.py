@@ -68,9 +68,9 @@ class SurrogateOptions:
         if n_steps is None and self.max_seconds is None:
             n_steps = 1_000_000 if published else 5_000
         defaults: dict[str, Any] = (
-            {"batch_size": 5, "context_size": 5, "context_weight": 1.0, "lr": 5e-5}
+            {"batch_size": 5, "context_size": 5, "context_weight": 1.0, "lr": 5e-5, "patience": None}
             if published
-            else {"batch_size": 64, "context_size": 16, "context_weight": 0.25, "lr": 1e-3}
+            else {"batch_size": 64, "context_size": 16, "context_weight": 0.25, "lr": 1e-3, "patience": 20}
         )
         chosen = {name: value for name in defaults if (value := getattr(self, name)) is not None}
         return replace(self, n_steps=n_steps, **(defaults | chosen))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from curvlin_nn.capture.state import device_of, evaluation_mode, prepared, random_state, set_random_state
-from curvlin_nn.errors import StorageError, TrainingDivergedError, UnsupportedError
+from curvlin_nn.errors import OutputError, StorageError, TrainingDivergedError, UnsupportedError
 from curvlin_nn.feature_maps.jacobian import JacobianMap
 from curvlin_nn.feature_maps.kernel_loss import least_error, relative_error
 from curvlin_nn.feature_maps.pool import Pool
@@ -109,9 +109,13 @@ class SurrogateTraining:
         assert n_held_out is not None
         self._held_out: list[_HeldOut] = []
         self._pools: list[Pool] = []
-        for name, whole in (("train_loader", pool), ("context_loader", context)):
+        of_context = 0 if context is None else context.size // 2
+        for name, whole, n in (
+            ("train_loader", pool, n_held_out),
+            ("context_loader", context, min(n_held_out, of_context)),
+        ):
             if whole is not None:
-                held_out, rest = whole.split(min(n_held_out, whole.size // 2))
+                held_out, rest = whole.split(n)
                 gram = exact_gram(model, jacobian, held_out, captured, f"the held-out samples of {name}")
                 self._held_out.append(_HeldOut(held_out, gram))
                 self._pools.append(rest)
@@ -248,6 +252,10 @@ class SurrogateTraining:
         history.errors.append(errors[0])
         history.context_errors += errors[1:]
         self._losses = []
+        if self.step == 0 and not math.isfinite(errors[0]):
+            raise OutputError(
+                "features of the surrogate on held-out samples must be finite, found NaN or Inf"
+            )
         if not math.isfinite(errors[0]) or errors[0] > 10 * max(1.0, history.errors[0]):
             self._diverged(f"found a held-out kernel error of {errors[0]:.3g}")
         self._since_best += 1
