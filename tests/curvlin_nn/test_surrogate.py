@@ -33,7 +33,7 @@ from curvlin_nn.feature_maps.kernel_loss import (
 from curvlin_nn.feature_maps.leading import leading_directions
 from curvlin_nn.feature_maps.pool import Pool
 from curvlin_nn.feature_maps.probes import gram_by_products, probed, tangents
-from curvlin_nn.feature_maps.surrogate_network import widened
+from curvlin_nn.feature_maps.surrogate_network import WidenedHead, solve_head, widened
 from curvlin_nn.parameters import ParameterSpace
 
 
@@ -308,6 +308,22 @@ def test_the_default_surrogate_of_outputs_at_several_positions() -> None:
     assert Phi.shape == (7, 6, 5)
     _, alone = fitted(x[3:4])
     torch.testing.assert_close(alone.matrix[0], Phi.matrix[3], rtol=1e-12, atol=1e-12)
+
+
+def test_the_head_begins_at_the_ridge_regression_of_the_features() -> None:
+    model, x = mlp(), data(40)
+    network = widened(model, x, 2, 3, fresh=False, seed=0)
+    wanted = torch.randn(40, 2, 3, dtype=torch.float64, generator=seeded())
+    solve_head(network, zip(x.split(9), wanted.split(9), strict=True), ridge=0.1)
+    (head,) = (module for module in network.modules() if isinstance(module, WidenedHead))
+    with torch.no_grad():
+        h = model[:2](x)
+        inputs = torch.cat([h, torch.relu(h @ head.hidden.weight.mT + head.hidden.bias), torch.ones_like(h[:, :1])], 1)
+    gram = inputs.mT @ inputs
+    gram += 0.1 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    expected = inputs @ torch.linalg.solve(gram, inputs.mT @ wanted.flatten(1))
+    torch.testing.assert_close(network(x).flatten(1), expected, rtol=1e-9, atol=1e-10)
+    assert not head._forward_pre_hooks
 
 
 def test_layers_that_cannot_be_captured_are_probed() -> None:

@@ -110,7 +110,8 @@ class SurrogateMap(FeatureMap):
                 inputs, each of whose coordinates is that of another sample; ``context_size=0`` does without.
             rank: K.
             surrogate: the network, ``(N, C, K)`` out; a copy is trained, in the mode it is in. None takes a copy of the
-                model with K features in the place of each output of its last layer, in evaluation mode.
+                model with K features in the place of each output of its last layer, and hidden units before it (none in
+                the published protocol), in evaluation mode.
             protocol: ``"ours"`` or ``"published"``.
             targets: ``"distilled"``, ``"exact"`` or ``"jvp"``.
             biased: whether the kernel between samples and context is taken to be zero (Eq. 9).

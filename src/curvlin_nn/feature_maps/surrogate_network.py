@@ -16,6 +16,9 @@ from curvlin_nn.capture.inputs import arguments, outputs_of
 from curvlin_nn.capture.state import random_state_kept
 from curvlin_nn.errors import OutputError, UnsupportedError
 
+HIDDEN = 1024
+"""The most hidden units that a head has, besides its inputs."""
+
 _GIVE = "give a network of your own with surrogate="
 
 
@@ -49,23 +52,28 @@ class Scaled(nn.Module):
 
 
 class WidenedHead(nn.Module):
-    """A linear layer with K features in the place of each output.
+    """A layer with K features in the place of each output: linear in its inputs, and in hidden units made of them.
 
     Args:
         layer: what it is put in the place of.
         rank: K.
+        n_hidden: the number of hidden units; none for a linear layer.
     """
 
-    def __init__(self, layer: nn.Linear, rank: int) -> None:
+    def __init__(self, layer: nn.Linear, rank: int, n_hidden: int = 0) -> None:
         super().__init__()
         self.rank = rank
         kind: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-        self.linear = nn.Linear(layer.in_features, layer.out_features * rank, **kind)
+        self.hidden = nn.Linear(layer.in_features, n_hidden, **kind) if n_hidden else None
+        self.linear = nn.Linear(layer.in_features + n_hidden, layer.out_features * rank, **kind)
 
     def forward(self, h: Tensor) -> Tensor:
         """``(N, *T, H) -> (N, C, K)``, the outputs of all positions side by side."""
-        features = self.linear(h).unflatten(-1, (-1, self.rank))
-        return features.flatten(1, -2)
+        return self.linear(self.inputs(h)).unflatten(-1, (-1, self.rank)).flatten(1, -2)
+
+    def inputs(self, h: Tensor) -> Tensor:
+        """What the features are linear in."""
+        return h if self.hidden is None else torch.cat([h, self.hidden(h).relu()], -1)
 
 
 def widened(model: nn.Module, x: Any, n_outputs: int, rank: int, *, fresh: bool, seed: int) -> nn.Module:
@@ -76,7 +84,8 @@ def widened(model: nn.Module, x: Any, n_outputs: int, rank: int, *, fresh: bool,
         x: an input that the model takes.
         n_outputs: C.
         rank: K.
-        fresh: whether all layers are initialised anew; if not, only the new head is, and the rest begins as it is.
+        fresh: whether all layers are initialised anew, and the head is linear, as published; if not, the rest begins as
+            it is, and the head has hidden units.
         seed: of what is drawn for that; torch's default generators are left as they are.
 
     Raises:
@@ -96,7 +105,8 @@ def widened(model: nn.Module, x: Any, n_outputs: int, rank: int, *, fresh: bool,
             for module in network.modules():
                 if callable(reset := getattr(module, "reset_parameters", None)):
                     reset()
-        head = WidenedHead(layer, rank)
+        n_hidden = 0 if fresh else min(HIDDEN, 4 * layer.in_features)
+        head = WidenedHead(layer, rank, n_hidden)
         network = nn.Sequential(head) if not path else network
         if path:
             network.set_submodule(path, head)
@@ -151,7 +161,7 @@ def solve_head(
         for x, wanted in batches:
             args, kwargs = arguments(network, x)
             network(*args, **kwargs)
-            h = seen.pop().double().reshape(-1, width - 1)
+            h = head.inputs(seen.pop()).double().reshape(-1, width - 1)
             h = torch.cat([h, h.new_ones(len(h), 1)], 1)
             gram += h.mT @ h
             cross += h.mT @ wanted.double().reshape(len(h), -1)
