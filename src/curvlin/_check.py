@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from curvlin._tree import common_shape, hide_from_compiler, is_concrete
+from curvlin._tree import all_finite, common_shape, hide_from_compiler, is_concrete
+from curvlin.numerics.repeats import distinct
 
 
 def floating(name: str, value: object, *, ndim: int = 0, like: Tensor | None = None) -> Tensor:
@@ -21,8 +23,7 @@ def floating(name: str, value: object, *, ndim: int = 0, like: Tensor | None = N
         raise ValueError(f"{name} must have at least {ndim} dimensions, found shape {tuple(value.shape)}")
     if like is not None:
         same_kind(name, value, like)
-    # A finite sum proves all entries finite in one pass; only an overflow needs the closer look.
-    if is_concrete(value) and not (torch.isfinite(value.detach().sum()) or torch.isfinite(value).all()):
+    if is_concrete(value) and not all_finite(distinct(value.detach())):
         raise ValueError(f"{name} must be finite, found NaN or Inf")
     return value
 
@@ -77,7 +78,10 @@ def square(name: str, value: object, *, like: Tensor | None = None) -> Tensor:
 def symmetric(name: str, value: object, *, like: Tensor | None = None) -> Tensor:
     """`value` symmetrised; asymmetry beyond rounding is refused, not averaged away."""
     matrix = square(name, value, like=like)
-    if is_concrete(matrix) and not torch.equal(matrix, matrix.mT):
+    exactly = is_concrete(matrix) and torch.equal(matrix, matrix.mT)
+    if exactly and not matrix.requires_grad and unpack_dual(matrix).tangent is None:
+        return matrix.clone()
+    if is_concrete(matrix) and not exactly:
         # What a product such as X^T X of this size and dtype may show, relative to the largest entry.
         gap = (matrix - matrix.mT).detach().abs().amax(dim=(-2, -1))
         scale = matrix.detach().abs().amax(dim=(-2, -1))

@@ -60,7 +60,7 @@ def project(
         NotClosedError: if the projection needs entries that P cannot give without a dense matrix.
         ValueError: if `indices` or `sizes` are missing or do not fit.
     """
-    total = _squared_norm(P)
+    total = squared_norm(P)
     operator: PrecisionOperator
     if onto is Isotropic:
         value = P.diagonal().double().mean(-1)
@@ -75,7 +75,7 @@ def project(
         if partition.size != P.size:
             raise ValueError(f"indices must partition {P.size} coordinates, found {partition.size}")
         operator = BlockDiag([P.conditional(block.to(P.device)) for block in partition.blocks], partition)
-        kept = _squared_norm(operator)
+        kept = squared_norm(operator)
     elif onto is KroneckerSum:
         if sizes is None or math.prod(pair_of_sizes("sizes", sizes)) != P.size:
             raise ValueError(f"sizes must be (a, b) with a b = {P.size}, found {sizes}")
@@ -94,7 +94,7 @@ def _inner(A: Tensor, B: Tensor) -> Tensor:
     return (A * B).sum((-2, -1))
 
 
-def _squared_norm(P: PrecisionOperator) -> Tensor:
+def squared_norm(P: PrecisionOperator) -> Tensor:
     """``|P|_F^2`` in float64."""
     P = P.to(torch.float64)
     if isinstance(P, Isotropic):
@@ -110,7 +110,7 @@ def _squared_norm(P: PrecisionOperator) -> Tensor:
         pairs = [_inner(L, M) * _inner(R, S) for L, R in terms for M, S in terms]
         return torch.stack(torch.broadcast_tensors(*pairs)).sum(0)
     if isinstance(P, BlockDiag):
-        return torch.stack(torch.broadcast_tensors(*(_squared_norm(b) for b in P.blocks))).sum(0)
+        return torch.stack(torch.broadcast_tensors(*(squared_norm(b) for b in P.blocks))).sum(0)
     if isinstance(P, Woodbury):
         # |Z|^2 + 2 <Z, U C U^T> + |U C U^T|^2, by k x k matrices: U^T Z U and U^T U.
         core = torch.eye(P.rank, dtype=P.dtype, device=P.device) if P.core is None else P.core
@@ -118,7 +118,7 @@ def _squared_norm(P: PrecisionOperator) -> Tensor:
         through, direct = (torch.cat(side, dim=-1) for side in zip(*products, strict=True))
         cross, gram = P._weighted(through @ core), P._weighted(direct @ core)
         trace = cross.diagonal(dim1=-2, dim2=-1).sum(-1)
-        return _squared_norm(P.base) + 2 * trace + (gram * gram.mT).sum((-2, -1))
+        return squared_norm(P.base) + 2 * trace + (gram * gram.mT).sum((-2, -1))
     raise NotClosedError(
         f"the Frobenius norm of {type(P).__name__} needs its dense matrix; project Dense(P.to_dense())"
     )

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from curvlin_nn.capture import last_layer
 from curvlin_nn.capture.inputs import split_batch
 from curvlin_nn.capture.state import device_of
-from curvlin_nn.errors import DataError
+from curvlin_nn.errors import DataError, NotFittedError
 from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.parameters import ParameterSpace, Selection
 
@@ -97,11 +97,14 @@ class Passes:
 def choose(model: nn.Module, subset_of_weights: Selection | FeatureMap, x: Any, where: str) -> ParameterSpace:
     """The parameters that `subset_of_weights` names, or the coordinates of a feature map.
 
-    The last layer is found by running the model on `x`.
+    The last layer is found by running the model on `x`; a map that knows its coordinates only then, likewise.
     """
     if isinstance(subset_of_weights, FeatureMap):
-        subset_of_weights.record(x, where)
-        return subset_of_weights.space
+        try:
+            return subset_of_weights.space
+        except NotFittedError:
+            subset_of_weights.record(x, where)
+            return subset_of_weights.space
     if isinstance(subset_of_weights, str) and subset_of_weights == "last_layer":
         return last_layer(model, x, where)
     return ParameterSpace.of(model, subset_of_weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,17 +19,21 @@ from curvlin_nn.capture import Captures, Recorder, Recording
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import EXACT, Columns
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
-from curvlin_nn.feature_maps.base import FeatureMap
+from curvlin_nn.feature_maps import FeatureMap, JacobianMap, RestrictedMap
 from curvlin_nn.feature_maps.recording import FeatureRecorder, FeatureRecording
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.output_curvature import OutputCurvature
 from curvlin_nn.parameters import ParameterSpace, Selection
 from curvlin_nn.products.hessian import Hessian
-from curvlin_nn.products.hessian_sums import MAX_PARAMETERS, HessianSum, check_structure
+from curvlin_nn.products.hessian_states import hessian_state
+from curvlin_nn.products.hessian_sums import MAX_PARAMETERS, check_structure
 from curvlin_nn.products.matrix_free import check_kind
 from curvlin_nn.storage.checkpoint import Batch, Checkpoint
 from curvlin_nn.storage.plain import with_tensors
 from curvlin_nn.structures import Structure, StructureChoice, StructureFactory
+from curvlin_nn.subnetwork_space import Subnetwork
+from curvlin_nn.subnetwork_structure import SubnetworkStructure
 
 
 class State(Protocol):
@@ -58,6 +63,7 @@ class Accumulated:
         n_data: the number of samples seen.
         output_shape: of the outputs of one sample (of the last one, where sequences vary in length).
         of_a_term: E, how many of the outputs are of one term of the log-likelihood.
+        subnetwork: the chosen coordinates, if these are not whole parameters.
     """
 
     recorder: Recorder | FeatureRecorder
@@ -66,11 +72,25 @@ class Accumulated:
     n_data: int = 0
     output_shape: tuple[int, ...] = ()
     of_a_term: int = 0
+    subnetwork: Subnetwork | None = None
 
     @property
     def space(self) -> ParameterSpace:
-        """The parameters the curvature is about."""
-        return self.recorder.space
+        """The coordinates the curvature is about; of a subnetwork, as many of each parameter as were chosen."""
+        return self.recorder.space if self.subnetwork is None else self.subnetwork.space
+
+    @property
+    def feature_map(self) -> FeatureMap:
+        """The Jacobian in these coordinates, or what stands in for it."""
+        if isinstance(self.recorder, FeatureRecorder):
+            return self.recorder.feature_map
+        jacobian = JacobianMap.of(self.recorder)
+        return jacobian if self.subnetwork is None else RestrictedMap(jacobian, self.subnetwork.index)
+
+    @property
+    def whole_space(self) -> ParameterSpace:
+        """The parameters that the coordinates are counted in: `space`, but for a subnetwork all of them."""
+        return self.recorder.space if self.subnetwork is None else self.subnetwork.whole
 
     @property
     def n_outputs(self) -> int:
@@ -90,7 +110,7 @@ class Accumulated:
             output_shape=tuple(outputs.shape[1:]),
             of_a_term=likelihood.terms(outputs).shape[-1],
         )
-        if self.n_data and not self._is_about_outputs_of(with_it):
+        if self.n_data and not self.takes(with_it.output_shape, with_it.of_a_term):
             before = ", ".join(("N", *map(str, self.output_shape)))
             raise OutputError(
                 f"model outputs on {where} must have shape ({before}) as before, but for the length of sequences, "
@@ -104,7 +124,8 @@ class Accumulated:
         Raises:
             UnsupportedError: if they are about different parameters or outputs.
         """
-        if self.space != other.space or not self._is_about_outputs_of(other):
+        same = self.space == other.space and self.subnetwork == other.subnetwork
+        if not same or not self.takes(other.output_shape, other.of_a_term):
             raise UnsupportedError(
                 "the two fits are about different parameters or outputs, expected the same"
             )
@@ -116,7 +137,10 @@ class Accumulated:
     def state_dict(self) -> dict[str, Any]:
         """The sums as tensors and plain values; the recorder is made again."""
         return {
-            "parameters": {"names": list(self.space.names), "shapes": [list(s) for s in self.space.shapes]},
+            "parameters": {
+                "names": list(self.recorder.space.names),
+                "shapes": [list(shape) for shape in self.recorder.space.shapes],
+            },
             "states": [state.state_dict() for state in self.states],
             "statistics": self.statistics,
             "n_data": self.n_data,
@@ -129,13 +153,15 @@ class Accumulated:
         cls,
         state: dict[str, Any],
         model: nn.Module,
-        factories: Sequence[Callable[[ParameterSpace], State]],
-        feature_map: FeatureMap | None = None,
+        factories: Sequence[Callable[[ParameterSpace], Any]],
+        subset: Subnetwork | FeatureMap | None = None,
+        feature_reduction: str | None = None,
     ) -> Accumulated:
         """The sums that had this `state_dict`, over a model or map like theirs, in states that the factories make."""
-        recorder = _recorder(model, feature_map, _space(state["parameters"]))
-        states = tuple(factory(recorder.space) for factory in factories)
-        return cls(recorder, states, state["statistics"]).with_state(state)
+        recorder = _recorder(model, subset, _space(state["parameters"]), feature_reduction)
+        subnetwork = subset if isinstance(subset, Subnetwork) else None
+        states = tuple(factory(recorder.space) for factory in _of_subnetwork(factories, subnetwork))
+        return cls(recorder, states, state["statistics"], subnetwork=subnetwork).with_state(state)
 
     def with_state(self, state: dict[str, Any]) -> Accumulated:
         """The same recorder with the sums that had this `state_dict`, in states that have seen nothing."""
@@ -151,11 +177,11 @@ class Accumulated:
             of_a_term=state["of_a_term"],
         )
 
-    def _is_about_outputs_of(self, other: Accumulated) -> bool:
-        """Sequences may be of another length in each batch; a vector of outputs may not."""
-        if self.of_a_term != other.of_a_term or len(self.output_shape) != len(other.output_shape):
+    def takes(self, output_shape: tuple[int, ...], of_a_term: int) -> bool:
+        """Whether outputs may be of this shape: sequences of another length in each batch, but no other vector."""
+        if self.of_a_term != of_a_term or len(self.output_shape) != len(output_shape):
             return False
-        return len(self.output_shape) > 1 or self.output_shape == other.output_shape
+        return len(self.output_shape) > 1 or self.output_shape == output_shape
 
 
 @outside_inference_mode()
@@ -165,7 +191,7 @@ def curvature(
     loader: Iterable[Any],
     hessian_structure: StructureChoice = "kron",
     columns: str = "exact",
-    subset_of_weights: Selection = "all",
+    subset_of_weights: Selection | Subnetwork = "all",
     *,
     n_columns: int = 1,
     generator: torch.Generator | None = None,
@@ -185,16 +211,18 @@ def curvature(
         hessian_structure: a name (`structures.available`: ``"full"``, ``"kron"``, ``"diag"``, ``"ekfac"``, ``"kfoc"``,
             ``"kron-lowrank"``, ``"block"``, ``"lowrank"``), a `Structure` class, or one of these for each ``fnmatch``
             pattern of names of parameters or modules; of a Hessian, ``"full"``, ``"block"`` (one for each parameter
-            tensor) or ``"diag"``.
+            tensor), ``"diag"`` or ``"lowrank"`` (the 100 leading eigenpairs of either sign; `hessian_eigenpairs` takes
+            any number).
         columns: ``"exact"``; ``"mc"`` or ``"sketch"``, which are unbiased; ``"empirical"`` for the empirical Fisher
             matrix instead.
-        subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, or a predicate.
+        subset_of_weights: ``"all"``, ``"last_layer"``, names of parameters or modules, a predicate, or a `Subnetwork`.
         n_columns: how many for ``"mc"`` and ``"sketch"``, for each sample.
         generator: source of randomness for these; None is torch's default generator.
-        kind: ``"ggn"``; or ``"hessian"``, exact, by P products of two backward passes for each batch.
+        kind: ``"ggn"``; or ``"hessian"``, exact, by P products of two backward passes for each batch
+            (``"lowrank"``: by 450, whatever P is).
         indefinite: what a Hessian with negative eigenvalues (of each block, entries of a diagonal) does: ``"raise"``;
             ``"clip"`` sets them to zero; ``"abs"`` takes absolute values.
-        max_parameters: P at most for a Hessian.
+        max_parameters: P at most for a Hessian, but for ``"lowrank"``.
         progress_bar: whether to show one.
 
     Returns:
@@ -210,9 +238,11 @@ def curvature(
     check_kind(kind, columns)
     if kind == "hessian":
         structure, indefinite = check_structure(hessian_structure, indefinite)
+        if isinstance(subset_of_weights, Subnetwork):
+            raise UnsupportedError("kind='hessian' is not supported for a subnetwork; take kind='ggn'")
         H = Hessian(model, likelihoods.resolve(likelihood), loader, subset_of_weights, progress_bar)
         with random_state_kept(device_of(model)):  # loaders draw from the default generator
-            total = HessianSum.of(H, structure, indefinite, max_parameters)
+            total = hessian_state(H, structure, indefinite, max_parameters, generator)
         return total.finish().to(H.space.dtype(model))
     factory = structures.resolve(hessian_structure)
     accumulated = accumulate(
@@ -231,10 +261,11 @@ def accumulate(
     model: nn.Module,
     likelihood: Likelihood,
     loader: Iterable[Any],
-    subset_of_weights: Selection | FeatureMap,
+    subset_of_weights: Selection | Subnetwork | FeatureMap,
     factories: Sequence[StructureFactory],
     *,
     columns: Columns = EXACT,
+    feature_reduction: str | None = None,
     progress_bar: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> Accumulated:
@@ -245,7 +276,7 @@ def accumulate(
     With a checkpoint, sums that it holds are continued, and batches that are in them are only looked at.
     """
     device = device_of(model)
-    sums = Accumulation(model, likelihood, subset_of_weights, factories, columns)
+    sums = Accumulation(model, likelihood, subset_of_weights, factories, columns, feature_reduction)
     with random_state_kept(device):  # loaders draw from the default generator
         if checkpoint is not None:
             checkpoint.resume(sums)
@@ -271,6 +302,7 @@ class Accumulation:
         subset_of_weights: likewise.
         factories: likewise.
         columns: likewise.
+        feature_reduction: likewise.
 
     Attributes:
         model: as given.
@@ -282,12 +314,14 @@ class Accumulation:
         self,
         model: nn.Module,
         likelihood: Likelihood,
-        subset_of_weights: Selection | FeatureMap,
+        subset_of_weights: Selection | Subnetwork | FeatureMap,
         factories: Sequence[StructureFactory],
         columns: Columns,
+        feature_reduction: str | None = None,
     ) -> None:
         self.model, self.columns, self.pass_index = model, columns, -1
         self._likelihood, self._subset, self._factories = likelihood, subset_of_weights, factories
+        self._feature_reduction = feature_reduction
         self._sums: Accumulated | None = None
         self._states: tuple[Structure, ...] = ()
         self._n_data = 0  # in this pass
@@ -318,14 +352,19 @@ class Accumulation:
     def add(self, x: Any, targets: Tensor, where: str) -> None:
         """One batch."""
         if self._sums is None:
-            self._start(choose(self.model, self._subset, x, where))
+            if isinstance(self._subset, Subnetwork):
+                self._start(self._subset.touched)
+            else:
+                self._start(choose(self.model, self._subset, x, where))
         recording = self.found.recorder(x, where)
         targets = self._likelihood.check(recording.outputs, targets, where)
         if self.pass_index == 0:
             self._sums = self.found.with_batch(self._likelihood, recording.outputs, targets, where)
         self._n_data += len(recording.outputs)
         if unfinished := self._unfinished():
-            for captures in _captures(recording, self._likelihood, targets, self.columns):
+            # Later passes are about rows, not about their sums.
+            closed = self.pass_index == 0 and all(state.takes_output_curvature for state in unfinished)
+            for captures in _captures(recording, self._likelihood, targets, self.columns, closed=closed):
                 for state in unfinished:
                     state.update(captures)
 
@@ -352,33 +391,59 @@ class Accumulation:
         self._sums = self.found.with_state(state["sums"])
 
     def _start(self, space: ParameterSpace) -> None:
-        self._states = tuple(factory(space) for factory in self._factories)
+        subnetwork = self._subset if isinstance(self._subset, Subnetwork) else None
+        self._states = tuple(factory(space) for factory in _of_subnetwork(self._factories, subnetwork))
         for state in self._states:
             state.begin(0)
+        recorder = _recorder(self.model, self._subset, space, self._feature_reduction)
         nothing = torch.zeros(1, dtype=torch.float64, device=device_of(self.model))
-        self._sums = Accumulated(_recorder(self.model, self._subset, space), self._states, nothing)
+        self._sums = Accumulated(recorder, self._states, nothing, subnetwork=subnetwork)
 
     def _unfinished(self) -> list[Structure]:
         return [state for state in self._states if self.pass_index < state.passes]
 
 
 def _captures(
-    recording: Recording | FeatureRecording, likelihood: Likelihood, targets: Tensor, columns: Columns
+    recording: Recording | FeatureRecording,
+    likelihood: Likelihood,
+    targets: Tensor,
+    columns: Columns,
+    *,
+    closed: bool = False,
 ) -> Iterator[Captures]:
-    """What a batch says, some columns at a time."""
+    """What a batch says, some columns at a time; or in closed form if that is wanted, and the parameters allow it."""
     outputs = recording.outputs
-    weights = likelihood.weights(likelihood.terms(outputs), targets)
+    terms = likelihood.terms(outputs)
+    weights = likelihood.weights(terms, targets)
     kept = None if weights is None else weights != 0
+    if closed and columns.kind == "exact" and recording.ends_in(terms):
+        # The layer's output is the term: its curvature needs no columns.
+        none = recording.captures(outputs.new_zeros(0, *outputs.shape))
+        yield replace(none, kept=kept, output_curvature=OutputCurvature(likelihood, terms, targets, weights))
+        return
     for index, some in enumerate(columns(likelihood, outputs, targets)):
-        yield replace(recording.captures(some, first=index == 0), kept=kept)
+        for captures in recording.streamed(some, first=index == 0):
+            yield replace(captures, kept=kept)
+
+
+def _of_subnetwork(
+    factories: Sequence[Callable[[ParameterSpace], Any]], subnetwork: Subnetwork | None
+) -> Sequence[Callable[[ParameterSpace], Any]]:
+    """What makes states over the parameters that a subnetwork touches."""
+    if subnetwork is None:
+        return factories
+    return [partial(SubnetworkStructure, subnetwork=subnetwork, factory=factory) for factory in factories]
 
 
 def _recorder(
-    model: nn.Module, recorded: Selection | FeatureMap | None, space: ParameterSpace
+    model: nn.Module,
+    subset: Selection | Subnetwork | FeatureMap | None,
+    space: ParameterSpace,
+    feature_reduction: str | None,
 ) -> Recorder | FeatureRecorder:
-    if isinstance(recorded, FeatureMap):
-        return FeatureRecorder(model, recorded, space)
-    return Recorder(model, space)
+    if isinstance(subset, FeatureMap):
+        return FeatureRecorder(model, subset, space)
+    return Recorder(model, space, feature_reduction=feature_reduction)
 
 
 def _space(state: dict[str, Any]) -> ParameterSpace:

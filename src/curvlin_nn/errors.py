@@ -14,6 +14,7 @@ __all__ = [
     "ModifiedInputError",
     "NoFiniteOptimumError",
     "NotFittedError",
+    "NotSelectedError",
     "OutputError",
     "StaleModelError",
     "StochasticModelError",
@@ -70,6 +71,10 @@ class StaleModelError(RuntimeError):
 
 class NotFittedError(RuntimeError):
     """A posterior was asked for before `fit`."""
+
+
+class NotSelectedError(RuntimeError, AttributeError):
+    """The coordinates of a subnetwork mask were asked for before `select`."""
 
 
 class DataError(ValueError):

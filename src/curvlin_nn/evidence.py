@@ -11,6 +11,7 @@ difference of large numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -18,12 +19,74 @@ from torch import Tensor
 
 from curvlin import NotPositiveDefiniteError
 from curvlin.precision.base import PrecisionOperator
+from curvlin_nn.curvature import State
+from curvlin_nn.damping import DampedCurvature
+from curvlin_nn.grouped_eigenvalues import GroupedEigenvalues
+from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.per_output import PerOutput, weighted_sum
 from curvlin_nn.prior import GroupedPrior, Prior
-from curvlin_nn.spectrum import Spectrum
+from curvlin_nn.spectrum import Spectrum, spectrum
 
 
-def curvature_scale(sigma_noise: Float[Tensor, ""], temperature: float) -> Float[Tensor, ""]:
+@dataclass(frozen=True)
+class Curvature:
+    """H as a function of the noise.
+
+    Attributes:
+        total: H, at sigma = 1 and T = 1.
+        outputs: the curvature of each output, where each has a noise scale of its own; see `per_output`.
+        damped: how its Kronecker products combine with a prior, if they are not added to it; see `damping`.
+    """
+
+    total: PrecisionOperator
+    outputs: tuple[PrecisionOperator, ...] | None = None
+    damped: DampedCurvature | None = None
+
+    @classmethod
+    def of(cls, state: State, *, damping: bool = False) -> Curvature:
+        """Of what was summed over data.
+
+        Raises:
+            UnsupportedError: if it is to be damped and has no Kronecker products.
+        """
+        H = state.finish()
+        damped = DampedCurvature.of(H) if damping else None
+        return cls(H, state.outputs() if isinstance(state, PerOutput) else None, damped)
+
+    def posterior(
+        self, prior: Prior, sigma_noise: Float[Tensor, "*C"], temperature: float | Tensor
+    ) -> PrecisionOperator:
+        """P, not factored, float64."""
+        if self.damped is not None:
+            return self.damped.precision(prior, curvature_scale(sigma_noise, temperature))
+        H = self.scaled(sigma_noise, temperature)
+        return H + prior.operator(H)
+
+    def scaled(self, sigma_noise: Float[Tensor, "*C"], temperature: float | Tensor) -> PrecisionOperator:
+        """``H / (sigma^2 T)``, or ``sum_c H_c / (sigma_c^2 T)``, float64."""
+        scale = curvature_scale(sigma_noise, temperature)
+        if scale.ndim == 0:
+            return scale * self.total.to(torch.float64)
+        assert self.outputs is not None  # a vector is accepted with these only
+        return weighted_sum(self.outputs, scale)
+
+    @cached_property
+    @outside_inference_mode()
+    def spectrum(self) -> Spectrum | None:
+        """The eigenvalues of H, computed when first asked for; None where there is no rule for them."""
+        return spectrum(self.total) if self.damped is None else self.damped.spectrum()
+
+    @cached_property
+    @outside_inference_mode()
+    def eigenvalues(self) -> GroupedEigenvalues | None:
+        """All of them in one group."""
+        if self.spectrum is None or self.damped is not None:
+            return None
+        return GroupedEigenvalues.of(self.spectrum, torch.zeros_like(self.spectrum.block), n_groups=1)
+
+
+def curvature_scale(sigma_noise: Float[Tensor, "*C"], temperature: float | Tensor) -> Float[Tensor, "*C"]:
     """``1 / (sigma^2 T)``, float64."""
     return 1 / (sigma_noise.double().square() * temperature)
 
@@ -35,36 +98,38 @@ class Evidence:
     Attributes:
         likelihood: the likelihood.
         statistics: its sufficient statistics over the data.
-        curvature: H, at sigma = 1 and T = 1.
-        spectrum: its eigenvalues, where there is a rule for them.
+        curvature: H, at sigma = 1 and T = 1, and as a function of them.
         temperature: T.
     """
 
     likelihood: Likelihood
     statistics: Float[Tensor, " K"]
-    curvature: PrecisionOperator
-    spectrum: Spectrum | None
-    temperature: float
+    curvature: Curvature
+    temperature: float | Float[Tensor, ""]
 
-    def log_marginal_likelihood(self, prior: Prior, sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """log Z in nats, float64, differentiable in the prior precision and the noise.
+    def log_marginal_likelihood(self, prior: Prior, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
+        """log Z in nats, float64, differentiable in the prior precision and mean, the noise and the temperature.
 
         Raises:
             NotPositiveDefiniteError: if the prior is lost in the rounding of H; predictions then raise as well.
         """
-        spectrum, scale = self.relevant_spectrum(prior), self.scale(sigma_noise)
-        if spectrum is not None and isinstance(prior, GroupedPrior):
-            eigenvalues = scale * spectrum.eigenvalues + prior.precision[prior.groups]
-            if bool((lost := eigenvalues <= scale * spectrum.floor).any()):
-                raise NotPositiveDefiniteError("the posterior precision", float(eigenvalues[lost].min()))
+        known = None if sigma_noise.ndim else self.relevant_spectrum(prior)
+        if known is not None and isinstance(prior, GroupedPrior):
+            scale = self.scale(sigma_noise)
+            for some in known.floored:
+                # Of dense blocks, the only ones with a floor, the first row has all that there is.
+                first = known.eigenvalues.reshape(-1, len(known.block))[0, some]
+                eigenvalues = scale * first + prior.precision[prior.groups[some]]
+                if bool((lost := eigenvalues <= scale * known.floor[some]).any()):
+                    raise NotPositiveDefiniteError("the posterior precision", float(eigenvalues[lost].min()))
         return self.value(prior, sigma_noise)
 
-    def value(self, prior: Prior, sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    def value(self, prior: Prior, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
         """`log_marginal_likelihood`, also where the eigenvalues alone resolve the prior: on a search's way."""
-        scatter, complexity = prior.scatter(), self._logdet_ratio(prior, self.scale(sigma_noise))
+        scatter, complexity = prior.scatter(), self.log_det_ratio(prior, sigma_noise)
         return self.log_likelihood(sigma_noise) - scatter / 2 - complexity / 2
 
-    def log_likelihood(self, sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    def log_likelihood(self, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
         """``log p(D | theta) / T``, normaliser included."""
         return self.likelihood.log_likelihood(self.statistics, sigma_noise) / self.temperature
 
@@ -74,14 +139,15 @@ class Evidence:
 
     def relevant_spectrum(self, prior: Prior) -> Spectrum | None:
         """The eigenvalues of H if they are all that is needed: no block is cut by a change of prior precision."""
-        if self.spectrum is None or not isinstance(prior, GroupedPrior):
+        if not isinstance(prior, GroupedPrior) or self.curvature.spectrum is None:
             return None
-        return self.spectrum if self.spectrum.resolves(prior.groups) else None
+        shared = len(prior.precision) == 1 or self.curvature.spectrum.resolves(prior.groups)
+        return self.curvature.spectrum if shared else None
 
-    def _logdet_ratio(self, prior: Prior, scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    def log_det_ratio(self, prior: Prior, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
         """``logdet P - logdet P0``."""
-        spectrum = self.relevant_spectrum(prior)
-        if spectrum is not None and isinstance(prior, GroupedPrior):
-            return torch.log1p(scale * spectrum.eigenvalues / prior.precision[prior.groups]).sum()
-        H = self.curvature.to(torch.float64)
-        return (scale * H + prior.operator(H)).logdet() - prior.logdet()
+        if sigma_noise.ndim == 0 and isinstance(prior, GroupedPrior):
+            known, scale = self.relevant_spectrum(prior), self.scale(sigma_noise)
+            if known is not None:
+                return torch.log1p(known.ratios(scale, prior.by_coordinate)).sum()
+        return self.curvature.posterior(prior, sigma_noise, self.temperature).logdet() - prior.logdet()

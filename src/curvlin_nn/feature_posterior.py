@@ -4,8 +4,8 @@
     log Z = log p(D | theta) / T - delta |theta - mu|^2 / 2 - (logdet P - K log delta) / 2
 
 The coordinates are a deviation from the network: their mean is zero. In log Z the other P - K directions of weights
-have the prior's precision and cancel, but for the scatter of theta, which is that of all P weights. Predictions add what
-the features leave out; see `curvlin_nn.residual`.
+have the prior's precision and cancel, but for the scatter of theta, which is that of all P weights. Predictions add
+what the features leave out; see `curvlin_nn.residual`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from curvlin_nn.errors import StaleModelError, UnsupportedError
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_maps.base import COORDINATES
 from curvlin_nn.fingerprint import checksum
-from curvlin_nn.parameters import ParameterSpace, Selection
+from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.predictive import Predictive
 from curvlin_nn.prior import GroupedPrior, Prior
 from curvlin_nn.residual import ResidualPredictive
@@ -48,7 +48,7 @@ class FeatureSpace:
         cls,
         feature_map: object,
         residual: bool,
-        subset_of_weights: Selection | None,
+        subset_of_weights: object,
         hessian_structure: StructureChoice | None,
         curvature: str,
     ) -> FeatureSpace:
@@ -158,11 +158,6 @@ class FeatureSpace:
 @dataclass(frozen=True)
 class FeaturePrior(GroupedPrior):
     """``N(0, I / delta)`` on K coordinates, where `deviation` is that of all P weights."""
-
-    @property
-    def squares(self) -> Float[Tensor, " 1"]:
-        """The summed squared deviation of all weights."""
-        return self.deviation.square().sum().reshape(1)
 
     def regrouped(self, space: ParameterSpace, structure: str) -> GroupedPrior:
         """See `GroupedPrior.regrouped`.

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from curvlin._check import positive_integer
 from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn import likelihoods, structures
+from curvlin.projection import Projection
+from curvlin_nn import arguments, likelihoods, posterior, structures
 from curvlin_nn._check import numbers
 from curvlin_nn.batches import Labelled
-from curvlin_nn.capture import Recorder
+from curvlin_nn.capture.reduction import check_reduction
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
-from curvlin_nn.errors import NotFittedError, OutputError, StaleModelError, UnsupportedError, one_of
-from curvlin_nn.evidence import Evidence, curvature_scale
-from curvlin_nn.feature_maps import FeatureMap, JacobianMap
+from curvlin_nn.damping import check_damping
+from curvlin_nn.errors import (
+    NoFiniteOptimumError,
+    NotFittedError,
+    OutputError,
+    StaleModelError,
+    UnsupportedError,
+    one_of,
+)
+from curvlin_nn.evidence import Curvature, Evidence
+from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_posterior import FeatureSpace
 from curvlin_nn.fingerprint import Fingerprint
+from curvlin_nn.held_out import METHODS, Grid, HeldOutOptimum, Request, search
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.noise_search import maximise_by_output
 from curvlin_nn.parameters import ParameterSpace, Selection, check_model
+from curvlin_nn.per_output import PerOutput
 from curvlin_nn.predictive import Predictive, check_link, draw
 from curvlin_nn.prior import (
     GroupedPrior,
@@ -39,16 +52,19 @@ from curvlin_nn.prior import (
     check_structure,
     infer_structure,
 )
+from curvlin_nn.prior_projection import check_projection, closed, project_prior
 from curvlin_nn.prior_search import Optimum, maximise
 from curvlin_nn.products.hessian import Hessian
-from curvlin_nn.products.hessian_sums import HessianSum
+from curvlin_nn.products.hessian_states import hessian_state
 from curvlin_nn.products.hessian_sums import check_structure as check_hessian
 from curvlin_nn.residual import Residual, ResidualPredictive
-from curvlin_nn.spectrum import Spectrum, spectrum
 from curvlin_nn.storage import posterior as stored
 from curvlin_nn.storage.checkpoint import Checkpoint
 from curvlin_nn.storage.files import StrPath, read, write
 from curvlin_nn.structures import StructureChoice, StructureFactory
+from curvlin_nn.subnetwork import SubnetMask
+from curvlin_nn.subnetwork_space import Subnetwork
+from curvlin_nn.subset import Subset
 from curvlin_nn.summary import Summary, summarise
 
 CURVATURES = {"ggn": "exact", "fisher_mc": "mc", "ef": "empirical", "hessian": "exact"}
@@ -61,16 +77,12 @@ class _Fitted:
 
     accumulated: Accumulated
     mean: Float[Tensor, " P"]
-    curvature: PrecisionOperator
+    curvature: Curvature
     fingerprint: Fingerprint
+    feature_map: FeatureMap
+    whole_mean: Float[Tensor, " W"]
     seconds: float = 0.0
     of_map: Mapping[str, Tensor] = field(default_factory=dict)  # checksums
-
-    @cached_property
-    @outside_inference_mode()
-    def spectrum(self) -> Spectrum | None:
-        """The eigenvalues of the curvature, computed when the evidence is first asked for."""
-        return spectrum(self.curvature)
 
 
 class Laplace:
@@ -83,28 +95,45 @@ class Laplace:
         model: a trained network that maps one argument to outputs ``(N, C)``.
         likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
         subset_of_weights: ``"all"`` (parameters that require a gradient), ``"last_layer"`` (the default),
-            names of parameters or modules, or a predicate of name and parameter.
+            ``"subnetwork"``, names of parameters or modules, a predicate of name and parameter, or a mask of
+            `curvlin_nn.subnetwork`.
         hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"``, ``"ekfac"``, ``"kfoc"``,
             ``"kron-lowrank"``, ``"block"``, ``"lowrank"``, a `Structure` class, or one of these for each ``fnmatch``
             pattern of names of parameters or modules.
         curvature: ``"ggn"``; ``"fisher_mc"``, of one draw of targets for each sample, unbiased; ``"ef"``, the empirical
-            Fisher matrix; or ``"hessian"`` (``"full"``, ``"block"`` or ``"diag"``), exact.
+            Fisher matrix, at ``sigma_noise = 1`` only; or ``"hessian"``, exact (``"full"``, ``"block"``, ``"diag"`` or
+            ``"lowrank"``, its 100 leading eigenpairs).
         indefinite: what a Hessian with negative eigenvalues does; see `curvlin_nn.curvature`.
-        generator: source of randomness for ``"fisher_mc"``; None is torch's default generator.
+        generator: source of randomness for ``"fisher_mc"`` and the eigenpairs of a Hessian; None is torch's default
+            generator.
         prior_precision: a number, one per parameter tensor, one per module, one per parameter, or an
             operator.
         prior_mean: a number or a flat vector.
-        sigma_noise: the standard deviation of observations, in the units of the targets; regression only.
+        sigma_noise: the standard deviation of observations, in the units of the targets, or one for each output;
+            regression only.
         temperature: T; the likelihood counts with weight 1 / T.
         feature_map: features in the place of the Jacobian, such as a `NystromMap`: the posterior is then over their K
             coordinates, ``"full"``, a deviation from the network with mean zero; see `curvlin_nn.feature_posterior`.
         residual: with such a map, whether predictions keep the prior variance that its features leave out.
+        subnetwork_indices: for ``"subnetwork"``, distinct coordinates of the flat vector of all parameters that require
+            a gradient. The posterior is over these alone, in increasing order.
+        last_layer_name: for ``"last_layer"``, the module to take; None finds it by running the model.
+        feature_reduction: ``"pick_first"``, ``"pick_last"`` or ``"average"``, if that is what the model does with the
+            outputs of its last layer at several positions: KFAC then counts the reduced features only.
         prior_structure: ``"scalar"``, ``"layerwise"`` (per parameter tensor), ``"modulewise"`` or ``"diag"``;
             needed only where the length of `prior_precision` fits several.
         dict_key_y: the name of the targets in loaders that yield mappings, as those of Hugging Face do.
+        damping: whether a Kronecker block ``B (x) A`` and its prior precision make
+            ``(sqrt(s) B + sqrt(delta) I) (x) (sqrt(s) A + sqrt(delta) I)``, ``s = 1 / (sigma^2 T)``, instead of
+            ``s B (x) A + delta I``; see `curvlin_nn.damping`.
+        prior_projection: ``"kronecker"`` or ``"isotropic"``, what a prior is projected onto in blocks of the curvature
+            whose sum with it is not closed: one precision per parameter or an earlier posterior beside a Kronecker
+            product. `projected_prior` tells the error. By default such a prior is refused.
 
     Raises:
-        UnsupportedError: for an option that is not served; the message says which are.
+        UnsupportedError: for an option that is not served, ``backend`` of laplace-torch included; the message says
+            which are.
+        TypeError: for an argument that does not exist.
         ValueError: for a hyperparameter out of range.
     """
 
@@ -112,7 +141,7 @@ class Laplace:
         self,
         model: nn.Module,
         likelihood: str | nn.Module | Likelihood,
-        subset_of_weights: Selection | None = None,
+        subset_of_weights: Selection | SubnetMask | None = None,
         hessian_structure: StructureChoice | None = None,
         *,
         curvature: str = "ggn",
@@ -125,8 +154,15 @@ class Laplace:
         feature_map: FeatureMap | None = None,
         residual: bool = True,
         prior_structure: str | None = None,
+        subnetwork_indices: Tensor | None = None,
+        last_layer_name: str | None = None,
+        feature_reduction: str | None = None,
         dict_key_y: str = "labels",
+        damping: bool = False,
+        prior_projection: str | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        arguments.refuse(unknown, Laplace, arguments.CONSTRUCTOR)
         if curvature not in CURVATURES:
             raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
         check_model(model)
@@ -139,23 +175,27 @@ class Laplace:
             subset_of_weights, hessian_structure = "all", "full"
         self.model = model
         self.likelihood = likelihoods.resolve(likelihood)
-        self.subset_of_weights: Selection = "last_layer" if subset_of_weights is None else subset_of_weights
+        subset = Subset.of(model, subset_of_weights, subnetwork_indices, last_layer_name)
+        self.subset_of_weights, self.last_layer_name = subset.name, last_layer_name
+        self._selection: Selection | Subnetwork | FeatureMap = feature_map or subset.selection
+        self.feature_reduction = check_reduction(feature_reduction)
         structure = "kron" if hessian_structure is None else hessian_structure
         self._curvature = curvature
+        self._damping = check_damping(damping, curvature, structure)
         self._hessian: tuple[str, str] | None = None
         self._structures: list[StructureFactory] = []
         self._columns = Columns(CURVATURES[curvature], generator=generator)
         if curvature == "hessian":
             self._hessian = check_hessian(structure, indefinite)
+            subset.check_hessian()
         else:
             self._structures = [structures.resolve(structure)]
         if prior_structure is not None:
             check_structure(prior_structure)
-        if self.subset_of_weights != "last_layer":
-            ParameterSpace.of(model, self.subset_of_weights)  # say now what is wrong with it
+        check_projection(prior_projection)
         self._fitted: _Fitted | None = None
         self._posterior: tuple[tuple[int, ...], PrecisionOperator] | None = None
-        self._prior_structure = prior_structure
+        self._prior_structure, self._prior_projection = prior_structure, prior_projection
         self.dict_key_y = dict_key_y
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
@@ -184,24 +224,31 @@ class Laplace:
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
-        mean = numbers("prior_mean", value)
-        if not mean.is_floating_point() or mean.ndim > 1 or not bool(torch.isfinite(mean).all()):
-            raise ValueError(
-                f"prior_mean must be a number or a flat vector, finite, found shape {tuple(mean.shape)} of "
-                f"{mean.dtype}"
-            )
-        if self._fitted is not None:
-            _check_mean_length(mean, self._fitted)
-        self._prior_mean = mean
+        self._prior_mean = _checked_mean(value, self._fitted)
 
     @property
-    def sigma_noise(self) -> Float[Tensor, ""]:
-        """The standard deviation of observations; 1 where the likelihood has no noise."""
+    def projected_prior(self) -> Projection:
+        """The prior precision as it enters the posterior, and its distance from what was given.
+
+        The `relative_error`, in the Frobenius norm, is zero where no `prior_projection` was named or needed.
+        """
+        H = self._fit.curvature.total
+        P0 = self._stated_prior(self._fit, self._prior_precision).operator(H)
+        if self._prior_projection is None:
+            return Projection(P0, torch.zeros((), dtype=P0.dtype))
+        return project_prior(P0, H, self._prior_projection)
+
+    @property
+    def sigma_noise(self) -> Float[Tensor, "*C"]:
+        """The standard deviation of observations, of all or of each output; 1 where the likelihood has no noise."""
         return self._sigma_noise
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        self._sigma_noise = self._checked_noise(value)
+        noise = self._checked_noise(value)
+        if self._fitted is not None:
+            _check_noise_length(noise, self._fitted)
+        self._sigma_noise = noise
         self._posterior = None
 
     @property
@@ -211,12 +258,7 @@ class Laplace:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        temperature = numbers("temperature", value)
-        if temperature.numel() != 1:
-            raise ValueError(f"temperature must be one number, found shape {tuple(temperature.shape)}")
-        if not 0 < float(temperature) < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, found {float(temperature)}")
-        self._temperature = float(temperature)
+        self._temperature = float(_checked_temperature(value).detach())
         self._posterior = None
 
     # -- fitting ---------------------------------------------------------------------------------------------
@@ -263,18 +305,20 @@ class Laplace:
             self.model,
             self.likelihood,
             train_loader,
-            self.subset_of_weights if self.feature_map is None else self.feature_map,
-            self._structures,
+            self._selection,
+            self._summed(continued=not override),
             columns=self._columns,
+            feature_reduction=self.feature_reduction,
             progress_bar=progress_bar,
             checkpoint=file,
         )
         if self._hessian is not None:
             space = found.space
-            H = Hessian(self.model, self.likelihood, train_loader, list(space.names), progress_bar)
+            products = Hessian(self.model, self.likelihood, train_loader, list(space.names), progress_bar)
             with random_state_kept(device_of(self.model)):
-                found = replace(found, states=(HessianSum.of(H, *self._hessian),))
-            H.passes.check_count(found.n_data)
+                state = hessian_state(products, *self._hessian, generator=self._columns.generator)
+            found = replace(found, states=(state,))
+            products.passes.check_count(found.n_data)
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
         self._finish(found, begin)
@@ -284,20 +328,34 @@ class Laplace:
 
     def _finish(self, found: Accumulated, begin: float) -> None:
         """Be fitted with these sums, around the model's present parameters; it took the time since `begin`."""
-        curvature, fingerprint = found.states[0].finish(), Fingerprint.of(self.model)
         if self._features is None:
-            mean, of_map = found.space.flatten(found.space.tensors(self.model)), {}
+            whole, of_map = found.whole_space.flatten(found.whole_space.tensors(self.model)), {}
         else:
-            mean, of_map = self._features.weights(self.model), self._features.checksums()
-        fitted = _Fitted(found, mean, curvature, fingerprint, time.perf_counter() - begin, of_map)
+            whole, of_map = self._features.weights(self.model), self._features.checksums()
+        mean = whole if found.subnetwork is None else found.subnetwork.of_whole(whole)
+        H = Curvature.of(found.states[0], damping=self._damping)
+        fingerprint = Fingerprint.of(self.model)
+        seconds = time.perf_counter() - begin
+        fitted = _Fitted(found, mean, H, fingerprint, found.feature_map, whole, seconds, of_map)
         _check_mean_length(self._prior_mean, fitted)
+        _check_noise_length(self._sigma_noise, fitted)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
 
     @property
     def n_params(self) -> int:
-        """P, the number of parameters the posterior is about."""
+        """P, the length of the flat vectors `mean` and `sample`."""
+        return self.parameters.size
+
+    @property
+    def n_params_subnet(self) -> int:
+        """k, the number of coordinates the posterior is over: all P, but for a subnetwork."""
         return self._fit.accumulated.space.size
+
+    @property
+    def subnetwork_indices(self) -> Int[Tensor, " k"] | None:
+        """The coordinates of the subnetwork in the flat vector, increasing; None for whole parameters."""
+        return self._selection.indices if isinstance(self._selection, Subnetwork) else None
 
     @property
     def n_data(self) -> int:
@@ -306,25 +364,29 @@ class Laplace:
 
     @property
     def n_outputs(self) -> int:
-        """C, the number of outputs per sample."""
+        """C, the number of outputs per sample (of the last one, where sequences vary in length)."""
         return self._fit.accumulated.n_outputs
 
     @property
     def parameters(self) -> ParameterSpace:
-        """The parameters in flat order."""
-        return self._fit.accumulated.space
+        """The parameters in flat order, those that a subnetwork holds fixed included."""
+        return self._fit.accumulated.whole_space
 
     @property
     def curvature(self) -> PrecisionOperator:
         """H, summed over the data, at sigma = 1 and T = 1, in the model's dtype."""
-        return self._fit.curvature.to(self._fit.mean.dtype)
+        return self._fit.curvature.total.to(self._fit.mean.dtype)
 
     # -- the posterior ---------------------------------------------------------------------------------------
 
     @property
     def mean(self) -> Float[Tensor, " P"]:
-        """The posterior mean: the parameters the posterior was fitted around, flat; zero for features."""
-        return self._fit.mean if self._features is None else self._fit.mean.new_zeros(self.n_params)
+        """The parameters the posterior was fitted around, flat; for a subnetwork those it holds fixed as well.
+
+        Zero for features, which are a deviation from the network.
+        """
+        fit = self._fit
+        return fit.whole_mean if self._features is None else fit.mean.new_zeros(self.n_params)
 
     @property
     @outside_inference_mode()
@@ -333,19 +395,19 @@ class Laplace:
         tensors = [t for t in (self._prior_precision, self._sigma_noise) if isinstance(t, Tensor)]
         versions = tuple(t._version for t in tensors)
         if self._posterior is None or self._posterior[0] != versions:
-            H = self._fit.curvature.to(torch.float64)
-            scale = curvature_scale(self._sigma_noise.detach(), self._temperature)
-            prior = self._prior(self._prior_precision).operator(H).detach()
-            self._posterior = versions, (scale * H + prior).factor(self._fit.mean.dtype)
+            prior = self._prior(self._prior_precision)
+            P = self._fit.curvature.posterior(prior, self._sigma_noise.detach(), self._temperature)
+            self._posterior = versions, P.detach().factor(self._fit.mean.dtype)
         return self._posterior[1]
 
     @property
     def posterior(self) -> Gaussian:
-        """The posterior over the flat parameters."""
-        return Gaussian(self.mean, self.posterior_precision)
+        """The posterior over the flat parameters; for a subnetwork over its k coordinates."""
+        mean = self._fit.mean if self._features is None else self.mean
+        return Gaussian(mean, self.posterior_precision)
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "S P"]:
-        """Draws of flat parameter vectors.
+        """Draws of flat parameter vectors, of which a subnetwork's coordinates alone vary.
 
         Args:
             n_samples: how many, at least one.
@@ -359,7 +421,7 @@ class Laplace:
                 "sample draws weights, and a posterior with a feature_map has none; take functional_samples"
             )
         shape = (positive_integer("n_samples", n_samples),)
-        return self.mean + self.posterior_precision.sample(shape, generator=generator)
+        return self._in_whole(self._fit.mean + self.posterior_precision.sample(shape, generator=generator))
 
     # -- storage ---------------------------------------------------------------------------------------------
 
@@ -431,12 +493,75 @@ class Laplace:
         la.load_state_dict(state)
         return la
 
+    @property
+    def posterior_variance(self) -> Float[Tensor, " P"]:
+        """The diagonal of ``P^-1``, of any structure."""
+        return self.posterior_precision.inverse_diagonal()
+
+    @property
+    def posterior_covariance(self) -> Float[Tensor, "P P"]:
+        """``P^-1`` in numbers, of the structure ``"full"`` only."""
+        return posterior.covariance(self.posterior_precision)
+
+    @property
+    def posterior_scale(self) -> Float[Tensor, "P P"] | Float[Tensor, " P"]:
+        """Lower triangular S with ``S S^T = P^-1`` for ``"full"``, standard deviations for ``"diag"``."""
+        return posterior.scale(self.posterior_precision)
+
+    @property
+    def prior_precision_diag(self) -> Float[Tensor, " P"]:
+        """The diagonal of the prior precision P0: one number per parameter, whatever the prior's structure."""
+        return self._prior(self._prior_precision).diagonal().to(self.mean.dtype)
+
+    @outside_inference_mode()
+    def log_prob(self, value: Float[Tensor, "*S P"], normalized: bool = True) -> Float[Tensor, "*S"]:
+        """The log density of flat parameter vectors under the posterior, in nats.
+
+        Args:
+            value: one vector or several.
+            normalized: whether to count the normaliser; otherwise ``-square_norm(value) / 2``.
+        """
+        return posterior.log_prob(self.posterior, self._of_posterior(value), normalized)
+
+    @outside_inference_mode()
+    def square_norm(self, value: Float[Tensor, "*S P"]) -> Float[Tensor, "*S"]:
+        """``(value - mean)^T P (value - mean)`` of flat parameter vectors."""
+        return posterior.square_norm(self.posterior, self._of_posterior(value))
+
     # -- evidence --------------------------------------------------------------------------------------------
+
+    @property
+    def log_likelihood(self) -> Float[Tensor, ""]:
+        """``log p(D | theta) / T`` in nats, float64, normaliser included; differentiable in `sigma_noise`."""
+        return self._evidence().log_likelihood(self._sigma_noise)
+
+    @property
+    def scatter(self) -> Float[Tensor, ""]:
+        """``(theta - mu)^T P0 (theta - mu)``, float64, differentiable in `prior_precision`."""
+        return self._prior(self._prior_precision).scatter()
+
+    @property
+    def log_det_prior_precision(self) -> Float[Tensor, ""]:
+        """``log det P0``, float64, differentiable in `prior_precision`."""
+        return self._prior(self._prior_precision).logdet()
+
+    @property
+    def log_det_posterior_precision(self) -> Float[Tensor, ""]:
+        """``log det P``, float64, differentiable in `prior_precision` and `sigma_noise`."""
+        return self.log_det_prior_precision + self.log_det_ratio
+
+    @property
+    def log_det_ratio(self) -> Float[Tensor, ""]:
+        """``log det P - log det P0``, float64, differentiable in `prior_precision` and `sigma_noise`."""
+        return self._evidence().log_det_ratio(self._prior(self._prior_precision), self._sigma_noise)
 
     def log_marginal_likelihood(
         self,
         prior_precision: float | Tensor | PrecisionOperator | None = None,
         sigma_noise: float | Tensor | None = None,
+        *,
+        prior_mean: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
     ) -> Float[Tensor, ""]:
         """The Laplace approximation of ``log p(D)`` in nats.
 
@@ -445,15 +570,22 @@ class Laplace:
         Args:
             prior_precision: evaluate here instead of at the current value (which stays).
             sigma_noise: likewise.
+            prior_mean: likewise.
+            temperature: likewise.
 
         Returns:
-            A 0-dimensional float64 tensor, differentiable in both.
+            A 0-dimensional float64 tensor, differentiable in all of them.
         """
         precision = self._prior_precision if prior_precision is None else prior_precision
         if not isinstance(precision, PrecisionOperator):
             precision = check_precision(precision)
         noise = self._sigma_noise if sigma_noise is None else self._checked_noise(sigma_noise)
-        return self._evidence().log_marginal_likelihood(self._prior(precision), noise)
+        _check_noise_length(noise, self._fit)
+        mean = self._prior_mean if prior_mean is None else _checked_mean(prior_mean, self._fit)
+        evidence = self._evidence()
+        if temperature is not None:
+            evidence = replace(evidence, temperature=_checked_temperature(temperature))
+        return evidence.log_marginal_likelihood(self._prior(precision, mean), noise)
 
     def optimize_prior_precision(
         self,
@@ -461,49 +593,114 @@ class Laplace:
         prior_structure: str = "scalar",
         optimize_noise: bool = False,
         *,
+        optimize_temperature: bool = False,
         tolerance: float = 1e-9,
         max_steps: int = 200,
+        val_loader: Iterable[Any] | None = None,
+        train_loader: Iterable[Any] | None = None,
+        n_folds: int = 5,
+        loss: object | None = None,
+        pred_type: str = "glm",
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        log_prior_prec_min: float = -4,
+        log_prior_prec_max: float = 4,
+        grid_size: int = 100,
+        log_prior_prec_base: float = 10.0,
         progress_bar: bool = False,
-    ) -> Optimum:
-        """Set the prior precision to the maximum of the log marginal likelihood.
+        **unknown: NoReturn,
+    ) -> Optimum | HeldOutOptimum:
+        """Set the prior precision to the maximum of the log marginal likelihood, or to the best on held-out data.
 
-        The problem is concave in the logarithms of the hyperparameters; Newton's method solves it from any
+        The marginal likelihood is concave in the logarithms of the hyperparameters; Newton's method solves it from any
         start.
 
         Args:
-            method: ``"marglik"``.
+            method: ``"marglik"``; ``"gridsearch"`` or ``"brent"`` on `val_loader`; ``"cv"``, a grid on folds of
+                `train_loader`, each scored with the curvature of the others (around the same parameters).
             prior_structure: which parameters share a precision: ``"scalar"``, ``"layerwise"`` (each parameter
-                tensor its own), ``"modulewise"`` or ``"diag"``.
-            optimize_noise: whether to optimise `sigma_noise` jointly; regression only.
-            tolerance: largest relative gradient at the end.
+                tensor its own), ``"modulewise"`` or ``"diag"``; on held-out data ``"scalar"``.
+            optimize_noise: whether to optimise `sigma_noise` jointly, all of them if there are several; regression
+                and ``"marglik"`` only.
+            optimize_temperature: refused. log Z is strictly convex in 1 / T at any prior and noise, so that it has no
+                maximum; compare scores on held-out data instead.
+            tolerance: largest relative gradient at the end; for ``"brent"`` the largest error of the logarithm (at
+                least 1e-3).
             max_steps: Newton steps before giving up.
-            progress_bar: whether to show one; a search ends long before `max_steps`.
+            val_loader: batches ``(inputs, targets)``, kept for the search.
+            train_loader: those that the parameters were trained on, for ``"cv"``.
+            n_folds: how many folds for ``"cv"``.
+            loss: what to minimise on held-out data: None for the negative log-likelihood; a function ``(prediction,
+                targets)`` or ``(mean, covariance, targets)`` of all data; or a `torchmetrics.Metric` (of which copies
+                are used; one that is better when higher is maximised).
+            pred_type: as in `__call__`. Variances are computed from kept features for ``"glm"``.
+            link_approx: as in `__call__`.
+            n_samples: as in `__call__`.
+            generator: as in `__call__`; all precisions are tried with the same draws.
+            log_prior_prec_min: the least logarithm of a prior precision on held-out data.
+            log_prior_prec_max: the largest.
+            grid_size: how many are tried by a grid.
+            log_prior_prec_base: the base of these logarithms.
+            progress_bar: whether to show one.
+            **unknown: refused.
 
         Returns:
-            The optimum with its log marginal likelihood, gradient norm and number of steps.
+            The optimum: with its log marginal likelihood, gradient norm and number of steps; or with its score, all
+            that were tried, and whether it is at the edge of them.
 
         Raises:
+            UnsupportedError: for options that do not go together.
+            DataError: if the held-out data cannot be used, or have no finite score.
             NoFiniteOptimumError: if there is none; it says why.
             ConvergenceError: if `max_steps` do not suffice.
             NotPositiveDefiniteError: if the prior precision at the maximum is lost in the rounding of the
                 curvature.
         """
+        arguments.refuse(unknown, self.optimize_prior_precision, arguments.SEARCH)
+        if method not in METHODS:
+            raise UnsupportedError(f"method={method!r} is not supported; expected {one_of(METHODS)}")
+        if optimize_temperature:
+            raise NoFiniteOptimumError(
+                "optimize_temperature has no finite optimum, as the log marginal likelihood is convex in 1 / T; set "
+                "temperature and compare the scores of method='gridsearch'"
+            )
         if method != "marglik":
-            raise UnsupportedError(f"method={method!r} is not supported; expected 'marglik'")
+            if prior_structure != "scalar" or optimize_noise:
+                raise UnsupportedError(
+                    f"method={method!r} chooses one prior precision on held-out data; leave prior_structure at "
+                    "'scalar' and optimize_noise at False, or use method='marglik'"
+                )
+            best = search(
+                self,
+                method,
+                Grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base),
+                Request(loss, pred_type, link_approx, n_samples, generator),
+                train_loader if method == "cv" else val_loader,
+                n_folds=n_folds,
+                tolerance=max(tolerance, 1e-3),
+                progress_bar=progress_bar,
+            )
+            self.prior_precision = best.prior_precision
+            return best
         if optimize_noise and not self.likelihood.has_noise:
             raise UnsupportedError(
                 f"optimize_noise needs a likelihood with noise, found {self.likelihood.name}"
             )
-        start = self._start(prior_structure)
-        optimum = maximise(
-            self._evidence(),
-            start,
-            float(self._sigma_noise.detach()),
-            optimize_noise=optimize_noise,
-            tolerance=tolerance,
-            max_steps=max_steps,
-            progress_bar=progress_bar,
-        )
+        self._check_knows_noise(optimize_noise)
+        evidence, start, noise = self._evidence(), self._start(prior_structure), self._sigma_noise.detach()
+        if noise.ndim:
+            optimum = maximise_by_output(evidence, start, noise, optimize_noise, max_steps, progress_bar)
+        else:
+            optimum = maximise(
+                evidence,
+                start,
+                float(noise),
+                optimize_noise=optimize_noise,
+                tolerance=tolerance,
+                max_steps=max_steps,
+                progress_bar=progress_bar,
+            )
         self._prior_structure = prior_structure
         self.prior_precision = optimum.prior_precision.squeeze()
         if optimize_noise:
@@ -654,12 +851,7 @@ class Laplace:
         return self.likelihood.outputs(found, rows[0]).reshape(shape)
 
     def _rows(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "B ..."]:
-        """Outputs in the shape that the model gave them in `fit`."""
-        if outputs.shape[-1] != self.n_outputs:
-            raise OutputError(
-                f"model outputs must have {self.n_outputs} numbers for each sample as in fit, found "
-                f"{outputs.shape[-1]}"
-            )
+        """Outputs in the shape that the model gave them."""
         return outputs.reshape(-1, *self._output_shape)
 
     def _moments(
@@ -672,10 +864,11 @@ class Laplace:
             mean, spread = predictive.mean_and_variance(x)
         else:
             mean, spread = predictive.joint(x) if joint else predictive.mean_and_covariance(x)
+        n_outputs = math.prod(self._output_shape)
         if observation_noise:
-            noise = self._noise_covariance(mean.view(-1, self.n_outputs), None)
+            noise = self._noise_covariance(mean.view(-1, n_outputs), None)
             if joint:
-                noise = torch.block_diag(*[noise] * (len(mean) // self.n_outputs))
+                noise = torch.block_diag(*[noise] * (len(mean) // n_outputs))
             spread = spread + (noise.diagonal() if diagonal_output else noise)
         return mean, spread
 
@@ -699,16 +892,32 @@ class Laplace:
 
     def _noise_covariance(self, mean: Tensor, covariance: Tensor | None) -> Tensor:
         """Of the targets given all outputs of a sample."""
-        return self._sigma_noise.detach().to(mean).square() * self.likelihood.noise_covariance(
-            mean, covariance
-        )
+        sigma = self._sigma_noise.detach().to(mean)
+        if sigma.ndim:  # the outputs stand term by term
+            sigma = sigma.repeat(self.n_outputs // len(sigma))
+        scale = sigma[:, None] * sigma if sigma.ndim else sigma.square()
+        return scale * self.likelihood.noise_covariance(mean, covariance)
 
     # -- what the above is made of ---------------------------------------------------------------------------
 
     @property
     def _output_shape(self) -> tuple[int, ...]:
-        """Of one sample's outputs; one number counts as an axis of length one."""
-        return self._fit.accumulated.output_shape or (1,)
+        """Of one sample's outputs at the input of this prediction; one number counts as an axis of length one.
+
+        Raises:
+            OutputError: if they differ from those in `fit` in more than the length of sequences.
+        """
+        fitted = self._fit.accumulated
+        shape = fitted.recorder.output_shape
+        if shape is None:
+            shape = fitted.output_shape
+        if shape != fitted.output_shape and not fitted.takes(shape, _of_a_term(self.likelihood, shape)):
+            expected, found = (", ".join(("N", *map(str, s))) for s in (fitted.output_shape, shape))
+            raise OutputError(
+                f"model outputs must have shape ({expected}) as in fit, but for the length of sequences, "
+                f"found ({found})"
+            )
+        return shape or (1,)
 
     @property
     def _fit(self) -> _Fitted:
@@ -721,9 +930,19 @@ class Laplace:
         if self._features is not None:
             prior = self._prior(self._prior_precision)
             return self._features.predictive(self.posterior_precision, prior, progress_bar)
-        recorder = self._fit.accumulated.recorder
-        assert isinstance(recorder, Recorder)
-        return Predictive(JacobianMap.of(recorder), self.posterior_precision, progress_bar)
+        return Predictive(self._fit.feature_map, self.posterior_precision, progress_bar)
+
+    def _in_whole(self, values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch P"]:
+        """Values of the posterior's coordinates, in the flat vector of all parameters."""
+        subnetwork = self._fit.accumulated.subnetwork
+        return values if subnetwork is None else subnetwork.fill(self._fit.whole_mean, values)
+
+    def _of_posterior(self, value: Float[Tensor, "*S P"]) -> Float[Tensor, "*S k"]:
+        """The posterior's coordinates of vectors of all parameters; others are left to be refused."""
+        subnetwork = self._fit.accumulated.subnetwork
+        if subnetwork is None or value.shape[-1:] != (subnetwork.whole.size,):
+            return value
+        return subnetwork.of_whole(value)
 
     def _check_unchanged(self) -> None:
         """Every parameter and buffer counts, those outside of the posterior included: outputs depend on all."""
@@ -733,17 +952,45 @@ class Laplace:
         if self._features is not None:
             self._features.check_unchanged(self._fit.of_map)
 
+    def _summed(self, continued: bool) -> list[StructureFactory]:
+        """What sums the curvature: one state, or one for each output where these have noise scales of their own."""
+        n_outputs = len(self._sigma_noise) if self._sigma_noise.ndim else 0
+        if continued and self._fitted is not None:
+            n_outputs = len(self._fitted.curvature.outputs or ())
+        if n_outputs == 0:
+            return self._structures
+        if self._damping:
+            raise UnsupportedError("damping=True takes one sigma_noise for all outputs; give one number")
+        if self._hessian is not None or self._columns.kind != "exact":
+            raise UnsupportedError(
+                "one sigma_noise for each output is served for curvature='ggn' only; give one number"
+            )
+        return [
+            partial(PerOutput, structure=structure, n_outputs=n_outputs) for structure in self._structures
+        ]
+
     def _evidence(self) -> Evidence:
         fit = self._fit
-        return Evidence(
-            self.likelihood, fit.accumulated.statistics, fit.curvature, fit.spectrum, self._temperature
-        )
+        return Evidence(self.likelihood, fit.accumulated.statistics, fit.curvature, self._temperature)
 
-    def _prior(self, precision: Tensor | PrecisionOperator) -> Prior:
-        return self._prior_of(self._fit, precision)
+    def _prior(self, precision: Tensor | PrecisionOperator, mean: Tensor | None = None) -> Prior:
+        return self._prior_of(self._fit, precision, mean)
 
-    def _prior_of(self, fitted: _Fitted, precision: Tensor | PrecisionOperator) -> Prior:
-        deviation = fitted.mean.double() - self._prior_mean.to(fitted.mean).double()
+    def _prior_of(
+        self, fitted: _Fitted, precision: Tensor | PrecisionOperator, mean: Tensor | None = None
+    ) -> Prior:
+        """The prior as it enters the posterior."""
+        stated = self._stated_prior(fitted, precision, mean)
+        if fitted.curvature.damped is not None:
+            fitted.curvature.damped.check(stated)
+            return stated
+        return closed(stated, fitted.curvature.total, self._prior_projection)
+
+    def _stated_prior(
+        self, fitted: _Fitted, precision: Tensor | PrecisionOperator, mean: Tensor | None = None
+    ) -> Prior:
+        mean = self._prior_mean if mean is None else mean
+        deviation = fitted.mean.double() - mean.to(fitted.mean).double()
         if self._features is not None and self._features.stands_in:
             return self._features.prior(precision, deviation)
         if isinstance(precision, PrecisionOperator):
@@ -759,26 +1006,86 @@ class Laplace:
 
     def _start(self, prior_structure: str) -> GroupedPrior:
         """The current precision, over the groups of another structure."""
-        current = self._prior(self._prior_precision)
+        current = self._stated_prior(self._fit, self._prior_precision)
         if not isinstance(current, GroupedPrior):
             raise UnsupportedError(
                 "a prior given as an operator cannot be optimised; set prior_precision to a number first"
             )
         return current.regrouped(self._fit.accumulated.space, prior_structure)
 
-    def _checked_noise(self, value: float | Tensor) -> Tensor:
+    def _checked_noise(self, value: float | Tensor) -> Float[Tensor, "*C"]:
         noise = numbers("sigma_noise", value)
-        if noise.numel() != 1:
-            raise UnsupportedError(f"sigma_noise must be one number, found shape {tuple(noise.shape)}")
-        if not bool((noise > 0) & torch.isfinite(noise)):
-            raise ValueError(f"sigma_noise must be positive and finite, found {float(noise)}")
-        if not self.likelihood.has_noise and float(noise) != 1:
-            raise ValueError(
-                f"sigma_noise must be 1 for {self.likelihood.name}, which has no noise, found {float(noise)}"
+        if noise.numel() == 1:
+            noise = noise.reshape(())
+        elif noise.ndim != 1 or not self.likelihood.has_noise_by_output:
+            expected = (
+                "one number or one for each output" if self.likelihood.has_noise_by_output else "one number"
             )
-        return noise.reshape(())
+            raise UnsupportedError(
+                f"sigma_noise must be {expected} for {self.likelihood.name}, found shape {tuple(noise.shape)}"
+            )
+        refused = noise[~((noise > 0) & torch.isfinite(noise))].flatten()
+        if refused.numel():
+            raise ValueError(f"sigma_noise must be positive and finite, found {float(refused.detach()[0])}")
+        if not self.likelihood.has_noise and float(noise.detach()) != 1:
+            raise ValueError(
+                f"sigma_noise must be 1 for {self.likelihood.name}, which has no noise, found {float(noise.detach())}"
+            )
+        self._check_knows_noise(bool((noise != 1).any()))
+        return noise
+
+    def _check_knows_noise(self, noise_changes: bool) -> None:
+        """An empirical Fisher matrix is of gradients, which change with the noise in another way than Hessians do."""
+        if noise_changes and self._columns.kind == "empirical":
+            raise UnsupportedError(
+                "sigma_noise must be 1 for curvature='ef', which is of gradients at sigma = 1; take curvature='ggn', "
+                "or divide targets and outputs by it"
+            )
+
+
+def _checked_mean(value: float | Tensor, fitted: _Fitted | None) -> Float[Tensor, "*P"]:
+    mean = numbers("prior_mean", value)
+    if not mean.is_floating_point() or mean.ndim > 1 or not bool(torch.isfinite(mean).all()):
+        raise ValueError(
+            f"prior_mean must be a number or a flat vector, finite, found shape {tuple(mean.shape)} of "
+            f"{mean.dtype}"
+        )
+    if fitted is not None:
+        _check_mean_length(mean, fitted)
+    return mean
+
+
+def _checked_temperature(value: float | Tensor) -> Float[Tensor, ""]:
+    temperature = numbers("temperature", value)
+    if temperature.numel() != 1:
+        raise ValueError(f"temperature must be one number, found shape {tuple(temperature.shape)}")
+    if not 0 < (value := float(temperature.detach())) < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, found {value}")
+    return temperature.reshape(())
 
 
 def _check_mean_length(mean: Tensor, fitted: _Fitted) -> None:
     if mean.ndim == 1 and mean.shape != fitted.mean.shape:
         raise ValueError(f"prior_mean must have {len(fitted.mean)} entries, found {len(mean)}")
+
+
+def _of_a_term(likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
+    """How many of the outputs are of one term; 0 where the likelihood does not take them."""
+    try:
+        return likelihood.terms(torch.zeros(1, *output_shape)).shape[-1]
+    except RuntimeError:
+        return 0
+
+
+def _check_noise_length(noise: Float[Tensor, "*C"], fitted: _Fitted) -> None:
+    if noise.ndim == 0:
+        return
+    outputs = fitted.curvature.outputs
+    if outputs is None:
+        raise UnsupportedError(
+            f"sigma_noise has {len(noise)} entries, but the curvature of each output was not kept; set them, then fit"
+        )
+    if not len(noise) == len(outputs) == fitted.accumulated.of_a_term:
+        raise ValueError(
+            f"sigma_noise must have {fitted.accumulated.of_a_term} entries, one for each output, found {len(noise)}"
+        )

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlin import FeatureOperator
+from curvlin.numerics.repeats import repeats
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.feature_maps import FeatureMap
@@ -78,13 +79,14 @@ class Predictive:
         return torch.cat(parts)
 
     def _chunks(self, x: Any) -> Iterator[tuple[Tensor, FeatureOperator]]:
-        """Outputs and features of x, a bounded number of samples at a time; one sample measures the size."""
+        """Outputs and features of x, a bounded number of samples at a time; two samples measure the size."""
         if not isinstance(x, Tensor) or x.shape[:1].numel() <= 1:
             yield self._features(x)
             return
-        probe = self._features(x[:1])
-        per_sample = sum(t.numel() for t, _ in probe[1]._tensors())
-        chunk = max(1, FEATURE_BUDGET // per_sample)
+        probe = self._features(x[:2])
+        # What all samples have in common, as the identity of a last layer, is held once.
+        per_sample = sum(t.numel() // 2 for t, own in probe[1]._tensors() if not repeats(t, -own))
+        chunk = max(1, FEATURE_BUDGET // max(1, per_sample))
         for start in tqdm(range(0, len(x), chunk), desc="prediction", disable=not self.progress_bar):
             yield self._features(x[start : start + chunk])
 

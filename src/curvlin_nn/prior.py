@@ -119,7 +119,13 @@ def check_precision(value: float | Tensor) -> Tensor:
 
 
 class Prior(ABC):
-    """A Gaussian prior seen from the parameters that the posterior is fitted around."""
+    """A Gaussian prior seen from the parameters that the posterior is fitted around.
+
+    Attributes:
+        deviation: ``theta_MAP - mean``, float64.
+    """
+
+    deviation: Float[Tensor, " P"]
 
     @abstractmethod
     def logdet(self) -> Float[Tensor, ""]:
@@ -128,6 +134,10 @@ class Prior(ABC):
     @abstractmethod
     def scatter(self) -> Float[Tensor, ""]:
         """``(theta - mean)^T P0 (theta - mean)``, float64."""
+
+    @abstractmethod
+    def diagonal(self) -> Float[Tensor, " P"]:
+        """That of P0, float64."""
 
     @abstractmethod
     def operator(self, H: PrecisionOperator) -> PrecisionOperator:
@@ -153,6 +163,10 @@ class OperatorPrior(Prior):
     def scatter(self) -> Float[Tensor, ""]:
         """See `Prior.scatter`."""
         return self.deviation @ (self.precision.to(torch.float64) @ self.deviation)
+
+    def diagonal(self) -> Float[Tensor, " P"]:
+        """See `Prior.diagonal`."""
+        return self.precision.to(torch.float64).diagonal()
 
     def operator(self, H: PrecisionOperator) -> PrecisionOperator:
         """See `Prior.operator`."""
@@ -192,6 +206,9 @@ class GroupedPrior(Prior):
         """Over the groups of another structure, with the precisions averaged geometrically."""
         groups = group_of_coordinate(space, structure).to(self.groups.device)
         n_groups = int(groups.max()) + 1
+        if len(self.precision) == 1:
+            shared = self.precision.detach().expand(n_groups)
+            return GroupedPrior(shared, groups, self.deviation, label_of_group(space, structure))
         logs = self.precision.detach().log()[self.groups]
         total = logs.new_zeros(n_groups).index_add(0, groups, logs)
         mean = total / torch.bincount(groups, minlength=n_groups)
@@ -205,6 +222,10 @@ class GroupedPrior(Prior):
         """See `Prior.scatter`."""
         return (self.squares * self.precision).sum()
 
+    def diagonal(self) -> Float[Tensor, " P"]:
+        """See `Prior.diagonal`."""
+        return self.precision[self.groups]
+
     @property
     def sizes(self) -> Float[Tensor, " K"]:
         """The number of coordinates in each group."""
@@ -213,8 +234,15 @@ class GroupedPrior(Prior):
     @property
     def squares(self) -> Float[Tensor, " K"]:
         """The summed squared deviation in each group."""
-        zeros = torch.zeros_like(self.precision)
-        return zeros.index_add(0, self.groups, self.deviation.square())
+        squares = self.deviation.square()
+        if len(self.precision) == 1:
+            return squares.sum().reshape(1)
+        return torch.zeros_like(self.precision).index_add(0, self.groups, squares)
+
+    @property
+    def by_coordinate(self) -> Float[Tensor, " P"]:
+        """The precision of each coordinate, or one for all."""
+        return self.precision if len(self.precision) == 1 else self.precision[self.groups]
 
     def operator(self, H: PrecisionOperator) -> PrecisionOperator:
         """See `Prior.operator`."""

@@ -6,7 +6,7 @@ One rule per type of operator; a new operator enters its own with ``spectrum.reg
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import cached_property, singledispatch
 
 import torch
 from jaxtyping import Float, Int
@@ -25,24 +25,46 @@ from curvlin import (
 from curvlin.numerics.rounding import without_rounding
 from curvlin.precision.base import PrecisionOperator
 
+SUM_ROUNDING = 2**10
+"""The rounding of a sum over data, in multiples of that of its largest eigenvalue; it grows with their number."""
+
 
 @dataclass(frozen=True)
 class Spectrum:
     """The eigenvalues of an operator, each standing at some coordinate of the block it belongs to.
 
+    With a prior precision delta at each coordinate the posterior has the eigenvalues ``delta prod_k (1 + ratio_k)``,
+    where ``ratio_k = (scale / delta)^power eigenvalues_k``: of a sum with the prior there is one k, and the power is 1.
+
     Attributes:
         eigenvalues: float64, none negative; within a block in no particular order.
         block: for each coordinate the first coordinate of its block.
         floor: what is lost when it is added to the diagonal of the block; zero where nothing is added up.
+        power: see above.
     """
 
-    eigenvalues: Float[Tensor, " D"]
+    eigenvalues: Float[Tensor, "*k D"]
     block: Int[Tensor, " D"]
     floor: Float[Tensor, " D"]
+    power: Float[Tensor, " D"] | float = 1.0
+
+    @cached_property
+    def floored(self) -> tuple[Int[Tensor, " F"], ...]:
+        """The coordinates where something is lost, if there are any."""
+        found = self.floor.nonzero().squeeze(1)
+        return (found,) if len(found) else ()
 
     def resolves(self, groups: Int[Tensor, " D"]) -> bool:
         """Whether every block lies within one group, so that a shift per group keeps the eigenvectors."""
         return bool((groups == groups[self.block]).all())
+
+    def ratios(self, scale: Float[Tensor, ""], delta: Float[Tensor, " D"]) -> Float[Tensor, "*k D"]:
+        """How much the data say at each eigenvector, relative to the prior."""
+        return (scale / delta) ** self.power * self.eigenvalues
+
+    def posterior(self, scale: Float[Tensor, ""], delta: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+        """The eigenvalues of the posterior precision."""
+        return delta * (1 + self.ratios(scale, delta)).reshape(-1, len(delta)).prod(0)
 
 
 @singledispatch
@@ -75,7 +97,7 @@ def _(H: Dense) -> Spectrum:
 
 @spectrum.register
 def _(H: SpectralKronecker) -> Spectrum:
-    return _together(_non_negative("SpectralKronecker", H.eigenvalues.double().flatten()))
+    return _together(non_negative("SpectralKronecker", H.eigenvalues.double().flatten()))
 
 
 @spectrum.register
@@ -120,7 +142,7 @@ def _(H: BlockDiag) -> Spectrum | None:
 
 def _separate(diagonal: Tensor) -> Spectrum:
     """Every coordinate is an eigenvector."""
-    eigenvalues = _non_negative("Diagonal", diagonal.double())
+    eigenvalues = non_negative("Diagonal", diagonal.double())
     return Spectrum(
         eigenvalues, torch.arange(len(diagonal), device=diagonal.device), eigenvalues.new_zeros(len(diagonal))
     )
@@ -134,10 +156,16 @@ def _together(eigenvalues: Tensor) -> Spectrum:
 
 def _eigenvalues(where: str, matrix: Tensor, resolution: float) -> Tensor:
     """Those of a matrix, with zeros where the posterior's factorisation has them."""
-    return _non_negative(where, without_rounding(torch.linalg.eigvalsh(matrix.double()), resolution))
+    return non_negative(where, without_rounding(torch.linalg.eigvalsh(matrix.double()), resolution))
 
 
-def _non_negative(where: str, eigenvalues: Tensor) -> Tensor:
-    if bool((eigenvalues < 0).any()):
-        raise NotPositiveDefiniteError(where, float(eigenvalues.min()))
-    return eigenvalues
+def non_negative(where: str, eigenvalues: Tensor) -> Tensor:
+    """The eigenvalues of a sum over data, with zeros for those that its rounding made negative.
+
+    Raises:
+        NotPositiveDefiniteError: if one is too negative for that.
+    """
+    least = float(eigenvalues.min())
+    if least < -SUM_ROUNDING * torch.finfo(eigenvalues.dtype).eps * float(eigenvalues.max()):
+        raise NotPositiveDefiniteError(where, least)
+    return eigenvalues.clamp(min=0)

@@ -64,7 +64,7 @@ class Summary:
         n_outputs: C, the number of outputs per sample.
         fit_seconds: how long the last call of `fit` took.
         memory: bytes of the curvature.
-        sigma_noise: the standard deviation of observations.
+        sigma_noise: the standard deviation of observations, or one for each output.
         temperature: T.
         effective_parameters: ``gamma = P - tr(P^-1 P0)`` of all layers together.
         log_marginal_likelihood: in nats.
@@ -77,7 +77,7 @@ class Summary:
     n_outputs: int
     fit_seconds: float
     memory: int
-    sigma_noise: float
+    sigma_noise: float | tuple[float, ...]
     temperature: float
     effective_parameters: float
     log_marginal_likelihood: float
@@ -118,7 +118,8 @@ class Summary:
             "log marginal likelihood": f"{self.log_marginal_likelihood:.2f} nats",
         }
         if self.sigma_noise != 1:
-            facts["noise"] = f"{self.sigma_noise:.3g}"
+            scales = self.sigma_noise if isinstance(self.sigma_noise, tuple) else (self.sigma_noise,)
+            facts["noise"] = ", ".join(f"{sigma:.3g}" for sigma in scales)
         if self.temperature != 1:
             facts["temperature"] = f"{self.temperature:.3g}"
         return facts
@@ -129,7 +130,7 @@ def summarise(
     accumulated: Accumulated,
     evidence: Evidence,
     prior: Prior,
-    sigma_noise: Float[Tensor, ""],
+    sigma_noise: Float[Tensor, "*C"],
     fit_seconds: float,
 ) -> Summary:
     """Describe a fitted posterior.
@@ -145,7 +146,7 @@ def summarise(
     Raises:
         NotPositiveDefiniteError: if the prior is lost in the rounding of the curvature.
     """
-    space, H = accumulated.space, evidence.curvature
+    space, H = accumulated.space, evidence.curvature.total
     log_z = float(evidence.log_marginal_likelihood(prior, sigma_noise))
     layer_of = group_of_coordinate(space, "modulewise").to(H.device)
     modules = list(space.modules.items())
@@ -180,8 +181,8 @@ def summarise(
         n_outputs=accumulated.n_outputs,
         fit_seconds=fit_seconds,
         memory=_memory([H]),
-        sigma_noise=float(sigma_noise),
-        temperature=evidence.temperature,
+        sigma_noise=float(sigma_noise) if sigma_noise.ndim == 0 else tuple(sigma_noise.tolist()),
+        temperature=float(evidence.temperature),
         effective_parameters=total,
         log_marginal_likelihood=log_z,
     )
@@ -191,16 +192,19 @@ def _effective_parameters(
     evidence: Evidence, prior: Prior, sigma_noise: Tensor, layer_of: Int[Tensor, " P"], n_layers: int
 ) -> tuple[Float[Tensor, " L"] | None, float]:
     """gamma by layer and in all."""
-    H, scale = evidence.curvature.to(torch.float64), evidence.scale(sigma_noise)
+    curvature = evidence.curvature
     if not isinstance(prior, GroupedPrior):
-        P0 = prior.operator(H)
-        return None, H.size - float((scale * H + P0).trace_solve(P0))
+        P0 = prior.operator(curvature.total.to(torch.float64))
+        P = curvature.posterior(prior, sigma_noise, evidence.temperature)
+        return None, P.size - float(P.trace_solve(P0))
     spectrum, delta = evidence.relevant_spectrum(prior), prior.precision[prior.groups]
-    if spectrum is not None and spectrum.resolves(layer_of):
-        informed = scale * spectrum.eigenvalues
-        share = informed / (informed + delta)  # no difference of almost equal numbers
+    if sigma_noise.ndim == 0 and spectrum is not None and spectrum.resolves(layer_of):
+        ratios = spectrum.ratios(evidence.scale(sigma_noise), delta)
+        share = ratios / (1 + ratios)  # no difference of almost equal numbers
+        share = spectrum.power * share.reshape(-1, len(delta)).sum(0)
     else:
-        share = 1 - delta * (scale * H + prior.operator(H)).inverse_diagonal()
+        P = curvature.posterior(prior, sigma_noise, evidence.temperature)
+        share = 1 - delta * P.inverse_diagonal()
     gamma = share.new_zeros(n_layers).index_add(0, layer_of, share)
     return gamma, float(gamma.sum())
 

@@ -101,7 +101,7 @@ def kfac(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
         else:
             position = start
             for A, B in _layer_factors(model, module, x, Lambda):
-                block = torch.kron(B, A)
+                block = torch.kron(B.contiguous(), A.contiguous())
                 span = slice(position, position + len(block))
                 result[span, span] = block
                 position += len(block)

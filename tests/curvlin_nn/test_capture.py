@@ -268,6 +268,42 @@ def test_coupling_of_any_two_samples_is_found_behind_the_parameters_and_before_t
     record(GraphNetwork(n, None), x)
 
 
+@pytest.mark.parametrize("n", [2, 7, 40])
+def test_a_course_that_a_sum_over_the_batch_decides_is_found_by_samples_alone(n):
+    """No mixture of several samples falls below the threshold; each sample alone does."""
+
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.a if bool(x.sum() > 4 * 3) else self.b)(x)
+
+    x, model = 2 + torch.rand(n, 3), Deciding()
+    before = state(model)
+    for select in ("all", ["a"]):
+        with pytest.raises(CouplingError, match="changes when it is the only one of a batch"):
+            record(model, x, select)
+    assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("axes", ["squeezed", "of the batch"])
+def test_a_model_that_cannot_be_run_on_one_sample_is_taken_at_its_word(axes):
+    class Rigid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x.squeeze() if axes == "squeezed" else x.view(5, 3))
+
+    model, x = Rigid().double(), torch.randn(5, 1, 3).double()
+    _, features = feature_maps.JacobianMap(model)(x)
+    expected = jacobian(model.a, x.squeeze(1), ["weight", "bias"])
+    torch.testing.assert_close(features.to_dense(), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_coupling_is_looked_for_when_the_first_batch_holds_one_sample():
     recorder = Recorder(model := GraphNetwork(4, (2, 3)), ParameterSpace.of(model, ["b"]))
     recorder(torch.randn(1, 3))

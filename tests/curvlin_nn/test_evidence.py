@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 from curvlin import NotPositiveDefiniteError
-from curvlin_nn import Laplace, prior_search
+from curvlin_nn import Laplace, grouped_eigenvalues, prior_search
 from curvlin_nn.errors import ConvergenceError, NoFiniteOptimumError, UnsupportedError
 
 STRUCTURES = ("full", "diag", "kron")
@@ -113,13 +114,16 @@ def test_a_sure_step_increases_the_evidence_from_anywhere(structure, prior_struc
     evidence, prior = la._evidence(), la._start(prior_structure)
     for _ in range(50):
         t, tau = 6 * torch.randn(len(prior.precision)).double(), 6 * torch.randn(()).double()
-        point = prior_search._evaluate(evidence, prior, t, tau, with_noise=True)
+        objective = prior_search._Objective.of(evidence, prior, with_noise=True)
+        point = objective.at(t, tau)
         step, step_noise = point.step()
         length = float(torch.maximum(step.abs().max(), step_noise.abs()))
         fraction = min(1.0, prior_search.SURE_STEP / length)
-        after = prior_search._at(evidence, prior, point, fraction * step, fraction * step_noise)
-        gain = fraction * (point.gradient @ step + point.noise.gradient * step_noise)
-        assert float(after.value - point.value) > 0.25 * float(gain)
+        values = [
+            evidence.value(replace(prior, precision=(t + e * step).exp()), ((tau + e * step_noise) / 2).exp())
+            for e in (0.0, fraction)
+        ]
+        assert float(values[1] - values[0]) > 0.25 * fraction * point.slope(step, step_noise)
 
 
 @functools.cache
@@ -298,3 +302,29 @@ def test_full_curvature_of_layers_with_and_without_weight_sharing_is_of_one_jaco
         la.optimize_prior_precision()
         results.append((float(la.log_marginal_likelihood()), float(la.prior_precision.mean())))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("bins", [0.2, 5])
+@pytest.mark.parametrize(
+    ("structure", "prior_structure"), [("kron", "layerwise"), ("diag", "scalar"), ("full", "scalar")]
+)
+def test_a_search_among_binned_eigenvalues_ends_at_the_same_maximum(
+    monkeypatch, structure, prior_structure, bins
+):
+    p = problem("cnn", "regression", n=12)
+    la = fitted(p, structure)
+    expected = la.optimize_prior_precision(prior_structure=prior_structure, optimize_noise=True)
+    monkeypatch.setattr(grouped_eigenvalues, "BINS_PER_UNIT", bins)
+    la.fit(p.batches())
+    eigenvalues = prior_search._Objective.of(la._evidence(), la._start(prior_structure), True).eigenvalues
+    binned = eigenvalues.binned
+    if bins == 0.2 and prior_structure == "scalar":
+        assert len(binned.inverses) < len(eigenvalues.inverses) / 8
+    if binned is not None:
+        assert float(binned.counts.sum()) == len(eigenvalues.inverses)
+        total = (binned.counts * binned.inverses).sum()
+        torch.testing.assert_close(total, eigenvalues.inverses.sum(), rtol=1e-12, atol=0)
+    la.prior_precision, la.sigma_noise = 1e-3, 30.0
+    found = la.optimize_prior_precision(prior_structure=prior_structure, optimize_noise=True)
+    torch.testing.assert_close(found.prior_precision, expected.prior_precision, rtol=1e-7, atol=0)
+    assert found.sigma_noise == pytest.approx(expected.sigma_noise, rel=1e-7)

@@ -375,6 +375,29 @@ def test_a_parameter_stays_served_as_it_was():
         assert_close(torch.cat(rows, dim=2), oracle(model, batch))
 
 
+def test_a_structure_of_factors_says_which_parameter_has_none_any_more():
+    model = Net(
+        lambda net, x: (
+            net.a(x) if bool((x[0] > 0).all()) else net.a(x) + torch.einsum("ni,oi->no", x, net.a.weight)
+        ),
+        a=nn.Linear(3, 2),
+    )
+    x, y = torch.rand(3, 3).double(), torch.randn(6, 2).double()
+    data = [(x, y[:3]), (-x, y[3:])]
+    for name in ("kron", "ekfac", "kfoc"):
+        with pytest.raises(
+            UnsupportedError, match=r"parameter 'a.weight' has rows of another form .* 'diag' by name"
+        ):
+            curvature(model, "regression", data, name)
+    G = ggn(model, torch.cat([x, -x]), y, half_squared_error)
+    found = {
+        name: curvature(model, "regression", data, name).to_dense() for name in ("full", "diag", "block")
+    }
+    assert_close(found["full"], G)
+    assert_close(found["diag"].diagonal(), G.diagonal())
+    assert_close(found["block"], torch.block_diag(G[:6, :6], G[6:, 6:]))
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_backward_passes_that_cannot_be_batched_are_made_one_by_one(n):
     constant = torch.randn(4, 2).double()

@@ -32,7 +32,7 @@ def test_predictions_and_evidence_are_those_of_the_full_posterior(kind, likeliho
     H = dense_curvature(p)
     prior = torch.full((la.n_params,), 0.5).double()
     expected = oracle.covariance(p.model, p.x_test, H + torch.diag(prior))
-    f, joint = la._predictive().joint(p.x_test)
+    _, joint = la._predictive().joint(p.x_test)
     torch.testing.assert_close(joint, expected, rtol=1e-9, atol=1e-11 * float(expected.norm()))
     assert float(la.log_marginal_likelihood()) == pytest.approx(
         oracle.log_marginal_likelihood(p.model, p.x, p.y, p.likelihood, H, prior), rel=1e-10

@@ -32,7 +32,7 @@ def captures(n: int, seed: int, *, transposed: bool = False) -> Captures:
 
 
 def columns(c: Captures, some: slice, *, first: bool) -> Captures:
-    return replace(c, blocks=tuple(replace(b, left=b.left[:, some]) for b in c.blocks), first=first)
+    return replace(c, parts=tuple(replace(b, left=b.left[:, some]) for b in c.blocks), first=first)
 
 
 def state(factory, *batches: Captures):

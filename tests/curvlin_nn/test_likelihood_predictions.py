@@ -12,7 +12,7 @@ from torch.distributions import Bernoulli, MultivariateNormal, Normal, Poisson
 
 from curvlin_nn import Laplace
 from curvlin_nn.errors import OutputError, UnsupportedError
-from curvlin_nn.likelihoods import Custom, Gaussian, HeteroscedasticGaussian
+from curvlin_nn.likelihoods import Categorical, Custom, Gaussian, HeteroscedasticGaussian
 
 DELTA = 0.6
 
@@ -231,19 +231,77 @@ def test_targets_at_every_place_have_their_own_noise():
     assert float(z.abs().max()) < 4
 
 
+class Tokens(nn.Module):
+    """Each token by itself; outputs ``(N, T, C)``, or ``(N, C, T)``, or a row of all."""
+
+    def __init__(self, n_outputs: int, form: str = "last") -> None:
+        super().__init__()
+        self.a, self.b, self.form = nn.Linear(3, 4), nn.Linear(4, n_outputs), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.b(torch.tanh(self.a(x)))
+        return {"last": f, "second": f.mT, "row": f.flatten(1)}[self.form]
+
+
+SEQUENCES = {
+    "classes": (Tokens(3), "classification", lambda: torch.randint(3, (6, 4)), 1),
+    "classes second": (Tokens(3, "second"), Categorical(class_dim=1), lambda: torch.randint(3, (6, 4)), 2),
+    "bits": (Tokens(2), "binary", lambda: torch.randint(2, (6, 4, 2)).double(), 1),
+    "counts": (Tokens(2), "poisson", lambda: torch.randint(3, (6, 4, 2)).double(), 1),
+}
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_sequences_of_another_length_than_in_fit(kind, length):
+    """Tokens do not see each other: a part of a sequence is predicted as it is in the whole."""
+    torch.manual_seed(4)
+    model, likelihood, targets, axis = SEQUENCES[kind]
+    x, y, x_test = torch.randn(6, 4, 3).double(), targets(), torch.randn(5, 7, 3).double()
+    la = Laplace(model.double(), likelihood, "all", "kron").fit([(x, y)])
+    whole, part = la(x_test), la(x_test[:, :length])
+    torch.testing.assert_close(part, whole.narrow(axis, 0, length), rtol=1e-9, atol=1e-12)
+    draws = la.predictive_samples(x_test[:, :length], 3, generator())
+    assert draws.shape == (3, *part.shape)
+    assert la(x).shape[axis] == 4
+
+
+def test_regressions_and_noise_over_sequences_of_another_length_than_in_fit():
+    torch.manual_seed(4)
+    x, y, x_test = torch.randn(6, 4, 3).double(), torch.randn(6, 4, 2).double(), torch.randn(5, 7, 3).double()
+    la = Laplace(Tokens(2).double(), Gaussian(covariance=[[2.0, 1.0], [1.0, 3.0]]), "all", "full").fit(
+        [(x, y)]
+    )
+    mean, covariance = la(x_test, observation_noise=True)
+    part = la(x_test[:, :3], observation_noise=True)
+    torch.testing.assert_close(part, (mean[:, :6], covariance[:, :6, :6]), rtol=1e-9, atol=1e-12)
+    joint = la(x_test[:, :3], joint=True, observation_noise=True)[1].view(5, 6, 5, 6)
+    torch.testing.assert_close(joint[range(5), :, range(5)], part[1], rtol=1e-9, atol=1e-12)
+    variances = Laplace(Tokens(4).double(), "heteroscedastic", "all", "full").fit([(x, y)])
+    mean, covariance = variances(x_test)
+    of_tokens = mean[:, :6], covariance[:, :6, :6]
+    torch.testing.assert_close(variances(x_test[:, :3]), of_tokens, rtol=1e-9, atol=1e-12)
+
+
 def test_outputs_of_another_size_than_in_fit_are_refused():
-    class Ends(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(x)
-
-    x, y = torch.randn(6, 4, 3), torch.randint(2, (6, 4))
-    la = Laplace(Ends(), "classification").fit([(x, y)])
-    with pytest.raises(OutputError, match="must have 8 numbers for each sample as in fit, found 6"):
+    x, y = torch.randn(6, 4, 3), torch.randint(2, (6, 4, 2))
+    la = Laplace(Tokens(2, "row"), "binary", "all").fit([(x, y.flatten(1).float())])
+    with pytest.raises(OutputError, match=r"must have shape \(N, 8\) as in fit.*, found \(N, 6\)"):
         la(x[:, :3])
+    classes = Laplace(Growing(), "classification", "all").fit([(x, y[..., 0])])
+    with pytest.raises(OutputError, match=r"must have shape \(N, 4, 5\) as in fit.*, found \(N, 3, 4\)"):
+        classes(x[:, :3])
+
+
+class Growing(nn.Module):
+    """As many classes as tokens, and one more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x)[..., : x.shape[1] + 1]
 
 
 def test_links_that_a_family_does_not_have_are_refused():

@@ -22,6 +22,7 @@ from curvlin_nn.errors import (
     UnsupportedError,
 )
 from curvlin_nn.feature_maps.jacobian import features
+from curvlin_nn.products import hessian_states
 
 CASES = list(itertools.product(("mlp", "cnn"), ("classification", "regression")))
 
@@ -439,6 +440,35 @@ def test_a_posterior_of_the_hessian_has_its_evidence(structure):
         assert float(la.log_marginal_likelihood()) == pytest.approx(expected, rel=1e-10)
     assert relative(la.curvature.to_dense(), H) < 1e-10
     assert la.n_data == 6
+
+
+def test_a_posterior_of_the_leading_eigenpairs_of_the_hessian(monkeypatch):
+    p = smooth("regression")
+    exact = dense_hessian(p.model, p.x, p.y, "regression")
+    values, vectors = torch.linalg.eigh(exact)
+    found = curvature(p.model, "regression", p.batches(4), "lowrank", kind="hessian", indefinite="abs")
+    H = vectors @ torch.diag(values.abs()) @ vectors.mT
+    assert relative(found.to_dense(), H) < 1e-8  # 39 parameters have no more eigenpairs than are kept
+    monkeypatch.setattr(hessian_states, "RANK", 6)
+    la = Laplace(
+        p.model, "regression", "all", "lowrank",
+        curvature="hessian", indefinite="clip", generator=generator(), prior_precision=0.5,
+    ).fit(p.batches(4))  # fmt: skip
+    pairs = hessian_eigenpairs(p.model, "regression", p.batches(4), 6, generator=generator())
+    H = pairs.vectors @ torch.diag(pairs.values.clamp(min=0)) @ pairs.vectors.mT
+    assert relative(la.curvature.to_dense(), H) < 1e-10
+    prior = torch.full((len(H),), 0.5).double()
+    expected = oracle.log_marginal_likelihood(p.model, p.x, p.y, "regression", la.curvature.to_dense(), prior)
+    assert float(la.log_marginal_likelihood()) == pytest.approx(expected, rel=1e-10)
+    _, joint = la(p.x_test, joint=True)
+    dense = oracle.covariance(p.model, p.x_test, la.curvature.to_dense() + torch.diag(prior))
+    assert relative(joint, dense) < 1e-9
+    before = la.curvature.to_dense()
+    with pytest.raises(UnsupportedError, match="cannot continue with other data"):
+        la.fit(p.batches(4), override=False)
+    assert torch.equal(la.curvature.to_dense(), before)
+    with pytest.raises(IndefiniteHessianError, match="low-rank Hessian"):
+        curvature(p.model, "regression", p.batches(4), "lowrank", kind="hessian")
 
 
 def test_a_posterior_of_the_empirical_fisher_is_that_of_its_columns():

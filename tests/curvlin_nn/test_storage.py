@@ -107,6 +107,20 @@ def test_a_hessian_comes_back(structure, tmp_path):
     assert_alike(la.fit(p.batches(4), override=False), loaded.fit(p.batches(4), override=False), p.x_test)
 
 
+def test_the_leading_eigenpairs_of_a_hessian_come_back(tmp_path):
+    p = problem("mlp", "regression")
+    options = {"curvature": "hessian", "indefinite": "clip", "generator": torch.Generator().manual_seed(0)}
+    la = Laplace(p.model, p.likelihood, "all", "lowrank", **options).fit(p.batches())
+    la.save(tmp_path / "la")
+    assert_alike(la, Laplace.load(tmp_path / "la", p.model), p.x_test)
+
+
+def test_damping_comes_back(tmp_path):
+    p, la = fitted("kron", damping=True)
+    la.save(tmp_path / "la")
+    assert_alike(la, Laplace.load(tmp_path / "la", p.model), p.x_test)
+
+
 P = problem("mlp", "regression", n_outputs=2).model
 SIZE = sum(p.numel() for p in P.parameters())
 
@@ -491,3 +505,18 @@ def test_a_fit_that_is_interrupted_leaves_the_object_as_it_was():
             la.fit(batches())
         assert vars(la) == before
     la(p.x_test)
+
+
+def test_a_subnetwork_comes_back_and_is_told_from_another(tmp_path):
+    p = problem("mlp", "classification")
+    indices = torch.tensor([3, 40, 17, 60, 61])
+    for structure in ("full", "kron", "diag"):
+        options = {"subset_of_weights": "subnetwork", "hessian_structure": structure}
+        la = Laplace(p.model, p.likelihood, subnetwork_indices=indices, **options).fit(p.batches())
+        la.save(tmp_path / structure)
+        loaded = Laplace.load(tmp_path / structure, p.model)
+        assert_alike(la, loaded, p.x_test)
+        assert_alike(la.fit(p.batches(), override=False), loaded.fit(p.batches(), override=False), p.x_test)
+        other = Laplace(p.model, p.likelihood, subnetwork_indices=indices + 1, **options)
+        with pytest.raises(StorageError, match="subnetwork_indices"):
+            other.load_state_dict(la.state_dict())

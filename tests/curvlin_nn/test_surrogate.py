@@ -318,7 +318,9 @@ def test_the_head_begins_at_the_ridge_regression_of_the_features() -> None:
     (head,) = (module for module in network.modules() if isinstance(module, WidenedHead))
     with torch.no_grad():
         h = model[:2](x)
-        inputs = torch.cat([h, torch.relu(h @ head.hidden.weight.mT + head.hidden.bias), torch.ones_like(h[:, :1])], 1)
+        inputs = torch.cat(
+            [h, torch.relu(h @ head.hidden.weight.mT + head.hidden.bias), torch.ones_like(h[:, :1])], 1
+        )
     gram = inputs.mT @ inputs
     gram += 0.1 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     expected = inputs @ torch.linalg.solve(gram, inputs.mT @ wanted.flatten(1))

@@ -32,6 +32,7 @@ from curvlin.features.khatri_rao import KhatriRaoFeatures, same_layer
 from curvlin.numerics import contraction
 from curvlin.numerics.chunks import joined, pieces, recomputing
 from curvlin.numerics.implicit import graft
+from curvlin.numerics.repeats import once, repeats
 from curvlin.numerics.scaling import power_of_two
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
@@ -69,6 +70,11 @@ def by_rows(
             return by_rows(other, Phi, P, factors, layout, chunk).movedim((-4, -3), (-2, -1))
         K = _solved(Phi, other, P, factors, chunk)
         return _symmetric(K) if Psi is None else K
+
+    if isinstance(Phi, DenseFeatures) and repeats(Phi.matrix, -3):
+        K = by_rows(Phi[:1], None, P, factors, layout, chunk)
+        dim = -2 if layout == "diagonal" else -3
+        return K.repeat_interleave(Phi.n_samples, dim=dim)
 
     def variances(n: slice) -> Tensor:
         rows = Phi[n].to_dense().double()
@@ -193,14 +199,22 @@ def _khatri_rao_kronecker(
 
 def _rotated(Phi: Sides, X: Tensor | None, Y: Tensor | None, dtype: torch.dtype) -> Sides:
     """The two sides of ``Phi (X (x) Y)``."""
-    left, right = Phi[0].to(dtype), Phi[1].to(dtype)
+    left, right = _in_dtype(Phi, dtype)
     if X is not None:
-        rotated = _times(left.flatten(-4, -2), X)
-        left = rotated.reshape(*rotated.shape[:-2], *left.shape[-4:])
+        left = once(lambda some: _times_each(some, X), left, dim=-4)
     if Y is not None:
         rotated = _times(right.flatten(-3, -2), Y)
         right = rotated.reshape(*rotated.shape[:-2], *right.shape[-3:])
     return left, right
+
+
+def _times_each(left: Tensor, X: Tensor) -> Tensor:
+    rotated = _times(left.flatten(-4, -2), X)
+    return rotated.reshape(*rotated.shape[:-2], *left.shape[-4:])
+
+
+def _in_dtype(Phi: Sides, dtype: torch.dtype) -> Sides:
+    return once(lambda left: left.to(dtype), Phi[0], dim=-4), Phi[1].to(dtype)
 
 
 def _times(rows: Tensor, X: Tensor) -> Tensor:
@@ -218,7 +232,7 @@ _NARROWED = 2**20
 def _contracted(Phi: Sides, Psi: Sides | None, weight: Tensor | None, layout: str, chunk: Chunk) -> Tensor:
     """``Phi diag(weight) Psi^T`` in the dtype of the features (float32 at least), returned in float64."""
     dtype = _at_least_float32(Phi[0].dtype)
-    left, right = Phi[0].to(dtype), Phi[1].to(dtype)
+    left, right = _in_dtype(Phi, dtype)
     scale = None
     if weight is not None:
         # Weights of any magnitude fit the dtype of the features once their power of two is taken out.
@@ -231,7 +245,7 @@ def _contracted(Phi: Sides, Psi: Sides | None, weight: Tensor | None, layout: st
     elif Psi is None:
         K = _symmetric(contraction.cross(left, right, left, right, weight, chunk))
     else:
-        K = contraction.cross(left, right, Psi[0].to(dtype), Psi[1].to(dtype), weight, chunk)
+        K = contraction.cross(left, right, *_in_dtype(Psi, dtype), weight, chunk)
     return K.double() if scale is None else K.double() * _as_batch(scale, layout)
 
 

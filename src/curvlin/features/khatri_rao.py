@@ -12,6 +12,7 @@ from curvlin._check import broadcastable, floating
 from curvlin._tree import tensor_field
 from curvlin.features.base import FeatureOperator
 from curvlin.numerics import contraction
+from curvlin.numerics.chunks import joined, pieces
 
 
 @dataclass(eq=False, repr=False, init=False)
@@ -113,8 +114,16 @@ class KhatriRaoFeatures(FeatureOperator):
 
     def _columns(self, index: Tensor) -> Tensor:
         outputs, inputs = index // self.in_features, index % self.in_features
-        left, right = self.left.index_select(-1, outputs), self.right.index_select(-1, inputs)
-        return torch.einsum("...nrsk,...nsk->...nrk", left, right)
+        bytes_each = (
+            self.dtype.itemsize * self.batch_shape.numel() * self.n_rows * self.n_positions * len(index)
+        )
+
+        def some(n: slice) -> Tensor:
+            left = self.left[..., n, :, :, :].index_select(-1, outputs)
+            right = self.right[..., n, :, :].index_select(-1, inputs)
+            return torch.einsum("...nrsk,...nsk->...nrk", left, right)
+
+        return joined([some(n) for n in pieces(self.n_samples, bytes_each, least=self.n_samples)], dim=-3)
 
 
 def same_layer(name: str, Psi: KhatriRaoFeatures, Phi: KhatriRaoFeatures) -> None:

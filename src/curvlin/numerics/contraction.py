@@ -34,6 +34,7 @@ from torch import Tensor
 
 from curvlin.numerics import chunks
 from curvlin.numerics.chunks import joined, pieces, recomputing
+from curvlin.numerics.repeats import repeats
 
 
 def multiplied(g: Float[Tensor, "*b N R S out"], a: Float[Tensor, "*b N S in"]) -> Float[Tensor, "*b N R D"]:
@@ -48,17 +49,16 @@ def forward(
 ) -> Float[Tensor, "*b N R K"]:
     """``sum_oi phi_nr,oi V_oi,k``: the layer applied to its inputs first, unless the rows are shorter."""
     (R, S, out), (inputs, K), item = g.shape[-3:], V.shape[-2:], _bytes(g, V.shape[:-3])
-    if _rows_are_shorter(R, S, out, inputs, K):
-        kernel, bytes_each = _forward_rows, item * R * out * inputs
-        V = V.flatten(-3, -2)
-    else:
-        kernel, bytes_each = _forward_layer, item * S * out * K
-        V = V.movedim(-2, -3).flatten(
-            -2
-        )  # (in, out * K): one product of matrices for all positions and columns
-    samples = pieces(g.shape[-4], bytes_each, least=_to_share_a_matrix(g))
-    kernel = recomputing(kernel, len(samples), g, a, V)
-    return joined([kernel(g[..., n, :, :, :], a[..., n, :, :], V) for n in samples], dim=-3)
+    rows = _rows_are_shorter(R, S, out, inputs, K)
+    kernel = _forward_rows if rows else _forward_layer
+    samples, channels = _product_pieces(g, inputs, K, item, rows=rows)
+    kernel = recomputing(kernel, len(samples) * len(channels), g, a, V)
+
+    def summed(n: slice) -> Tensor:
+        parts = (kernel(g[..., n, :, :, o], a[..., n, :, :], V[..., o, :, :]) for o in channels)
+        return functools.reduce(torch.add, parts)
+
+    return joined([summed(n) for n in samples], dim=-3)
 
 
 def backward(
@@ -68,14 +68,16 @@ def backward(
 ) -> Float[Tensor, "*b out in K"]:
     """``sum_nr phi_nr,oi u_nr,k``, the adjoint of `forward`, with the same choice of route."""
     (R, S, out), inputs, K, item = g.shape[-3:], a.shape[-1], u.shape[-1], _bytes(g, u.shape[:-3])
-    if _rows_are_shorter(R, S, out, inputs, K):
-        kernel, bytes_each = _backward_rows, item * R * out * inputs
-    else:
-        kernel, bytes_each = _backward_layer, item * S * out * K
-    samples = pieces(g.shape[-4], bytes_each, least=_to_share_a_matrix(g))
-    kernel = recomputing(kernel, len(samples), g, a, u)
-    parts = (kernel(g[..., n, :, :, :], a[..., n, :, :], u[..., n, :, :]) for n in samples)
-    return functools.reduce(torch.add, parts)
+    rows = _rows_are_shorter(R, S, out, inputs, K)
+    kernel = _backward_rows if rows else _backward_layer
+    samples, channels = _product_pieces(g, inputs, K, item, rows=rows)
+    kernel = recomputing(kernel, len(samples) * len(channels), g, a, u)
+
+    def summed(o: slice) -> Tensor:
+        parts = (kernel(g[..., n, :, :, o], a[..., n, :, :], u[..., n, :, :]) for n in samples)
+        return functools.reduce(torch.add, parts)
+
+    return joined([summed(o) for o in channels], dim=-3)
 
 
 def per_sample(
@@ -142,6 +144,21 @@ def _channels(out: int, bytes_each: int) -> list[slice]:
     return pieces(out, bytes_each // out, least=out) if bytes_each > chunks.CEILING else [slice(0, out)]
 
 
+def _product_pieces(
+    g: Tensor, inputs: int, K: int, item: int, *, rows: bool
+) -> tuple[list[slice], list[slice]]:
+    """The samples and the channels of a product with K columns, a piece at a time.
+
+    Rows are multiplied out for some samples. The layer's outputs are made for some channels, whose part of the matrix
+    (out, in, K) has to be reordered: in pieces that stay in cache.
+    """
+    N, R, S, out = g.shape[-4:]
+    if rows:
+        return pieces(N, item * R * out * inputs, least=_to_share_a_matrix(g)), [slice(0, out)]
+    channels = pieces(out, item * inputs * K, least=math.ceil(64 / max(1, K)))
+    return pieces(N, item * S * channels[0].stop * K, least=_to_share_a_matrix(g)), channels
+
+
 def _bytes(g: Tensor, batch: torch.Size) -> int:
     """What one number per sample takes, over the whole batch."""
     copies: int = math.prod(torch.broadcast_shapes(g.shape[:-4], batch))
@@ -177,13 +194,14 @@ def _rows_are_shorter(R: int, S: int, out: int, inputs: int, K: int) -> bool:
 
 
 def _forward_rows(g: Tensor, a: Tensor, V: Tensor) -> Tensor:
-    return multiplied(g, a) @ V.unsqueeze(-3)
+    return multiplied(g, a) @ V.flatten(-3, -2).unsqueeze(-3)
 
 
 def _forward_layer(g: Tensor, a: Tensor, V: Tensor) -> Tensor:
-    S, out = g.shape[-2:]
+    (S, out), K = g.shape[-2:], V.shape[-1]
+    V = V.movedim(-2, -3).flatten(-2)  # (in, out * K): one product of matrices for all positions and columns
     outputs = a.flatten(-3, -2) @ V  # (n * s, out * K)
-    outputs = outputs.reshape(*outputs.shape[:-2], a.shape[-3], S * out, V.shape[-1] // out)
+    outputs = outputs.reshape(*outputs.shape[:-2], a.shape[-3], S * out, K)
     return g.flatten(-2) @ outputs
 
 
@@ -211,6 +229,8 @@ class _SampleRoute(NamedTuple):
 def _sample_route(g: Tensor, a: Tensor, w: Tensor | None, *, diagonal: bool) -> _SampleRoute:
     (R, S, out), inputs, item = g.shape[-3:], a.shape[-1], _weight_bytes(g, w)
     D, columns = out * inputs, 1 if diagonal else R
+    if S == 1 and diagonal and repeats(g, -4):
+        return _SampleRoute(_single_diagonal, item * (inputs + 2 * (R + out)))
     if S == 1:
         return _SampleRoute(_single_diagonal if diagonal else _single, item * (inputs + 2 * R * out))
     rows = R * S * D + R * columns * D
@@ -234,7 +254,11 @@ def _single(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
 
 
 def _single_diagonal(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
-    return (g.squeeze(-2).square() * _single_weight(a, w)).sum(-1)
+    v = _single_weight(a, w)
+    if repeats(g, -4):  # the same left side for all samples, of which one is enough
+        squared = g[..., 0, :, 0, :].square()
+        return (v.squeeze(-2).expand(*v.shape[:-2], squared.shape[-1])) @ squared.mT
+    return (g.squeeze(-2).square() * v).sum(-1)
 
 
 def _weighted(rows: Tensor, w: Tensor | None) -> Tensor:

@@ -27,6 +27,7 @@ from curvlin._tables import ADD, CONGRUENCE, TRACE_SOLVE, lookup
 from curvlin._tree import Tree, is_concrete
 from curvlin.errors import NotClosedError
 from curvlin.index import Index, as_index, identity_columns
+from curvlin.numerics.chunks import joined, pieces
 from curvlin.numerics.implicit import factorize
 from curvlin.precision.kept import Kept
 
@@ -292,7 +293,12 @@ class PrecisionOperator(Tree, ABC):
         if structured is not None:
             return structured
         self._affordable("conditional", len(indices), max_size)
-        block = self._matmul(identity_columns(indices, self.size, self.dtype))[..., indices, :]
+        # Some columns at a time: all of them have D k entries, of which k^2 are wanted.
+        parts = [
+            self._matmul(identity_columns(indices[some], self.size, self.dtype))[..., indices, :]
+            for some in pieces(len(indices), self.dtype.itemsize * self.size, least=len(indices))
+        ]
+        block = joined(parts, dim=-1)
         return self._dense((block + block.mT) / 2, invert=False)
 
     def _affordable(self, what: str, size: int, max_size: int) -> None:

@@ -142,7 +142,8 @@ class BlockDiag(PrecisionOperator):
             where = (owners == i).nonzero().squeeze(-1)
             if len(where) == 0:
                 continue
-            local = positions[where].to(index.device)
+            local, order = positions[where].sort()  # in the block's own order, in which it may have structure
+            local, where = local.to(index.device), where[order]
             whole = torch.equal(local.cpu(), torch.arange(block.size))
             parts.append(block if whole else part_of(block, local))
             groups.append(where)

@@ -28,6 +28,7 @@ from curvlin.precision.implicit import ImplicitOperator
 from curvlin.precision.spectral import SpectralKronecker
 
 if TYPE_CHECKING:
+    from curvlin.precision.base import PrecisionOperator
     from curvlin.precision.whitened import WhitenedFrame
 
 Pair = tuple[Tensor | None, Tensor | None]
@@ -385,10 +386,10 @@ class KroneckerSum(ImplicitOperator):
         ]
         return KroneckerSum([(parts[0], parts[1])], sizes=(len(grid[0]), len(grid[1])))
 
-    def _conditional(self, index: Tensor, max_size: int) -> KroneckerSum | None:
+    def _conditional(self, index: Tensor, max_size: int) -> PrecisionOperator | None:
         grid = product_index(index, self.sizes[1])
         if grid is None:
-            return None
+            return self._entries(index) if len(index) <= max_size else None
         rows, columns = grid
         terms = [
             (
@@ -404,6 +405,21 @@ class KroneckerSum(ImplicitOperator):
                 for l, r in self.roots
             ]
         return KroneckerSum(terms, self.shift, roots, (len(rows), len(columns)))
+
+    def _entries(self, index: Tensor) -> PrecisionOperator:
+        """The sub-matrix of coordinates that are no product, entry by entry: nothing has more than its k^2."""
+        from curvlin.precision.dense import Dense
+
+        places = index // self.sizes[1], index % self.sizes[1]
+        eye = torch.eye(len(index), dtype=self.dtype, device=self.device)
+        total = eye * 0 if self.shift is None else self.shift[..., None, None] * eye
+        for pair in self.terms:
+            sides = [
+                (place[:, None] == place).to(self.dtype) if M is None else M[..., place[:, None], place]
+                for M, place in zip(pair, places, strict=True)
+            ]
+            total = total + sides[0] * sides[1]
+        return Dense(total)
 
     def _to_dense(self) -> Tensor:
         eyes = [torch.eye(n, dtype=self.dtype, device=self.device) for n in self.sizes]

@@ -6,6 +6,7 @@ One file per layer family; a new family is a new file that registers a `LayerRul
 from curvlin_nn.capture import conv, conv_transpose, elementwise, embedding, linear, norms
 from curvlin_nn.capture.blocks import Block, Captures, JointBlock, Place, partition
 from curvlin_nn.capture.last_layer import last_layer
+from curvlin_nn.capture.one_hot import OneHot
 from curvlin_nn.capture.recorder import Recorder, Recording
 from curvlin_nn.capture.rules import RULES, Call, LayerRule, Piece, register
 
@@ -16,6 +17,7 @@ __all__ = [
     "Captures",
     "JointBlock",
     "LayerRule",
+    "OneHot",
     "Piece",
     "Place",
     "Recorder",

@@ -125,7 +125,7 @@ class SampleBySample:
                     "expected samples along axis 0 of the inputs that do not depend on each other (for parameter "
                     f"{names[0]!r}, which no layer rule serves)"
                 )
-            blocks = recording.captures(columns[:, n : n + 1]).blocks
+            blocks = recording.captures(columns[:, n : n + 1]).parts
             for name in names:
                 by_sample[name].append([block for block in blocks if block.parameter == name])
         offsets = {

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from curvlin.index import IndexSet
+from curvlin_nn.capture.one_hot import OneHot
 from curvlin_nn.errors import UnsupportedUseError
+
+if TYPE_CHECKING:
+    from curvlin_nn.output_curvature import OutputCurvature
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Block:
         transposed: whether the part stands in the flat vector as (in, out), instead of as (out, in).
         uses: where a parameter is used both as it is and transposed (an embedding tied to the output layer), the rows
             of either kind of use; empty otherwise. The block itself holds the sum of their rows.
+        one_hot: ``(N, S)``; stands in the place of right where that is unit vectors, in `Captures.parts` only.
     """
 
     parameter: str
@@ -36,6 +42,7 @@ class Block:
     right: Float[Tensor, "N S in"] | None
     transposed: bool = False
     uses: tuple[Block, ...] = ()
+    one_hot: OneHot | None = None
 
     @property
     def size(self) -> int:
@@ -45,6 +52,8 @@ class Block:
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)``."""
+        if self.one_hot is not None:
+            return self.left.shape[-1], self.one_hot.size
         return self.left.shape[-1], 1 if self.right is None else self.right.shape[-1]
 
     @property
@@ -60,8 +69,15 @@ class Block:
     def of_samples(self, samples: slice | Int[Tensor, " n"]) -> Block:
         """The rows of some samples."""
         right = None if self.right is None else self.right[samples]
+        one_hot = None if self.one_hot is None else self.one_hot.of_samples(samples)
         uses = tuple(use.of_samples(samples) for use in self.uses)
-        return replace(self, left=self.left[samples], right=right, uses=uses)
+        return replace(self, left=self.left[samples], right=right, uses=uses, one_hot=one_hot)
+
+    def dense(self) -> Block:
+        """The same rows with unit vectors written out."""
+        if self.one_hot is None:
+            return self
+        return replace(self, right=self.one_hot.dense(self.left), one_hot=None)
 
     def moved(self, by: int) -> Block:
         """The same part of a parameter that begins elsewhere in the flat vector."""
@@ -69,6 +85,8 @@ class Block:
 
     def rows(self) -> Float[Tensor, "N V size"]:
         """The rows multiplied out, in the order (out, in)."""
+        if self.one_hot is not None:
+            return self.dense().rows()
         if self.right is None:
             return self.left.squeeze(2)
         if self.left.shape[2] == 1:
@@ -162,20 +180,30 @@ class Captures:
 
     Attributes:
         n_samples: N, the samples of the batch.
-        blocks: the parts of all chosen parameters in flat order, without gaps.
+        parts: the parts of all chosen parameters in flat order, without gaps, as they were captured: the inputs of an
+            embedding are not written out.
         first: whether these are the first columns of the batch; what depends on inputs alone counts only then.
         kept: which terms of the log-likelihood count (those not ignored), or None where all do.
+        output_curvature: what stands in the place of columns, of which the blocks then have none: those of a linear
+            layer whose outputs are the terms of the log-likelihood have its columns for left factors. Only structures
+            that take it see it.
     """
 
     n_samples: int
-    blocks: tuple[Block, ...]
+    parts: tuple[Block, ...]
     first: bool = True
     kept: Bool[Tensor, "N R"] | None = None
+    output_curvature: OutputCurvature | None = None
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The same parts with every input as a vector."""
+        return tuple(part.dense() for part in self.parts)
 
     @property
     def partition(self) -> IndexSet:
         """Where the blocks stand."""
-        return partition([block.place for block in self.blocks])
+        return partition([part.place for part in self.parts])
 
 
 def merged(parameter: str, start: int, uses: Iterable[Block]) -> Block:
@@ -187,6 +215,8 @@ def merged(parameter: str, start: int, uses: Iterable[Block]) -> Block:
     uses = list(uses)
     if len(uses) == 1:
         return uses[0]
+    if len({(use.one_hot is None, use.transposed) for use in uses}) > 1:
+        uses = [use.dense() for use in uses]
     kinds = [[use for use in uses if use.transposed == transposed] for transposed in (False, True)]
     oriented = [_side_by_side(parameter, start, kind) for kind in kinds if kind]
     if len(oriented) == 1:
@@ -215,8 +245,8 @@ def joined(parameter: str, by_sample: Sequence[Sequence[Block]]) -> list[Block]:
     return [stacked(blocks) for blocks in zip(*by_sample, strict=True)]
 
 
-def _form(block: Block) -> tuple[Place, bool, bool, int]:
-    return block.place, block.right is None, block.transposed, len(block.uses)
+def _form(block: Block) -> tuple[Place, bool, bool, bool, int]:
+    return (block.place, block.right is None, block.one_hot is None, block.transposed, len(block.uses))
 
 
 def stacked(blocks: Sequence[Block]) -> Block:
@@ -228,8 +258,15 @@ def stacked(blocks: Sequence[Block]) -> Block:
 
     left = torch.cat([of(block.left) for block in blocks])
     rights = [of(block.right) for block in blocks if block.right is not None]
+    inputs = [block.one_hot.padded(longest).index for block in blocks if block.one_hot is not None]
     uses = tuple(stacked(uses) for uses in zip(*(block.uses for block in blocks), strict=True))
-    return replace(blocks[0], left=left, right=torch.cat(rights) if rights else None, uses=uses)
+    return replace(
+        blocks[0],
+        left=left,
+        right=torch.cat(rights) if rights else None,
+        one_hot=OneHot(torch.cat(inputs), blocks[0].shape[1]) if inputs else None,
+        uses=uses,
+    )
 
 
 def _side_by_side(parameter: str, start: int, uses: list[Block]) -> Block:
@@ -237,10 +274,14 @@ def _side_by_side(parameter: str, start: int, uses: list[Block]) -> Block:
         raise UnsupportedUseError(parameter, "is used in parts of different shapes")
     if len(uses) == 1:
         return uses[0]
+    left = torch.cat([use.left for use in uses], dim=2)
+    inputs = [use.one_hot.index for use in uses if use.one_hot is not None]
+    if inputs:
+        return replace(uses[0], left=left, one_hot=OneHot(torch.cat(inputs, dim=1), uses[0].shape[1]))
     if uses[0].right is None:
         return replace(uses[0], left=torch.stack([use.left for use in uses]).sum(0))
     rights = [use.right for use in uses if use.right is not None]
-    return replace(uses[0], left=torch.cat([use.left for use in uses], dim=2), right=torch.cat(rights, dim=1))
+    return replace(uses[0], left=left, right=torch.cat(rights, dim=1))
 
 
 def _turned(block: Block) -> Block:

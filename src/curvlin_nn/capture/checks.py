@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from curvlin.numerics.repeats import distinct
 from curvlin_nn.capture.graph import Graph
 from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.capture.intercept import Use
@@ -19,6 +20,9 @@ from curvlin_nn.errors import CouplingError, OutputError, StochasticModelError
 
 WATCHED = 16
 """The number of samples of which every pair is tried."""
+
+ALONE = 4
+"""The number of samples that are run alone."""
 
 RADIX = 17
 """Powers of two from 2^-8 to 2^8 tell that many samples apart at once."""
@@ -70,6 +74,7 @@ def check_finite(what: str, tensor: Tensor, use: Use, where: str) -> None:
         OutputError: naming a parameter of the layer.
     """
     # A sum that is finite says that all terms are, at the cost of one pass and no mask; one that is not may overflow.
+    tensor = distinct(tensor)
     if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
         raise OutputError(
             f"the {what} of the layer with parameter {use.names[0]!r} on {where} must be finite, found NaN or Inf"
@@ -165,7 +170,8 @@ def check_independent(run: Callable[[Any], Tensor], x: Any, outputs: Tensor) -> 
 
     Each half of the batch is kept while the other is not; and among the first samples, alone, each is kept while any
     given other one is not. Gradients, which `find_layouts` looks at, know only what happens behind the chosen
-    parameters.
+    parameters. Some samples are run alone as well: what a model decides by a sum or a maximum over the batch may be the
+    same for most mixtures of its samples. A model that cannot be run on one sample is not asked.
 
     Raises:
         CouplingError: if an output moves.
@@ -188,6 +194,19 @@ def check_independent(run: Callable[[Any], Tensor], x: Any, outputs: Tensor) -> 
         check(~first_half)
     for kept in separating_sets(min(n_samples, WATCHED)).to(outputs.device):
         check(kept)
+    for n in range(0, n_samples, -(-n_samples // ALONE)):
+        alone = _if_it_runs(run, select_samples(x, slice(n, n + 1), n_samples))
+        if alone is not None and alone.shape == outputs[n : n + 1].shape and not close(outputs[n], alone[0]):
+            raise CouplingError(
+                f"the output for one sample changes when it is the only one of a batch, {_EXPECTED_INDEPENDENT}"
+            )
+
+
+def _if_it_runs(run: Callable[[Any], Tensor], x: Any) -> Tensor | None:
+    try:
+        return run(x)
+    except Exception:
+        return None  # it squeezes its axes, or holds a constant of the size of the batch
 
 
 def separating_sets(n_samples: int) -> Bool[Tensor, "M N"]:

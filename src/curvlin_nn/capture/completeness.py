@@ -24,8 +24,8 @@ class _Part:
 
     @classmethod
     def of(cls, piece: Piece) -> _Part:
-        inputs = 1 if piece.right is None else piece.right.shape[-1]
-        return cls(piece.start, (piece.left.shape[-1], inputs), piece.right is not None, piece.transposed)
+        factored = piece.right is not None or piece.one_hot is not None
+        return cls(piece.start, (piece.left.shape[-1], piece.inputs), factored, piece.transposed)
 
     @property
     def stop(self) -> int:
@@ -53,7 +53,7 @@ def incomplete(graph: Graph, originals: Mapping[str, Tensor], unserved: Containe
     found = torch.autograd.grad(graph.outputs, tensors, cotangent, retain_graph=True, allow_unused=True)
     expected, bypassed = found[: len(names)], found[len(names) :]
     captured = {name: torch.zeros_like(graph.leaves[name]).flatten() for name in names}
-    magnitude = dict.fromkeys(names, 0.0)  # of the terms, which may cancel in the sum
+    pieces: dict[str, list[Piece]] = {name: [] for name in names}
     parts: dict[str, set[_Part]] = {name: set() for name in names}
     for use, gradient in zip(graph.uses, graph.gradients(cotangent[None]), strict=True):
         for name, piece in named_pieces(use, gradient):
@@ -62,18 +62,20 @@ def incomplete(graph: Graph, originals: Mapping[str, Tensor], unserved: Containe
             total = _total(piece)
             parts[name].add(_Part.of(piece))
             captured[name][piece.start : piece.start + len(total)] += total
-            magnitudes = _total(replace(piece, left=piece.left.abs(), right=_abs(piece.right)))
-            magnitude[name] += float(magnitudes.max())
+            pieces[name].append(piece)
     tolerance = torch.finfo(cotangent.dtype).eps ** 0.5
     reasons = {}
     for name, truth, past in zip(names, expected, bypassed, strict=True):
         total = torch.zeros_like(captured[name]) if truth is None else truth.flatten()
-        gap, scale = (captured[name] - total).abs().max(), total.abs().max() + magnitude[name]
+        gap, largest = (captured[name] - total).abs().max(), total.abs().max()
         if past is not None:
             reasons[name] = (
                 "reaches the outputs past its module (is it kept in a list, a closure or a partial?)"
             )
-        elif not bool(gap <= tolerance * scale):
+        elif not (
+            bool(gap <= tolerance * largest)
+            or bool(gap <= tolerance * (largest + sum(map(_magnitude, pieces[name]))))
+        ):
             reasons[name] = "influences the outputs through an operation that was not captured"
         elif parts[name] and not _tile(parts[name], graph.leaves[name].numel()):
             reasons[name] = "is used in parts of different shapes"
@@ -104,10 +106,18 @@ def _agree(part: _Part, other: _Part) -> bool:
 def _total(piece: Piece) -> Tensor:
     """One column's outer products summed over all positions: a part of the parameter's gradient."""
     left = piece.left[0].reshape(-1, piece.left.shape[-1])
+    if piece.one_hot is not None:
+        total = piece.one_hot.summed(piece.left[0]).mT
+        return total.mT.flatten() if piece.transposed else total.flatten()
     if piece.right is None:
         return left.sum(0)
     total = left.mT @ piece.right.detach().reshape(-1, piece.right.shape[-1])
     return total.mT.flatten() if piece.transposed else total.flatten()
+
+
+def _magnitude(piece: Piece) -> float:
+    """The largest sum of the absolute values of terms, which may cancel in the sum itself."""
+    return float(_total(replace(piece, left=piece.left.abs(), right=_abs(piece.right))).max())
 
 
 def _abs(tensor: Tensor | None) -> Tensor | None:

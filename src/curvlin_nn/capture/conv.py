@@ -72,10 +72,13 @@ class ConvRule(LayerRule):
 
     def _patches(self, call: Call) -> Float[Tensor, "N *output K"]:
         """What each output pixel sees, in the order of the flattened weight; groups stand side by side."""
-        kernel, stride, padding, dilation = (
-            call.options[key] for key in ("kernel", "stride", "padding", "dilation")
-        )
-        return patches(_padded(call.input.detach(), kernel, padding, dilation), kernel, stride, dilation)
+        if "patches" not in call.memo:
+            kernel, stride, padding, dilation = (
+                call.options[key] for key in ("kernel", "stride", "padding", "dilation")
+            )
+            image = _padded(call.input.detach(), kernel, padding, dilation)
+            call.memo["patches"] = patches(image, kernel, stride, dilation)
+        return call.memo["patches"]
 
 
 def patches(

@@ -1,6 +1,7 @@
 """Embeddings: ``y = W[token]``, which is a linear layer on one-hot vectors.
 
-Each token is a position: left is its gradient, right its one-hot vector, and W stands as (tokens, features).
+Each token is a position: left is its gradient, right its one-hot vector, held as the token, and W stands as (tokens,
+features).
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvlin_nn.capture.one_hot import OneHot
 from curvlin_nn.capture.rules import Call, LayerRule, NotServable, Piece, register
 
 
@@ -48,7 +51,8 @@ class EmbeddingRule(LayerRule):
 
     def pieces(self, call: Call, gradient: Tensor) -> Iterator[Piece]:
         """See `LayerRule.pieces`."""
-        tokens, constant = call.input.long()[..., None], call.options["constant"]
-        one_hot = gradient.new_zeros(*call.input.shape, call.options["tokens"])
-        one_hot.scatter_(-1, tokens, 1.0 if constant is None else (tokens != constant).to(gradient.dtype))
-        yield Piece("weight", 0, gradient, one_hot, transposed=True)
+        tokens, constant = call.input.long(), call.options["constant"]
+        if constant is not None:
+            tokens = torch.where(tokens == constant, -1, tokens)
+        inputs = OneHot(tokens, call.options["tokens"])
+        yield Piece("weight", 0, gradient, None, transposed=True, one_hot=inputs)

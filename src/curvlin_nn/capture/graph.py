@@ -33,6 +33,7 @@ class Graph:
         outputs: the model's outputs with their graph, all of a sample's in one row.
         shape: the shape that the outputs of one sample had.
         course: what the whole graph looks like.
+        direct: whether the output of the only use is the model's output, which then has the same cotangents.
     """
 
     leaves: dict[str, Tensor]
@@ -40,6 +41,7 @@ class Graph:
     outputs: Float[Tensor, "N C"]
     shape: torch.Size
     course: Course
+    direct: bool = False
 
     @property
     def signature(self) -> Signature:
@@ -71,16 +73,21 @@ class Graph:
                     "used it, expected it untouched; write x = x + y instead of x += y there"
                 )
 
+    @property
+    def columns_at_once(self) -> int:
+        """How many columns' gradients stay in cache: more gain nothing, and are written to memory and read back."""
+        return max(1, COLUMN_BUDGET // max((use.shape.numel() for use in self.uses), default=1))
+
     def gradients(self, columns: Float[Tensor, "V N C"]) -> list[Float[Tensor, V * output]]:
         """For each column, the gradients of ``sum(column * outputs)`` with respect to every use's output."""
         edges = [use.edge for use in self.uses]
         if not edges:
             return []
+        if self.direct:
+            return [columns.reshape(len(columns), *self.uses[0].shape)]
         found = None
         if len(columns) > 1 and all(use.rule.batched_columns for use in self.uses):
-            # As many as stay in cache: more gain nothing, and are written to memory and read back.
-            most = max(1, COLUMN_BUDGET // max(use.shape.numel() for use in self.uses))
-            parts = [self._at_once(some, edges) for some in columns.split(most)]
+            parts = [self._at_once(some, edges) for some in columns.split(self.columns_at_once)]
             found = None if None in parts else _joined([part for part in parts if part is not None])
         if found is None:
             found = self._one_by_one(columns, edges)
@@ -104,6 +111,8 @@ class Graph:
             torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True)
             for column in columns
         ]
+        if len(columns) == 1:
+            return tuple(None if gradient is None else gradient[None] for gradient in by_column[0])
         return tuple(
             None if of_use[0] is None else torch.stack(of_use) for of_use in zip(*by_column, strict=True)
         )

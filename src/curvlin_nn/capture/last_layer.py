@@ -49,9 +49,10 @@ def last_layer(model: nn.Module, x: Any, where: str = "the input") -> ParameterS
     names = {id(p): name for tensors in (originals, leaves) for name, p in tensors.items()}
     found = _other_than(last, uses, outputs, names)
     if found is not None:
+        suggested = list(_heads(uses, outputs)) or chosen
         raise UnsupportedError(
             f"subset_of_weights='last_layer' found {chosen[0]!r} used last, but {found}, expected one linear or "
-            f"convolutional layer at the end; name what to take instead, as in subset_of_weights={chosen}"
+            f"convolutional layer at the end; name what to take instead, as in subset_of_weights={suggested}"
         )
     return ParameterSpace.of(model, chosen)
 
@@ -74,6 +75,16 @@ def _other_than(last: Use, uses: Sequence[Use], outputs: Tensor, names: Mapping[
         if id(leaf) in names:
             return f"the outputs depend on parameter {names[id(leaf)]!r} not only through it"
     return None
+
+
+def _heads(uses: Sequence[Use], outputs: Tensor) -> dict[str, None]:
+    """The modules (or parameters outside of any) of all layers without another between them and the outputs."""
+    layers = [use for use in uses if use.rule.is_layer]
+    nodes = {use.edge.node for use in layers}
+    direct = _nodes_behind(outputs.grad_fn, nodes)
+    roots = {following for node in direct for following, _ in node.next_functions} | {outputs.grad_fn}
+    heads = [use for use in layers if use.edge.node in roots]
+    return dict.fromkeys(name.rpartition(".")[0] or name for use in heads for name in use.names)
 
 
 def _nodes_behind(root: Node | None, stop: Iterable[Node] = ()) -> dict[Node, None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from curvlin_nn.capture.rules import Call, LayerRule, NotCovered, Piece, named, register
 
 
-class _Matrix(LayerRule):
+class Matrix(LayerRule):
     """What linear maps have in common.
 
     Attributes:
@@ -49,14 +49,14 @@ class _Matrix(LayerRule):
 
 
 @register
-class LinearRule(_Matrix):
+class LinearRule(Matrix):
     """`torch.nn.functional.linear`, and with it `torch.nn.Linear`."""
 
     functions = (F.linear,)
     transposed = False
 
     def operands(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `_Matrix.operands`."""
+        """See `Matrix.operands`."""
 
         def arguments(
             input: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -67,14 +67,14 @@ class LinearRule(_Matrix):
 
 
 @register
-class MatmulRule(_Matrix):
+class MatmulRule(Matrix):
     """``x @ W`` and its other names; a product with the parameter on the left is not covered."""
 
     functions = (torch.matmul, Tensor.matmul, torch.mm, Tensor.mm)
     transposed = True
 
     def operands(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `_Matrix.operands`."""
+        """See `Matrix.operands`."""
         if len(args) != 2 or kwargs:
             raise NotCovered("with arguments by name")
         input, weight = args
@@ -82,14 +82,14 @@ class MatmulRule(_Matrix):
 
 
 @register
-class AddmmRule(_Matrix):
+class AddmmRule(Matrix):
     """``torch.addmm(b, x, W)``, as in the linear layers of GPT-2, which hold W as (in, out)."""
 
     functions = (torch.addmm, Tensor.addmm)
     transposed = True
 
     def operands(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `_Matrix.operands`."""
+        """See `Matrix.operands`."""
         if len(args) != 3 or kwargs:
             raise NotCovered("with factors, or arguments by name")
         bias, input, weight = args

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from curvlin_nn.capture.alone import Autodiff, Rest, SampleBySample
 from curvlin_nn.capture.blocks import Block, Captures, merged
@@ -30,6 +31,9 @@ from curvlin_nn.capture.graph import Graph, Signature, named_pieces
 from curvlin_nn.capture.inputs import can_be_cut, map_tensors
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
+from curvlin_nn.capture.linear import Matrix
+from curvlin_nn.capture.one_hot import OneHot
+from curvlin_nn.capture.reduction import reduced
 from curvlin_nn.capture.state import capturing, device_of, forward, nothing_drawn, prepared
 from curvlin_nn.errors import CouplingError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
@@ -52,6 +56,25 @@ class Recording:
         """The model's outputs, detached."""
         return self._graph.outputs.detach().reshape(-1, *self._graph.shape)
 
+    def ends_in(self, terms: Float[Tensor, "N R E"]) -> bool:
+        """Whether what is chosen is one linear layer, whose output at each position is one of these terms."""
+        if not self._graph.direct or len(self._graph.uses) != 1 or self._rest is not _nothing:
+            return False
+        (use,) = self._graph.uses
+        if {*use.names} != {*self._space.names} or not isinstance(use.rule, Matrix):
+            return False
+        event = use.shape[-1] == terms.shape[-1]
+        return event and torch.equal(terms.flatten(), self._graph.outputs.detach().flatten())
+
+    def streamed(self, columns: Float[Tensor, "V N *C"], *, first: bool = True) -> Iterator[Captures]:
+        """The same as `captures`, some columns at a time: as many as stay in cache on their way to a sum.
+
+        Where samples are run alone, they are run for all columns at once.
+        """
+        at_once = self._graph.columns_at_once if self._rest is _nothing else len(columns)
+        for index, some in enumerate(columns.split(at_once)):
+            yield self.captures(some, first=first and index == 0)
+
     def captures(self, columns: Float[Tensor, "V N *C"], *, first: bool = True) -> Captures:
         """The rows ``column^T J`` of every sample and column; unit columns give the Jacobian itself.
 
@@ -64,7 +87,7 @@ class Recording:
             CouplingError: if samples that are run alone turn out to have influenced each other.
         """
         n_samples = len(self._graph.outputs)
-        columns = columns.reshape(len(columns), n_samples, -1)
+        columns = columns.reshape(len(columns), *self._graph.outputs.shape)
         parts: dict[str, list[Block]] = {name: [] for name in self._space.names}
         for use, layout, gradient in zip(
             self._graph.uses, self._layouts, self._graph.gradients(columns), strict=True
@@ -75,10 +98,11 @@ class Recording:
                 right = None
                 if piece.right is not None:
                     right = _occupied(layout.split(piece.right.detach(), n_samples, 0))
-                if right is None and left.shape[2] > 1:
+                one_hot = None if piece.one_hot is None else _by_sample(piece.one_hot, layout, n_samples)
+                if right is None and one_hot is None and left.shape[2] > 1:
                     left = left.sum(2, keepdim=True)
                 start = self._space.spans[name].start + piece.start
-                parts[name].append(Block(name, start, left, right, piece.transposed))
+                parts[name].append(Block(name, start, left, right, piece.transposed, one_hot=one_hot))
         blocks = self._blocks(parts, self._rest(columns), columns)
         return Captures(n_samples, tuple(blocks), first)
 
@@ -108,16 +132,29 @@ class Recorder:
         model: maps an input to outputs ``(N, ...)``.
         space: the chosen parameters.
         fallback: whether to serve what no rule captures from a whole batch; if not, it is refused by name.
+        feature_reduction: how the model reduces the positions of its last layer to one; see `reduction`.
+
+    Attributes:
+        output_shape: of the outputs of one sample of the last input; None before the first.
     """
 
-    def __init__(self, model: nn.Module, space: ParameterSpace, *, fallback: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        space: ParameterSpace,
+        *,
+        fallback: bool = True,
+        feature_reduction: str | None = None,
+    ) -> None:
         self.model, self.space, self.fallback = model, space, fallback
+        self.feature_reduction = feature_reduction
         self._verified: set[tuple[object, ...]] = set()
         self._layouts: dict[tuple[Signature, Course, Possibilities], tuple[Layout, ...]] = {}
         self._unserved: dict[str, str] = {}
         self._shared: set[str] = set()
         self._alone: Recorder | None = None
         self._partial = False
+        self.output_shape: tuple[int, ...] | None = None
 
     @property
     def served(self) -> dict[str, str]:
@@ -159,7 +196,11 @@ class Recorder:
                 check_dependent(outputs, where)
             rows = outputs.reshape(len(outputs), -1)
             names = {id(t): name for tensors in (leaves, originals) for name, t in tensors.items()}
-            graph = Graph(leaves, tuple(interceptor.uses), rows, outputs.shape[1:], Course.of(rows, names))
+            uses, course = tuple(interceptor.uses), Course.of(rows, names)
+            direct = len(uses) == 1 and uses[0].edge == get_gradient_edge(outputs)
+            if self.feature_reduction is not None:
+                uses, direct = (reduced(uses, outputs, self.feature_reduction, where),), True
+            graph = Graph(leaves, uses, rows, outputs.shape[1:], course, direct)
             question = (
                 graph.signature,
                 graph.course.steps,
@@ -178,6 +219,7 @@ class Recorder:
             graph, layouts = self._placed(graph, x, where, new=new)
             if new:
                 self._verified.add(question)
+            self.output_shape = tuple(graph.shape)
             return Recording(self.space, graph, layouts, self._rest(graph, originals, x, where), where)
 
     def _of_samples(self, names: Sequence[str]) -> Recorder:
@@ -273,6 +315,12 @@ def _nothing(columns: Tensor) -> Mapping[str, list[Block]]:
 def _occupied(tensor: Tensor) -> Tensor:
     """With an axis of positions (the last but one) that is not empty: no position says what one of zeros says."""
     return tensor if tensor.shape[-2] else tensor.new_zeros(*tensor.shape[:-2], 1, tensor.shape[-1])
+
+
+def _by_sample(inputs: OneHot, layout: Layout, n_samples: int) -> OneHot:
+    """The inputs as ``(N, S)``, with a position as in `_occupied`."""
+    index = layout.split(inputs.index.unsqueeze(-1), n_samples, 0).squeeze(-1)
+    return OneHot(index, inputs.size).padded(max(1, index.shape[1]))
 
 
 def _zero_block(name: str, start: int, shape: torch.Size, columns: Tensor) -> Block:

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlin_nn.capture.one_hot import OneHot
+
 
 class NotCovered(Exception):
     """What a rule's `bind` raises for a call that it does not cover; the message says how the function is called."""
@@ -42,11 +44,13 @@ class Call:
         input: the layer's input.
         roles: the tensors that stand in the parameter roles, ``"weight"`` or ``"bias"``.
         options: what else the rule needs, such as a stride.
+        memo: what the rule makes of these and needs again for further columns.
     """
 
     input: Tensor
     roles: Mapping[str, Tensor]
     options: Mapping[str, Any] = field(default_factory=dict)
+    memo: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Piece:
         right: ``(*positions, in)``; None stands for the number one (``in = 1``).
         transposed: whether the part is flattened as (in, out), as where a weight multiplies from the right, instead of
             as (out, in).
+        one_hot: stands in the place of right where that is unit vectors.
     """
 
     role: str
@@ -67,6 +72,14 @@ class Piece:
     left: Float[Tensor, "V *positions out"]
     right: Float[Tensor, "*positions in"] | None
     transposed: bool = False
+    one_hot: OneHot | None = None
+
+    @property
+    def inputs(self) -> int:
+        """The length of right; 1 where it stands for the number one."""
+        if self.one_hot is not None:
+            return self.one_hot.size
+        return 1 if self.right is None else self.right.shape[-1]
 
 
 class LayerRule(ABC):

@@ -54,6 +54,11 @@ class FeatureMap(ABC):
         """The map that this one stands in for; None if there is none."""
         return None
 
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """Of the outputs of one sample of the last input, in the model's shape; None where the map does not know."""
+        return None
+
     def with_jacobian(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator, FeatureOperator]:
         """Outputs, features and the Jacobian ``(N, C, P)`` at x; these two in float64, as they are subtracted.
 

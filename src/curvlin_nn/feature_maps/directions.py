@@ -23,7 +23,7 @@ class Directions(ABC):
 
     @abstractmethod
     def features(self, J: FeatureOperator) -> Float[Tensor, "N C K"]:
-        """``J V``; no row of J is multiplied out."""
+        """``J V`` in the dtype of J; no row of J is multiplied out."""
 
     @abstractmethod
     def project(self, weights: Float[Tensor, "P S"]) -> Float[Tensor, "K S"]:
@@ -69,8 +69,8 @@ class SpannedDirections(Directions):
     Columns that U makes orthonormal are so up to the rounding of ``J_M J_M^T``: the better, the larger the eigenvalue.
 
     Attributes:
-        rows: of J_M, batch by batch.
-        U: their coefficients, the batches' one after another.
+        rows: of J_M, batch by batch, in float64 where products are asked for.
+        U: their coefficients, the batches' one after another, float64.
     """
 
     rows: Sequence[BlockFeatures]
@@ -83,17 +83,18 @@ class SpannedDirections(Directions):
 
     def features(self, J: FeatureOperator) -> Float[Tensor, "N C K"]:
         """See `Directions.features`."""
-        total = torch.zeros(*J.shape[:2], self.size, dtype=J.dtype, device=J.device)
+        exact = J.to(self.U.dtype)  # rounding grows by the condition number of U
+        total = torch.zeros(*J.shape[:2], self.size, dtype=exact.dtype, device=J.device)
         for Psi, U in self._batches():
-            total += J.gram(Psi.to(J.dtype)).flatten(2) @ U.to(J.dtype)
-        return total
+            total += exact.gram(Psi).flatten(2) @ U
+        return total.to(J.dtype)
 
     def project(self, weights: Float[Tensor, "P S"]) -> Float[Tensor, "K S"]:
         """See `Directions.project`."""
-        total = torch.zeros(self.size, weights.shape[1], dtype=weights.dtype, device=weights.device)
+        total = torch.zeros(self.size, weights.shape[1], dtype=self.U.dtype, device=weights.device)
         for Psi, U in self._batches():
-            total += U.to(weights.dtype).mT @ (Psi.to(weights.dtype) @ weights).flatten(0, 1)
-        return total
+            total += U.mT @ (Psi @ weights.to(U.dtype)).flatten(0, 1)
+        return total.to(weights.dtype)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """See `Directions.tensors`."""
@@ -114,7 +115,9 @@ class SpannedDirections(Directions):
     def cheaper(self) -> Directions:
         """The form of fewer numbers, which is that of fewer multiplications too."""
         own = sum(tensor.numel() for tensor in self.tensors().values())
-        return self.orthonormal_basis() if self.rows[0].size * self.size <= own else self
+        if self.rows[0].size * self.size <= own:
+            return self.orthonormal_basis()
+        return SpannedDirections([Psi.to(self.U.dtype) for Psi in self.rows], self.U)
 
     def _batches(self) -> Iterator[tuple[BlockFeatures, Tensor]]:
         counts = [Psi.n_samples * Psi.n_rows for Psi in self.rows]

@@ -56,6 +56,11 @@ class JacobianMap(FeatureMap):
         """The map itself."""
         return self
 
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """See `FeatureMap.output_shape`."""
+        return self._recorder.output_shape
+
     @outside_inference_mode()
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
         """See `FeatureMap.__call__`."""
@@ -105,6 +110,11 @@ class LastLayerMap(FeatureMap):
     def size(self) -> int:
         """The number of parameters of the last layer."""
         return self.space.size
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """See `FeatureMap.output_shape`."""
+        return None if self._jacobian is None else self._jacobian.output_shape
 
     @outside_inference_mode()
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin import BlockFeatures, DenseFeatures, FeatureOperator
+from curvlin import DenseFeatures, FeatureOperator
 from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.feature_maps.directions import Directions
 from curvlin_nn.feature_maps.jacobian import JacobianMap, rows_of_outputs
@@ -21,7 +21,7 @@ ROW_BUDGET = 2**23
 
 
 class ProjectedMap(FeatureMap):
-    """``x -> (f(x), J(x) V)``, computed in float64 and given in the dtype of the network.
+    """``x -> (f(x), J(x) V)``.
 
     Args:
         jacobian: J.
@@ -40,6 +40,11 @@ class ProjectedMap(FeatureMap):
     def jacobian(self) -> JacobianMap:
         """J, whose products the features are."""
         return self._jacobian
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """See `FeatureMap.output_shape`."""
+        return self._jacobian.output_shape
 
     @outside_inference_mode()
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], DenseFeatures]:
@@ -70,11 +75,10 @@ class ProjectedMap(FeatureMap):
     def record(self, x: Any, where: str = "the input") -> FeatureRecording:
         """See `FeatureMap.record`."""
         recording = self._jacobian.record(x, where)
-        return FeatureRecording(recording.outputs, self._features(rows_of_outputs(recording)))
+        return FeatureRecording(
+            recording.outputs, DenseFeatures(self._directions.features(rows_of_outputs(recording)))
+        )
 
     def _at(self, x: Any) -> tuple[Tensor, DenseFeatures]:
         f, J = self._jacobian(x)
-        return f, self._features(J)
-
-    def _features(self, J: BlockFeatures | FeatureOperator) -> DenseFeatures:
-        return DenseFeatures(self._directions.features(J.to(torch.float64)).to(J.dtype))
+        return f, DenseFeatures(self._directions.features(J))

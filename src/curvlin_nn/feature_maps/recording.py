@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,14 @@ class FeatureRecording:
             raise OutputError(f"outputs of the feature map on {where} must be finite, found NaN or Inf")
         return cls(outputs.detach(), features.detach())
 
+    def ends_in(self, terms: Float[Tensor, "N R E"]) -> bool:
+        """Whether the outputs are those of one chosen layer: features are of none."""
+        return False
+
+    def streamed(self, columns: Float[Tensor, "V N *C"], *, first: bool = True) -> Iterator[Captures]:
+        """See `curvlin_nn.capture.Recording.streamed`; rows of features are short, and come at once."""
+        yield self.captures(columns, first=first)
+
     def captures(self, columns: Float[Tensor, "V N *C"], *, first: bool = True) -> Captures:
         """The rows ``column^T Phi`` of every sample and column; see `curvlin_nn.capture.Recording.captures`."""
         S = columns.reshape(*columns.shape[:2], -1).movedim(0, 1)
@@ -79,6 +88,11 @@ class FeatureRecorder:
     def served(self) -> dict[str, str]:
         """Nothing is known of layers; see `curvlin_nn.capture.Recorder.served`."""
         return {}
+
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """See `FeatureMap.output_shape`."""
+        return self.feature_map.output_shape
 
     def __call__(self, x: Any, where: str = "the input") -> Recording | FeatureRecording:
         """See `FeatureMap.record`."""

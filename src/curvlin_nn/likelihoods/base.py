@@ -17,8 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlin_nn.errors import UnsupportedError
+
 LinkApproximation = Callable[[Tensor, Tensor], Tensor]
 """``(mean (*, E), variance (*, E)) -> prediction (*, E)`` of terms: a closed form of the link's expectation."""
+
+
+ROOT_BUDGET = 2**21
+"""Entries of the columns of several terms that are held at once, where only their sum is wanted."""
 
 
 class Likelihood(ABC):
@@ -27,6 +33,7 @@ class Likelihood(ABC):
     Attributes:
         name: the name it is registered under.
         has_noise: whether it has a noise scale sigma, kept outside.
+        has_noise_by_output: whether sigma may be one for each of the E outputs of a term, which are independent.
         has_additive_noise: whether targets scatter around the prediction by noise that may be added to it.
         has_link: whether predictions are expectations of `link`; otherwise its mean and covariance are reported.
         is_linear: whether the link is the identity, so that these are the moments of the outputs.
@@ -37,6 +44,7 @@ class Likelihood(ABC):
 
     name: ClassVar[str]
     has_noise: ClassVar[bool] = False
+    has_noise_by_output: bool = False
     has_additive_noise: ClassVar[bool] = False
     has_link: bool = True
     is_linear: ClassVar[bool] = True
@@ -97,6 +105,23 @@ class Likelihood(ABC):
         """``S Q`` with the columns S of `root`."""
         return self.root(terms, targets) @ Q
 
+    def curvature_diagonal(self, terms: Float[Tensor, "N R E"], targets: Tensor) -> Float[Tensor, "N R E"]:
+        """The diagonal of Lambda of each term, weights left out."""
+        parts = _some_at_a_time(terms, self.rank(terms.shape[-1]))
+        return torch.cat([self.root(terms[n], targets[n]).square().sum(-1) for n in parts])
+
+    def total_curvature(
+        self, terms: Float[Tensor, "N R E"], targets: Tensor, weights: Float[Tensor, "N R"] | None
+    ) -> Float[Tensor, "E E"]:
+        """``sum_nr w Lambda`` over all terms."""
+        total = terms.new_zeros(terms.shape[-1], terms.shape[-1])
+        scale = None if weights is None else weights.sqrt()[..., None, None]
+        for n in _some_at_a_time(terms, self.rank(terms.shape[-1])):
+            S = weighted(self.root(terms[n], targets[n]), None if scale is None else scale[n])
+            S = S.movedim(-2, 0).flatten(1)
+            total += S @ S.mT
+        return total
+
     @abstractmethod
     def draw(
         self, terms: Float[Tensor, "N R E"], targets: Tensor, n_draws: int, generator: torch.Generator | None
@@ -124,7 +149,7 @@ class Likelihood(ABC):
         return weighted(self.log_prob(terms, targets), self.weights(terms, targets)).sum().reshape(1)
 
     def log_likelihood(
-        self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, ""]
+        self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, "*E"]
     ) -> Float[Tensor, ""]:
         """The normalised log-likelihood of everything summed in `statistics`, in nats."""
         return statistics[0]
@@ -132,6 +157,14 @@ class Likelihood(ABC):
     @abstractmethod
     def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The mean of the output distribution of each term, of as many numbers where the family has a link."""
+
+    def inverse_link(self, prediction: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """Terms whose link is `prediction`.
+
+        Raises:
+            UnsupportedError: if the family does not know any.
+        """
+        raise UnsupportedError(f"{self.name} has no inverse link to score predictions with; give a loss")
 
     def moments(
         self, mean: Float[Tensor, "N C"], covariance: Float[Tensor, "N C C"]
@@ -157,6 +190,12 @@ def weighted(
 ) -> Float[Tensor, "*V N R"]:
     """``weights * values``, and zero where the weight is, whatever stands there."""
     return values if weights is None else torch.where(weights > 0, weights * values, 0.0)
+
+
+def _some_at_a_time(terms: Float[Tensor, "N R E"], rank: int) -> list[slice]:
+    """The samples in parts whose columns fit `ROOT_BUDGET`."""
+    step = max(1, ROOT_BUDGET // (terms[0].numel() * rank))
+    return [slice(start, start + step) for start in range(0, len(terms), step)]
 
 
 def systematic_uniforms(

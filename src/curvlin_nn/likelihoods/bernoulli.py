@@ -98,6 +98,10 @@ class Bernoulli(Likelihood):
         """The probability of a one."""
         return torch.sigmoid(terms)
 
+    def inverse_link(self, prediction: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """Logits."""
+        return torch.logit(prediction)
+
 
 def _shares(targets: Float[Tensor, "*K N R 2"], terms: Tensor) -> Float[Tensor, "*K N R 2"]:
     """``t / (t_0 + t_1)``, zero where both are."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curvlin_nn.errors import DataError, OutputError
 from curvlin_nn.likelihoods import _check
-from curvlin_nn.likelihoods.base import Likelihood, LinkApproximation, systematic_uniforms
+from curvlin_nn.likelihoods.base import Likelihood, LinkApproximation, systematic_uniforms, weighted
 from curvlin_nn.likelihoods.registry import register
 
 
@@ -152,6 +152,25 @@ class Categorical(Likelihood):
         on = torch.eye(n_classes, dtype=p.dtype, device=p.device)[:, :-1]
         return (on - ratio * below) * d[..., None, :]
 
+    def curvature_diagonal(self, terms: Float[Tensor, "N R C"], targets: Tensor) -> Float[Tensor, "N R C"]:
+        """``p_c (1 - p_c)``, the second factor as the sum of the other probabilities: it is not rounded away."""
+        p = torch.softmax(terms, dim=-1)
+        before = F.pad(p[..., :-1].cumsum(-1), (1, 0))
+        behind = F.pad(p[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
+        return p * (before + behind)
+
+    def total_curvature(
+        self, terms: Float[Tensor, "N R C"], targets: Tensor, weights: Float[Tensor, "N R"] | None
+    ) -> Float[Tensor, "C C"]:
+        """``sum w (diag(p) - p p^T)``: one product of matrices, and no columns."""
+        p = torch.softmax(terms, dim=-1).flatten(0, 1)
+        diagonal = self.curvature_diagonal(terms, targets)
+        if weights is not None:
+            diagonal, p = weighted(diagonal, weights[..., None]), weighted(p, weights.sqrt().reshape(-1, 1))
+        total = -(p.mT @ p)
+        total.diagonal().copy_(diagonal.sum((0, 1)))
+        return total
+
     def root_product(
         self, terms: Float[Tensor, "N R C"], targets: Tensor, Q: Float[Tensor, "N R K V"]
     ) -> Float[Tensor, "N R C V"]:
@@ -184,6 +203,10 @@ class Categorical(Likelihood):
     def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """Class probabilities."""
         return torch.softmax(terms, dim=-1)
+
+    def inverse_link(self, prediction: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """Logarithms of probabilities."""
+        return prediction.log()
 
 
 def _cholesky(

@@ -51,6 +51,7 @@ class Gaussian(Likelihood):
         if covariance is not None:
             self._factor = _cholesky(covariance)
             self._options["covariance"] = covariance.detach()
+        self.has_noise_by_output = covariance is None
 
     def options(self) -> dict[str, Any]:
         """See `Likelihood.options`."""
@@ -72,6 +73,14 @@ class Gaussian(Likelihood):
         """``L^-T`` for ``Sigma = L L^T``."""
         root = self._whitened(torch.eye(terms.shape[-1], dtype=torch.float64, device=terms.device))
         return root.to(terms.dtype).expand(*terms.shape, terms.shape[-1])
+
+    def total_curvature(
+        self, terms: Float[Tensor, "N R E"], targets: Tensor, weights: Float[Tensor, "N R"] | None
+    ) -> Float[Tensor, "E E"]:
+        """``Sigma^-1`` for each term."""
+        root = self.root(terms[:1, :1], targets)[0, 0]
+        count = terms[..., 0].numel() if weights is None else weights.sum()
+        return count * (root @ root.mT)
 
     def draw(
         self, terms: Float[Tensor, "N R E"], targets: Tensor, n_draws: int, generator: torch.Generator | None
@@ -108,13 +117,16 @@ class Gaussian(Likelihood):
         return torch.cat([squares.new_full((1,), terms[..., 0].numel()), squares])
 
     def log_likelihood(
-        self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, ""]
+        self, statistics: Float[Tensor, " K"], sigma_noise: Float[Tensor, "*E"]
     ) -> Float[Tensor, ""]:
-        """``- sum r^T Sigma^-1 r / (2 sigma^2) - logdet(2 pi sigma^2 Sigma) / 2``, summed over terms."""
-        n_terms, event, squares = statistics[0], len(statistics) - 1, statistics[1:].sum()
-        variance = sigma_noise.double().square()
-        logdet = event * torch.log(2 * math.pi * variance) + self._logdet(event)
-        return -(squares / variance + n_terms * logdet) / 2
+        """``- sum r^T Sigma^-1 r / (2 sigma^2) - logdet(2 pi sigma^2 Sigma) / 2``, summed over terms.
+
+        With one sigma for each entry, sigma^2 stands for the diagonal matrix of these.
+        """
+        n_terms, squares = statistics[0], statistics[1:]
+        variance = sigma_noise.double().square().to(squares.device).expand(len(squares))
+        logdet = torch.log(2 * math.pi * variance).sum() + self._logdet(len(squares))
+        return -((squares / variance).sum() + n_terms * logdet) / 2
 
     def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The outputs themselves."""

@@ -70,3 +70,7 @@ class Poisson(Likelihood):
     def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The rate."""
         return terms.exp()
+
+    def inverse_link(self, prediction: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """Logarithms of rates."""
+        return prediction.log()

@@ -41,11 +41,11 @@ def spectrum(la: Laplace, *, of: str = "curvature", ax: Axes | None = None) -> A
     if of not in ("curvature", "posterior"):
         raise UnsupportedError(f"of={of!r} is not supported; expected {one_of(('curvature', 'posterior'))}")
     evidence, prior = la._evidence(), la._prior(la._prior_precision)
-    H = evidence.spectrum
-    if H is None:
+    H = evidence.curvature.spectrum
+    if H is None or evidence.curvature.damped is not None or la.sigma_noise.ndim:
         raise UnsupportedError(
-            f"the eigenvalues of a {type(evidence.curvature).__name__} are not known; expected a structure of blocks "
-            "that are diagonal, dense or Kronecker products"
+            f"the eigenvalues of a {type(evidence.curvature.total).__name__} are not known; expected a structure of "
+            "blocks that are diagonal, dense or Kronecker products, without damping, and one sigma_noise"
         )
     eigenvalues = evidence.scale(la.sigma_noise.detach()) * H.eigenvalues
     grouped = isinstance(prior, GroupedPrior) and H.resolves(prior.groups)

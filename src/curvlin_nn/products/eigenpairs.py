@@ -14,12 +14,14 @@ from curvlin import LowRankPlusDiag
 from curvlin._check import positive_integer
 from curvlin._random import random_signs, standard_normal
 from curvlin.iterative.results import Estimate, estimate
+from curvlin_nn import likelihoods
+from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.errors import IndefiniteHessianError
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import Selection
+from curvlin_nn.products.hessian import Hessian
 from curvlin_nn.products.hessian_sums import check_indefinite
-from curvlin_nn.products.matrix_free import matrix_free
 
 
 @dataclass(frozen=True)
@@ -89,30 +91,35 @@ def hessian_eigenpairs(
     Raises:
         UnsupportedError, DataError, OutputError: as `matrix_free` raises them.
     """
-    rank, passes, probes = (
-        positive_integer("rank", rank),
-        positive_integer("passes", passes),
-        positive_integer("probes", probes),
-    )
-    H = matrix_free(
-        model,
-        likelihood,
-        loader,
-        subset_of_weights=subset_of_weights,
-        kind="hessian",
-        progress_bar=progress_bar,
-    )
-    like = torch.empty(0, dtype=H.dtype, device=H.device)
-    width = min(H.size, rank + oversampling)
-    Q = torch.linalg.qr(standard_normal((H.size, width), torch.Size(), generator, like).double()).Q
+    for name, number in (("rank", rank), ("passes", passes), ("probes", probes)):
+        positive_integer(name, number)
+    H = Hessian(model, likelihoods.resolve(likelihood), loader, subset_of_weights, progress_bar)
+    with random_state_kept(device_of(model)):  # loaders draw from the default generator
+        H.check()
+    return leading_eigenpairs(H, rank, oversampling, passes, probes, generator)
+
+
+def leading_eigenpairs(
+    H: Hessian,
+    rank: int,
+    oversampling: int = 10,
+    passes: int = 3,
+    probes: int = 10,
+    generator: torch.Generator | None = None,
+) -> Eigenpairs:
+    """Those of a Hessian that has been checked; see `hessian_eigenpairs`."""
+    size, dtype = H.space.size, H.dtype
+    like = torch.empty(0, dtype=dtype, device=H.device)
+    width = min(size, rank + oversampling)
+    Q = torch.linalg.qr(standard_normal((size, width), torch.Size(), generator, like).double()).Q
     for _ in range(passes):
-        Q = torch.linalg.qr((H @ Q.to(H.dtype)).double()).Q
-    Z = random_signs((H.size, probes), generator, like)
-    products = (H @ torch.cat([Q.to(H.dtype), Z], dim=1)).double()
+        Q = torch.linalg.qr(H(Q.to(dtype)).double()).Q
+    Z = random_signs((size, probes), generator, like)
+    products = H(torch.cat([Q.to(dtype), Z], dim=1)).double()
     core = Q.mT @ products[:, :width]
     values, rotation = torch.linalg.eigh((core + core.mT) / 2)
     order = values.abs().argsort(descending=True)[:rank]
     values, V = values[order], Q @ rotation[:, order]
     left = products[:, width:] - V @ (values[:, None] * (V.mT @ Z.double()))
     residual = estimate(left.square().sum(0), width * (passes + 1) + probes)
-    return Eigenpairs(values, V, residual, torch.finfo(H.dtype).eps)
+    return Eigenpairs(values, V, residual, torch.finfo(dtype).eps)

@@ -100,6 +100,16 @@ class Hessian:
         assert self._space is not None
         return self._space
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, and of products."""
+        return self.space.dtype(self._model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self._model)
+
     def check(self) -> None:
         """One pass over the data that only looks at it.
 

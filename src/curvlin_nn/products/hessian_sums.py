@@ -16,7 +16,7 @@ from curvlin_nn.errors import IndefiniteHessianError, UnsupportedError, one_of
 from curvlin_nn.parameters import consecutive
 from curvlin_nn.products.hessian import BatchHessian, Hessian
 
-STRUCTURES = ("full", "block", "diag")
+STRUCTURES = ("full", "block", "diag", "lowrank")
 """The structures a Hessian can have."""
 
 INDEFINITE = ("raise", "clip", "abs")
@@ -59,7 +59,7 @@ class HessianSum:
     """The sum of the Hessians of batches, in a structure.
 
     Attributes:
-        structure: one of `STRUCTURES`.
+        structure: one of `STRUCTURES` but for "lowrank", which is no sum.
         indefinite: one of `INDEFINITE`: raise; negative eigenvalues (of each block, entries of a diagonal) set to
             zero; or replaced by their absolute values.
         sizes: of the parameter tensors.

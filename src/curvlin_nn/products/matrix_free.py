@@ -88,7 +88,7 @@ def matrix_free(
         return IterativePrecision(
             H,
             size=H.space.size,
-            dtype=H.space.dtype(model),
+            dtype=H.dtype,
             device=device,
             preconditioner=preconditioner,
         )

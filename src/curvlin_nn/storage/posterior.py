@@ -8,6 +8,7 @@ loaded for. The sums over the data are stored, not what is made of them: a fit g
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,17 @@ import torch
 from torch import nn
 
 from curvlin_nn.capture.state import device_of
-from curvlin_nn.curvature import Accumulated
+from curvlin_nn.curvature import Accumulated, State
 from curvlin_nn.errors import StorageError
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.fingerprint import check_same
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
-from curvlin_nn.products.hessian_sums import HessianSum
+from curvlin_nn.products.hessian_states import empty_state
 from curvlin_nn.storage import options, plain
 from curvlin_nn.storage.files import VERSION
 from curvlin_nn.structures import StructureChoice
+from curvlin_nn.subnetwork_space import Subnetwork
 
 if TYPE_CHECKING:
     from curvlin_nn.laplace import Laplace
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 KIND = "curvlin_nn.Laplace"
 """What a file of this kind says that it is."""
 
-CHOICES = ("likelihood", "subset_of_weights", "hessian_structure", "curvature", "indefinite", "feature_map")
+_SUBSET = ("subset_of_weights", "subnetwork_indices", "last_layer_name", "feature_reduction")
+
+CHOICES = ("likelihood", *_SUBSET, "hessian_structure", "curvature", "indefinite", "feature_map")
 """The arguments of the constructor that decide what is summed over the data."""
 
 _HYPERPARAMETERS = ("prior_mean", "sigma_noise", "temperature")
@@ -44,9 +48,13 @@ def choices_of(la: Laplace) -> dict[str, Any]:
     subset: Selection | list[str] = la.subset_of_weights
     if callable(subset):
         subset = list(ParameterSpace.of(la.model, subset).names)
+    subnetwork = la._selection if isinstance(la._selection, Subnetwork) else None
     return {
         "likelihood": options.of_likelihood(la.likelihood),
         "subset_of_weights": subset if isinstance(subset, str) else list(subset),
+        "subnetwork_indices": None if subnetwork is None else subnetwork.indices,
+        "last_layer_name": la.last_layer_name,
+        "feature_reduction": la.feature_reduction,
         "hessian_structure": la._hessian[0] if la._hessian else options.of_structure(la._structures[0]),
         "curvature": la._curvature,
         "indefinite": la._hessian[1] if la._hessian else "raise",
@@ -66,6 +74,7 @@ def state_of(la: Laplace) -> dict[str, Any]:
         "prior_mean": la.prior_mean.detach(),
         "sigma_noise": la.sigma_noise.detach(),
         "temperature": la.temperature,
+        "damping": la._damping,
         "model": fit.fingerprint.state_dict(),
         "sums": fit.accumulated.state_dict(),
     }
@@ -83,7 +92,7 @@ def arguments(
         StorageError: if something must be given that is not, or no generator can be made on this machine.
     """
     structure = state["hessian_structure"]
-    of_map = state["feature_map"]
+    of_map = state.get("feature_map")
     if of_map is not None and feature_map is None:
         raise StorageError(
             f"feature_map was a {of_map['kind']}, which no file holds; give it again with "
@@ -91,7 +100,7 @@ def arguments(
         )
     return {
         "likelihood": options.to_likelihood(state["likelihood"], likelihood),
-        "subset_of_weights": state["subset_of_weights"],
+        **{name: state[name] for name in _SUBSET},
         "hessian_structure": structure
         if isinstance(structure, str)
         else options.to_structure(structure, hessian_structure),
@@ -100,6 +109,7 @@ def arguments(
         "generator": options.to_generator(state["generator"]),
         "feature_map": feature_map,
         "residual": of_map is None or of_map["residual"],
+        "damping": state["damping"],
     }
 
 
@@ -107,9 +117,15 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
     """See `Laplace.load_state_dict`."""
     _check(la, state)
     check_same(state["model"], la.model)
-    found = Accumulated.of(state["sums"], la.model, la._structures or [_hessian_of(la)], la.feature_map)
+    states: list[Callable[[ParameterSpace], State]] = [*la._structures]
+    if la._hessian is not None:
+        structure, indefinite = la._hessian
+        states = [functools.partial(empty_state, structure=structure, indefinite=indefinite)]
+    subset = la._selection if isinstance(la._selection, (Subnetwork, FeatureMap)) else None
+    found = Accumulated.of(state["sums"], la.model, states, subset, la.feature_reduction)
     changed = copy.copy(la)
     changed._fitted = None
+    changed._damping = state["damping"]
     changed._prior_structure = state["prior_structure"]
     precision = plain.with_tensors(torch.clone, state["prior_precision"])
     changed.prior_precision = options.to_prior(precision, device_of(la.model))
@@ -120,7 +136,16 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
 
 
 def _check(la: Laplace, state: dict[str, Any]) -> None:
-    expected = {"version", *CHOICES, "prior_precision", "prior_structure", *_HYPERPARAMETERS, "model", "sums"}
+    expected = {
+        "version",
+        *CHOICES,
+        "prior_precision",
+        "prior_structure",
+        *_HYPERPARAMETERS,
+        "damping",
+        "model",
+        "sums",
+    }
     if missing := sorted(expected - set(state if isinstance(state, dict) else ())):
         raise StorageError(
             f"state has no {missing[0]!r}, expected what Laplace.state_dict returns; give that"
@@ -134,13 +159,3 @@ def _check(la: Laplace, state: dict[str, Any]) -> None:
             raise StorageError(
                 f"state is that of an object with another {name}; make this one with the same, or use Laplace.load"
             )
-
-
-def _hessian_of(la: Laplace) -> Callable[[ParameterSpace], HessianSum]:
-    assert la._hessian is not None
-    structure, indefinite = la._hessian
-
-    def empty(space: ParameterSpace) -> HessianSum:
-        return HessianSum(structure, indefinite, tuple(shape.numel() for shape in space.shapes), [], 0.0)
-
-    return empty

@@ -24,10 +24,15 @@ class Structure(ABC):
     Attributes:
         name: the name it is registered under.
         passes: how many times it needs to see the data.
+        restricts: whether the structure of some coordinates alone needs nothing but their rows.
+        takes_output_curvature: whether the first pass takes captures that hold `Captures.output_curvature` in the place
+            of columns.
     """
 
     name: ClassVar[str]
     passes: int = 1
+    restricts: bool = False
+    takes_output_curvature: bool = False
 
     def __init__(self, space: ParameterSpace) -> None:
         self.space = space

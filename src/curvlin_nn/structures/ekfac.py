@@ -48,7 +48,7 @@ class EKFAC(Kronecker):
             super().update(captures)
             return
         blocks = self._of(captures)
-        self._check_places([block.place for block in blocks])
+        self._check_places(blocks)
         self._squares = tuple(
             None if bases is None or total is None else total + squares(_rotated(block, bases))
             for total, block, bases in zip(self._squares, blocks, self._bases, strict=True)
@@ -104,6 +104,10 @@ def _eigenbases(product: tuple[Tensor, Tensor] | None) -> _Bases | None:
 
 def _rotated(block: Block, bases: _Bases) -> Block:
     """The rows in an eigenbasis: ``sum_s (QB^T left_s) (x) (QA^T right_s)``, float64."""
-    assert block.right is not None
     QB, QA = bases
-    return replace(block, left=block.left.double() @ QB, right=block.right.double() @ QA, uses=())
+    if block.one_hot is not None:
+        right = block.one_hot.times(QA)
+    else:
+        assert block.right is not None
+        right = block.right.double() @ QA
+    return replace(block, left=block.left.double() @ QB, right=right, one_hot=None, uses=())

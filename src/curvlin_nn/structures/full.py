@@ -30,6 +30,7 @@ class Full(Structure):
     """
 
     name = "full"
+    restricts = True
 
     def __init__(self, space: ParameterSpace) -> None:
         super().__init__(space)
@@ -103,7 +104,7 @@ def _rows(block: Block) -> Float[Tensor, "NV size"]:
 def _folded(first: Block, second: Block) -> Float[Tensor, "P1 P2"]:
     """``sum_nv row_nv(first)^T row_nv(second)`` with ``S = 1`` in both."""
     if first.right is None and second.right is None:
-        return first.left.flatten(0, 2).double().mT @ second.left.flatten(0, 2).double()
+        return first.left.double().flatten(0, 2).mT @ second.left.double().flatten(0, 2)
     fold = torch.einsum("nvo,nvp->onp", first.left.squeeze(2).double(), second.left.squeeze(2).double())
     right, right_of_second = _right(first), _right(second)
     by_output = [right.mT @ (weight[:, :, None] * right_of_second[:, None, :]).flatten(1) for weight in fold]

@@ -2,9 +2,9 @@
 
     H = Phi^T Phi,   Phi = (Lambda_n^(1/2) J_n)_n   with one row for each column that a sample sends backward
 
-With an isotropic (or diagonal) prior P is a Woodbury over Phi, whose system has the rows of Phi for its size: the function
-space (Gaussian process) view of the linearised model (Khan et al., 2019; Immer et al., 2021), with the curvature of a
-softmax as it is, not its diagonal. Predictions visit the kept rows, never the data.
+With an isotropic (or diagonal) prior P is a Woodbury over Phi, whose system has the rows of Phi for its size: the
+function space (Gaussian process) view of the linearised model (Khan et al., 2019; Immer et al., 2021), with the
+curvature of a softmax as it is, not its diagonal. Predictions visit the kept rows, never the data.
 
 Memory is that of the factored rows, ``N V sum(S out)`` and ``N sum(S in)`` numbers; the Gram matrix has ``(N V)^2``.
 """
@@ -114,8 +114,8 @@ class FunctionSpace(Structure):
         """
         if self._n_subset != other._n_subset:
             raise UnsupportedError(
-                f"hessian_structure='gp' cannot merge subsets of {self._n_subset} and {other._n_subset} samples, expected "
-                "the same n_subset"
+                f"hessian_structure='gp' cannot merge subsets of {self._n_subset} and {other._n_subset} samples; give "
+                "both the same n_subset"
             )
         if other._parts:
             self._check_places(other._parts[0].blocks)

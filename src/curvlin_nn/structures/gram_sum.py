@@ -12,17 +12,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlin_nn.capture import OneHot
+
 TILES = 4
 """Into how many slices of columns a large product is cut, so that what lies below its diagonal is left out."""
 
 TILED_SIZE = 256
 """The least size of a product that pays for it."""
 
-PRODUCT_BUDGET = 2**20
-"""Entries of matrices that are multiplied by themselves at once."""
+AT_ONCE = 2**18
+"""Entries of the rows that are converted and multiplied at once, which stay in cache."""
 
-ROWS = 2**12
-"""Rows that are converted at once."""
+LEAST_ROWS = 2**9
+"""Rows that are multiplied at once at least: each product reads and writes the whole sum."""
+
+PAD = 16
+"""Columns that a buffer of rows has more than are used: at a stride of 512 numbers, rows fall on the same few lines of
+a cache and a product takes up to half as long again."""
+
+RUN = 16
+"""Numbers of one column that stand side by side in images at least, for a buffer with columns one after another."""
 
 
 class GramSum:
@@ -41,6 +50,7 @@ class GramSum:
         self.size, self.dtype = size, dtype
         self._waiting: list[Tensor] = []
         self._sum: Tensor | None = None
+        self._counts: Tensor | None = None
 
     def copy(self) -> GramSum:
         """A sum of its own over the same rows."""
@@ -51,18 +61,26 @@ class GramSum:
     def add(self, X: Float[Tensor, "*batch n D"]) -> None:
         """Add the rows of X, whose leading axes are more rows."""
         X = _in_order_of_memory(X)
-        if X.ndim > 2 and X.stride(-1) != 1 and X.stride(-2) == 1 and X.shape[-2] >= 2 * self.size:
-            # Images with channels first: a product for each image, and no copy.
-            self._plus(_by_matrix(X, self.dtype))
-        elif X.shape[:-1].numel() < self.size:
-            self._waiting.append(X.reshape(-1, self.size).clone())
-            if sum(map(len, self._waiting)) >= self.size:
-                self._settle()
-        else:
-            self._plus(upper_gram(X.reshape(-1, self.size), self.dtype))
+        if X.shape[:-1].numel() >= self.size:
+            self._multiply(X)
+            return
+        self._waiting.append(X.reshape(-1, self.size).clone())
+        if sum(map(len, self._waiting)) >= self.size:
+            self._settle()
+
+    def add_units(self, X: OneHot) -> None:
+        """Add rows that are unit vectors, whose product is the diagonal of their numbers."""
+        counts = X.counts()
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def add_product(self, product: Float[Tensor, "D D"]) -> None:
+        """Add ``X^T X`` of rows that need not be known, in full and float64."""
+        self._sum = product.clone() if self._sum is None else self._sum.add_(product)
 
     def merge(self, other: GramSum) -> None:
         """Add the sum over other rows, which stays as it is."""
+        if other._counts is not None:
+            self._counts = other._counts.clone() if self._counts is None else self._counts + other._counts
         self._waiting += other._waiting
         if other._sum is not None:
             self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
@@ -72,6 +90,8 @@ class GramSum:
     def value(self) -> Float[Tensor, "D D"]:
         """The sum, float64."""
         self._settle()
+        if self._sum is None and self._counts is not None:
+            return torch.diag(self._counts)
         if self._sum is None:
             return torch.zeros(self.size, self.size, dtype=torch.float64)
         value = self._sum.clone()
@@ -79,50 +99,71 @@ class GramSum:
             value[stop:, start:stop] = value[start:stop, stop:].mT
             tile = value[start:stop, start:stop]
             tile.copy_(tile.triu() + tile.triu(1).mT)  # symmetric beyond the rounding of a product
+        if self._counts is not None:
+            value.diagonal().add_(self._counts)
         return value
 
     def state_dict(self) -> dict[str, Any]:
         """The rows that wait as they are: multiplied together now, they would not round as they will."""
-        return {"size": self.size, "waiting": list(self._waiting), "sum": self._sum}
+        return {
+            "size": self.size,
+            "waiting": list(self._waiting),
+            "sum": self._sum,
+            "counts": self._counts,
+        }
 
     @classmethod
     def of(cls, state: dict[str, Any], dtype: torch.dtype) -> GramSum:
         """The sum that had this `state_dict`."""
         gram = cls(state["size"], dtype)
-        gram._waiting, gram._sum = list(state["waiting"]), state["sum"]
+        gram._waiting, gram._sum, gram._counts = list(state["waiting"]), state["sum"], state["counts"]
         return gram
 
     def _settle(self) -> None:
         if self._waiting:
             rows, self._waiting = torch.cat(self._waiting), []
-            self._plus(upper_gram(rows, self.dtype))
+            self._multiply(rows)
 
-    def _plus(self, product: Tensor) -> None:
-        self._sum = product.double() if self._sum is None else self._sum.add_(product)
+    def _multiply(self, X: Tensor) -> None:
+        if self._sum is None:
+            self._sum = torch.zeros(self.size, self.size, dtype=torch.float64, device=X.device)
+        if self.dtype == torch.float64:
+            add_upper_gram(X, self._sum)
+        else:
+            self._sum += add_upper_gram(X, torch.zeros_like(self._sum, dtype=self.dtype))
 
 
-def upper_gram(X: Float[Tensor, "n D"], dtype: torch.dtype) -> Float[Tensor, "D D"]:
-    """``X^T X`` on and above the diagonal tiles; what stands below them is not it."""
-    size = X.shape[-1]
-    product = torch.zeros(size, size, dtype=dtype, device=X.device)
-    for rows in X.split(ROWS):
-        part = rows.to(dtype)
-        for start, stop in _tiles(size):
-            product[start:stop, start:].addmm_(part[:, start:stop].mT, part[:, start:])
-    return product
+def add_upper_gram(X: Float[Tensor, "*batch n D"], total: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
+    """Add ``X^T X`` to `total`, in its dtype, on and above the diagonal tiles; what stands below them is not it."""
+    for part in _converted(X, total.dtype):
+        for start, stop in _tiles(len(total)):
+            total[start:stop, start:].addmm_(part[:, start:stop].mT, part[:, start:])
+    return total
+
+
+def _converted(X: Float[Tensor, "*batch n D"], dtype: torch.dtype) -> Iterator[Float[Tensor, "k D"]]:
+    """Some rows at a time, in one buffer that has the order of memory of X: rows, or columns (images) side by side."""
+    n, size = X.shape[-2:]
+    rows = max(LEAST_ROWS, AT_ONCE // size)
+    if X.ndim == 2 or X.stride(-2) != 1 or n < RUN:
+        X, pad = X.reshape(-1, size), PAD if size >= TILED_SIZE else 0
+        buffer = torch.empty(min(rows, len(X)), size + pad, dtype=dtype, device=X.device)
+        for part in X.split(rows):
+            yield buffer[: len(part), :size].copy_(part)
+        return
+    X = X.flatten(0, -3)
+    buffer = torch.empty(size, min(rows, X.shape[:2].numel()) + PAD, dtype=dtype, device=X.device)
+    for images in X.split(max(1, rows // n)):
+        for part in images.split(rows, dim=1):
+            n_rows = part.shape[:2].numel()
+            buffer[:, :n_rows].unflatten(1, part.shape[:2]).copy_(part.permute(2, 0, 1))
+            yield buffer[:, :n_rows].mT
 
 
 def _tiles(size: int) -> Iterator[tuple[int, int]]:
     step = size if size < TILED_SIZE else -(-size // TILES)
     for start in range(0, size, step):
         yield start, min(start + step, size)
-
-
-def _by_matrix(X: Float[Tensor, "*batch n D"], dtype: torch.dtype) -> Float[Tensor, "D D"]:
-    """The sum of one product for each matrix."""
-    at_once = max(1, PRODUCT_BUDGET // X.shape[-2:].numel())
-    parts = (part.to(dtype) for part in X.flatten(0, -3).split(at_once))
-    return torch.stack([(part.mT @ part).sum(0) for part in parts]).sum(0)
 
 
 def _in_order_of_memory(X: Tensor) -> Tensor:

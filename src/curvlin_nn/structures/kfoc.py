@@ -61,6 +61,7 @@ class _Half:
 
     def plus(self, block: Block) -> _Half:
         """With the rows of one batch."""
+        block = block.dense()
         assert block.right is not None
         left, right = block.left.double(), block.right.double()
         if self.holds_right:
@@ -124,7 +125,7 @@ class KFOC(Kronecker):
             super().update(captures)
             return
         blocks = self._of(captures)
-        self._check_places([block.place for block in blocks])
+        self._check_places(blocks)
         self._halves = tuple(
             None if half is None else half.plus(block)
             for half, block in zip(self._halves, blocks, strict=True)

@@ -23,6 +23,7 @@ Positions of ignored terms are left out of a's sums and of S where a sample has 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch import Tensor
 from curvlin import BlockDiag, Dense, KroneckerSum
 from curvlin.precision.base import PrecisionOperator
 from curvlin.projection import project
-from curvlin_nn.capture import Block, Captures, Place, partition
+from curvlin_nn.capture import Block, Captures, OneHot, Place, partition
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
@@ -50,28 +51,31 @@ class _Factors:
 
     def __init__(
         self,
+        parameter: str,
         place: Place,
         left: GramSum,
         right: GramSum | None,
         positions: int = 0,
         turned: _Factors | None = None,
     ) -> None:
-        self.place, self.left, self.right, self.positions, self.turned = place, left, right, positions, turned
+        self.parameter, self.place = parameter, place
+        self.left, self.right, self.positions, self.turned = left, right, positions, turned
         self.same_left: _Factors | None = None
 
     @classmethod
     def for_block(cls, block: Block, dtype: torch.dtype) -> _Factors:
         """Sums of nothing, of the sizes of a block."""
         natural = block.uses[0] if block.uses else block
-        right = None if block.right is None else GramSum(natural.shape[1], dtype)
+        right = None if _is_dense(block) else GramSum(natural.shape[1], dtype)
         turned = cls.for_block(block.uses[1], dtype) if block.uses else None
-        return cls(block.place, GramSum(natural.shape[0], dtype), right, turned=turned)
+        return cls(block.parameter, block.place, GramSum(natural.shape[0], dtype), right, turned=turned)
 
     @classmethod
     def of(cls, state: dict[str, Any], before: _Factors | None, dtype: torch.dtype) -> _Factors:
         """The sums that had this `state_dict`, of the block that stands after those of `before`."""
         left, right, turned = state["left"], state["right"], state["turned"]
         factors = cls(
+            state["parameter"],
             Place(**state["place"]),
             GramSum(state["place"]["out"], dtype) if left is None else GramSum.of(left, dtype),
             None if right is None else GramSum.of(right, dtype),
@@ -85,6 +89,7 @@ class _Factors:
     def state_dict(self) -> dict[str, Any]:
         """As tensors and plain values; a left sum that is that of the block before is left out."""
         return {
+            "parameter": self.parameter,
             "place": asdict(self.place),
             "left": None if self.same_left is not None else self.left.state_dict(),
             "right": None if self.right is None else self.right.state_dict(),
@@ -100,10 +105,13 @@ class _Factors:
             self.turned.add(turned, captures, reduce=reduce)
         if self.same_left is None:
             self.left.add(block.left.double().sum(2) if reduce else _by_sample(block.left))
-        if self.right is not None and block.right is not None and captures.first:
-            a = _inputs(block.right, captures.kept, reduce=reduce)
-            self.positions += a.shape[:-1].numel()
-            self.right.add(a)
+        if self.right is not None and captures.first:
+            self.positions += _add_inputs(self.right, block, captures.kept, reduce=reduce)
+
+    def add_left(self, product: Float[Tensor, "out out"]) -> None:
+        """Add ``sum g g^T`` as such."""
+        if self.same_left is None:
+            self.left.add_product(product)
 
     def merge(self, other: _Factors) -> None:
         """Add the sums over other data, which stay as they are."""
@@ -140,7 +148,8 @@ class _Factors:
     def _operator(self) -> PrecisionOperator:
         if self.right is None:
             return Dense(self.left.value())
-        own = (self.left.value(), self.right.value() / max(1, self.positions))
+        left = self.left.value()
+        own = (left, self.right.value().to(left.device).div_(max(1, self.positions)))
         if self.turned is None or self.turned.right is None:
             return KroneckerSum([own])
         other = (self.turned.right.value() / max(1, self.turned.positions), self.turned.left.value())
@@ -156,6 +165,24 @@ def _see_the_same(block: Block, other: Block) -> bool:
     """Whether two blocks have one tensor as their left factors, without positions."""
     kinds = [(b.left.data_ptr(), b.left.shape, b.left.stride()) for b in (block, other)]
     return kinds[0] == kinds[1] and block.left.shape[2] == 1 and not (block.uses or other.uses)
+
+
+def _is_dense(block: Block) -> bool:
+    """Whether a block's rows have no factors."""
+    return block.right is None and block.one_hot is None
+
+
+def _add_inputs(total: GramSum, block: Block, kept: Bool[Tensor, "N R"] | None, *, reduce: bool) -> int:
+    """Add the inputs of one batch, and say how many they were."""
+    if block.one_hot is not None:
+        index = block.one_hot.index
+        tokens = index[kept] if kept is not None and kept.shape == index.shape else index
+        total.add_units(OneHot(tokens, block.one_hot.size))
+        return tokens.numel()
+    assert block.right is not None
+    a = _inputs(block.right, kept, reduce=reduce)
+    total.add(a)
+    return a.shape[:-1].numel()
 
 
 def _inputs(
@@ -180,7 +207,8 @@ class Kronecker(Structure):
     Args:
         space: all parameters.
         approximation: ``"expand"`` or ``"reduce"``, how positions that share a weight are treated.
-        max_block: the most coordinates of a parameter whose rows have no factors, which has an exact dense block.
+        max_block: the most coordinates of a parameter whose rows have no factors, which has an exact dense block; and
+            the most tokens of an embedding, whose factor is as long on either side.
         dtype: that of products of rows, float64 or float32.
         joint_bias: whether the weight and the bias of a module share a product, over ``[W b]``; see `joint`.
 
@@ -189,6 +217,7 @@ class Kronecker(Structure):
     """
 
     name = "kron"
+    takes_output_curvature = True
 
     def __init__(
         self,
@@ -214,11 +243,18 @@ class Kronecker(Structure):
         """See `Structure.update`.
 
         Raises:
-            UnsupportedError: if a parameter without factors has more than `max_block` coordinates.
+            UnsupportedError: if a parameter without factors has more than `max_block` coordinates, or an embedding as
+                many tokens.
         """
+        for part in captures.parts:
+            if part.one_hot is not None and part.one_hot.size > self._max_block:
+                raise UnsupportedError(
+                    f"parameter {part.parameter!r} has a Kronecker factor of {part.one_hot.size} tokens, "
+                    f"expected at most max_block={self._max_block}; raise max_block, or give it 'diag' by name"
+                )
         blocks = self._of(captures)
         for block in blocks:
-            if block.right is None and block.size > self._max_block:
+            if _is_dense(block) and block.size > self._max_block:
                 raise UnsupportedError(
                     f"parameter {block.parameter!r} has no Kronecker factors and {block.size} coordinates, expected "
                     f"at most max_block={self._max_block} for a dense block; raise max_block, or give it 'diag' by name"
@@ -230,25 +266,30 @@ class Kronecker(Structure):
                 factors.part()
         for factors, block in zip(self._blocks, blocks, strict=True):
             factors.add(block, captures, reduce=self._reduce)
+        if captures.output_curvature is not None:
+            total = captures.output_curvature.total()
+            for factors in self._blocks:
+                factors.add_left(total)
 
     def _at(self, blocks: tuple[Block, ...]) -> None:
         """Have sums for these blocks."""
         if self._blocks:
-            self._check_places([block.place for block in blocks])
+            self._check_places(blocks)
             return
         self._blocks = tuple(_Factors.for_block(block, self._dtype) for block in blocks)
         for index in range(1, len(blocks)):
-            if blocks[index].right is None and _see_the_same(blocks[index], blocks[index - 1]):
+            if _is_dense(blocks[index]) and _see_the_same(blocks[index], blocks[index - 1]):
                 self._blocks[index].share(self._blocks[index - 1])
 
     def _of(self, captures: Captures) -> tuple[Block, ...]:
-        """One block for each product or dense block."""
-        return joint(captures.blocks) if self._joint_bias else captures.blocks
+        """One block for each product or dense block; only where each position is an input do tokens stay indices."""
+        blocks = captures.blocks if self._reduce else captures.parts
+        return joint(blocks) if self._joint_bias else blocks
 
     def check_merge(self, other: Kronecker) -> None:
         """See `Structure.check_merge`."""
         if self._blocks and other._blocks:
-            self._check_places([f.place for f in other._blocks])
+            self._check_places(other._blocks)
 
     def merge(self, other: Kronecker) -> None:
         """See `Structure.merge`."""
@@ -265,10 +306,14 @@ class Kronecker(Structure):
         for mine, theirs in pairs:
             mine.merge(theirs)
 
-    def _check_places(self, places: list[Place]) -> None:
-        if [f.place for f in self._blocks] != places:
+    def _check_places(self, others: Sequence[Block | _Factors]) -> None:
+        mine, theirs = ({(part.parameter, part.place) for part in parts} for parts in (self._blocks, others))
+        if mine != theirs:
+            name = min(mine ^ theirs, key=lambda part: part[1].start)[0]
             raise UnsupportedError(
-                "a weight was used in parts of other shapes than in earlier data, expected the same in every batch"
+                f"parameter {name!r} has rows of another form than in earlier data (parts of other shapes, or "
+                "served by autodiff since this batch), expected the same in every batch; "
+                "give it 'block' or 'diag' by name"
             )
 
     def finish(self) -> BlockDiag:

@@ -40,6 +40,7 @@ class LowRank(Structure):
     """
 
     name = "lowrank"
+    restricts = True
 
     def __init__(
         self,

@@ -39,6 +39,8 @@ class SideBySide(Structure):
             ordered = tuple(name for name in space.names if name in set(names))
             self._parts.append(factory(ParameterSpace(ordered, tuple(shapes[name] for name in ordered))))
         self.passes = max(part.passes for part in self._parts)
+        self.restricts = all(part.restricts for part in self._parts)
+        self.takes_output_curvature = all(part.takes_output_curvature for part in self._parts)
         self._pass = 0
 
     def begin(self, pass_index: int) -> None:
@@ -140,5 +142,5 @@ def _restricted(captures: Captures, space: ParameterSpace, part: ParameterSpace)
     """The blocks of some parameters, at their places in the flat vector of these alone."""
     old, new = space.spans, part.spans
     shifts = {name: new[name].start - old[name].start for name in part.names}
-    blocks = [block.moved(shifts[block.parameter]) for block in captures.blocks if block.parameter in shifts]
-    return replace(captures, blocks=tuple(blocks))
+    parts = [part.moved(shifts[part.parameter]) for part in captures.parts if part.parameter in shifts]
+    return replace(captures, parts=tuple(parts))
