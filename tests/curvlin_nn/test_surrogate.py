@@ -308,6 +308,8 @@ def test_the_default_surrogate_of_outputs_at_several_positions() -> None:
     assert Phi.shape == (7, 6, 5)
     _, alone = fitted(x[3:4])
     torch.testing.assert_close(alone.matrix[0], Phi.matrix[3], rtol=1e-12, atol=1e-12)
+    assert fitted.output_shape == (3, 2)
+    torch.testing.assert_close(fitted.record(x[:7]).outputs, model(x[:7]).detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_the_head_begins_at_the_ridge_regression_of_the_features() -> None:

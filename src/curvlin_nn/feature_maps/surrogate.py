@@ -26,6 +26,7 @@ from curvlin_nn.errors import (
 from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.feature_maps.jacobian import JacobianMap
 from curvlin_nn.feature_maps.pool import Pool
+from curvlin_nn.feature_maps.recording import FeatureRecording
 from curvlin_nn.feature_maps.surrogate_network import Scaled, checked_features, widened
 from curvlin_nn.feature_maps.surrogate_options import SurrogateOptions
 from curvlin_nn.feature_maps.surrogate_training import (
@@ -56,6 +57,7 @@ class SurrogateMap(FeatureMap):
         self.surrogate, self._model = surrogate, model
         self._jacobian = JacobianMap(model)
         self._size: int | None = None
+        self._output_shape: tuple[int, ...] | None = None
         self.history: SurrogateHistory | None = None
 
     @classmethod
@@ -195,25 +197,33 @@ class SurrogateMap(FeatureMap):
         """J, whose kernel the features' is near."""
         return self._jacobian
 
-    @outside_inference_mode()
-    @torch.no_grad()
+    @property
+    def output_shape(self) -> tuple[int, ...] | None:
+        """See `FeatureMap.output_shape`."""
+        return self._output_shape
+
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], DenseFeatures]:
         """See `FeatureMap.__call__`."""
-        where = "the input"
+        outputs, Phi = self._at(x, "the input")
+        return outputs.reshape(len(outputs), -1), Phi
+
+    def record(self, x: Any, where: str = "the input") -> FeatureRecording:
+        """See `FeatureMap.record`."""
+        return FeatureRecording(*self._at(x, where))
+
+    @outside_inference_mode()
+    @torch.no_grad()
+    def _at(self, x: Any, where: str) -> tuple[Float[Tensor, N * C], DenseFeatures]:
         x = prepared(self._model, x, where)
         with capturing(self._model, ()), torch.no_grad():
             outputs = checked_outputs(forward(self._model, {}, x, where), where)
-        outputs = outputs.reshape(len(outputs), -1)
         with evaluation_mode(self.surrogate):
             features = self.surrogate(x)
-        if not isinstance(features, Tensor):
-            raise OutputError(
-                f"the surrogate must return a tensor (N, C, K), found {type(features).__name__}"
-            )
-        features = checked_features(features, len(outputs), outputs.shape[1], self._size, where)
+        n_samples, n_outputs = len(outputs), outputs[0].numel()
+        features = checked_features(features, n_samples, n_outputs, self._size, where)
         if not bool(torch.isfinite(features).all()):
             raise OutputError(f"features of the surrogate on {where} must be finite, found NaN or Inf")
-        self._size = features.shape[2]
+        self._size, self._output_shape = features.shape[2], tuple(outputs.shape[1:])
         return outputs, DenseFeatures(features.detach().to(outputs.dtype))
 
     def tensors(self) -> Mapping[str, Tensor]:

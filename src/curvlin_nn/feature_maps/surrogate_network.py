@@ -174,13 +174,17 @@ def solve_head(
 
 
 def checked_features(
-    features: Tensor, n_samples: int, n_outputs: int, rank: int | None, where: str
+    features: object, n_samples: int, n_outputs: int, rank: int | None, where: str
 ) -> Float[Tensor, "N C K"]:
     """What a surrogate returned, if it has the one shape that it may have.
 
     Raises:
         OutputError: if it does not.
     """
+    if not isinstance(features, Tensor):
+        raise OutputError(
+            f"the surrogate must return a tensor (N, C, K) on {where}, found {type(features).__name__}"
+        )
     expected = (n_samples, n_outputs)
     if features.ndim != 3 or features.shape[:2] != expected or rank not in (None, features.shape[2]):
         K = "K" if rank is None else rank
