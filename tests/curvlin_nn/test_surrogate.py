@@ -413,6 +413,11 @@ def test_bad_data_is_refused() -> None:
         SurrogateMap.fit(model, loader(x), [x[:1]], rank=1)
     with pytest.raises(DataError, match="NaN"):
         SurrogateMap.fit(model, loader(x * math.nan), rank=2)
+    huge = mlp(torch.float32)
+    with torch.no_grad():
+        huge[2].weight *= 1e25
+    with pytest.raises(OutputError, match="kernel"):
+        SurrogateMap.fit(huge, loader(x.float()), rank=2)
     with torch.no_grad():
         model[2].bias[0] = math.inf
     with pytest.raises(OutputError, match="finite"):

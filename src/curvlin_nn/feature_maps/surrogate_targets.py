@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from curvlin import BlockFeatures
+from curvlin_nn.errors import OutputError
 from curvlin_nn.feature_maps.jacobian import JacobianMap, rows_of_outputs
 from curvlin_nn.feature_maps.kernel_loss import distance_to_factors, distance_to_gram
 from curvlin_nn.feature_maps.leading import leading_directions
@@ -149,11 +151,21 @@ def inputs(batch: Sequence[tuple[Pool, Int[Tensor, " n"]]]) -> Any:
 def exact_gram(
     model: nn.Module, jacobian: JacobianMap, pool: Pool, captured: bool, where: str
 ) -> Float[Tensor, "R R"]:
-    """The kernel of all samples of a pool: layer by layer, or by products where layers cannot be captured."""
-    if not captured:
-        return gram_by_products(model, jacobian.space, pool.x, where)
-    J = rows_of_outputs(jacobian.record(pool.x, where))
-    return J.gram().flatten(2).flatten(0, 1)
+    """The kernel of all samples of a pool: layer by layer, or by products where layers cannot be captured.
+
+    Raises:
+        OutputError: if it is not finite, or zero.
+    """
+    if captured:
+        gram = rows_of_outputs(jacobian.record(pool.x, where)).gram().flatten(2).flatten(0, 1)
+    else:
+        gram = gram_by_products(model, jacobian.space, pool.x, where)
+    trace = float(gram.diagonal().sum())
+    if not (math.isfinite(trace) and trace > 0):
+        raise OutputError(
+            f"the tangent kernel on {where} must be finite and not zero, found a trace of {trace}"
+        )
+    return gram
 
 
 def _rows(jacobian: JacobianMap, pool: Pool, n_samples: int) -> Iterator[BlockFeatures]:

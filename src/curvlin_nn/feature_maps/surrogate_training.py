@@ -122,7 +122,7 @@ class SurrogateTraining:
         self.n_outputs = len(self._held_out[0].gram) // self._held_out[0].pool.size
         scales = [1.0, math.sqrt(options.context_weight or 0.0)]
         self._weights = [
-            scale / math.sqrt(h.size) if options.scheduled and h.size > 0 else 1.0
+            scale / math.sqrt(h.size) if options.scheduled else 1.0
             for scale, h in zip(scales, self._held_out, strict=False)
         ]
         if options.scheduled:
@@ -143,7 +143,7 @@ class SurrogateTraining:
 
     def _scale(self) -> float:
         """What makes ``F F^T`` as large as the kernel on the diagonal, for outputs of mean square one."""
-        return math.sqrt(float(self._held_out[0].gram.diagonal().mean()) / self._options.rank) or 1.0
+        return math.sqrt(float(self._held_out[0].gram.diagonal().mean()) / self._options.rank)
 
     def _make_targets(self) -> KernelTargets:
         options = self._options
