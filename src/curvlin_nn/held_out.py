@@ -314,10 +314,10 @@ def folds(la: Laplace, data: Sequence[tuple[Any, Tensor]], n_folds: int) -> list
         seen += n
     if seen < n_folds:
         raise DataError(f"cross-validation with {n_folds} folds needs as many samples, found {seen}")
-    names = list(la.parameters.names)
+    chosen = list(la.parameters.names) if la.feature_map is None else la.feature_map
     factories = la._summed(continued=True)
     found = [
-        accumulate(la.model, la.likelihood, samples, names, factories, columns=la._columns)
+        accumulate(la.model, la.likelihood, samples, chosen, factories, columns=la._columns)
         for samples in dealt
     ]
     return [(_without(la, found, fold), dealt[fold]) for fold in range(n_folds)]

@@ -415,3 +415,26 @@ def test_early_stopping_keeps_the_best_prefix():
         assert score == pytest.approx(float(torch.cat(nll).mean()), rel=1e-9)
     best = Laplace(p.model, p.likelihood, feature_map=m, residual=False).fit(train[: stop.n_data // 4])
     torch.testing.assert_close(la.curvature.to_dense(), best.curvature.to_dense(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("method", "loader"), [("gridsearch", "val_loader"), ("brent", "val_loader"), ("cv", "train_loader")]
+)
+def test_held_out_data_choose_the_prior_as_for_the_full_posterior(method, loader):
+    p = problem("mlp", "classification")
+    data = [(p.x_test, p.y[:5])] if loader == "val_loader" else p.batches()
+    options = {"method": method, loader: data} | ({} if method == "brent" else {"grid_size": 5})
+    la, full = fitted(p, spanning(p)), fitted(p)
+    found, expected = la.optimize_prior_precision(**options), full.optimize_prior_precision(**options)
+    assert float(found.prior_precision) == pytest.approx(float(expected.prior_precision), rel=1e-5)
+    assert found.score == pytest.approx(expected.score, rel=1e-8)
+
+
+def test_noise_of_each_output_is_that_of_the_full_posterior():
+    p = problem("cnn", "regression")
+    sigma = torch.tensor([0.3, 0.5, 0.8]).double()
+    la, full = fitted(p, spanning(p), sigma_noise=sigma), fitted(p, sigma_noise=sigma)
+    torch.testing.assert_close(predicted(la, p), predicted(full, p), **TIGHT)
+    assert float(la.log_marginal_likelihood()) == pytest.approx(
+        float(full.log_marginal_likelihood()), rel=1e-10
+    )
