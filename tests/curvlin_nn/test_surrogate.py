@@ -91,6 +91,21 @@ def test_kernels_by_layers_and_by_products_are_that_of_autodiff(model: nn.Module
     torch.testing.assert_close(by_products, exact, rtol=1e-10, atol=1e-12)
 
 
+def test_products_through_attention_are_those_of_its_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Unflatten(1, (3, 1)),
+        nn.Linear(1, 4),
+        nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(12, 2),
+    ).double()
+    x = data(3)
+    by_layers = JacobianMap(model)(x)[1].gram().flatten(2).flatten(0, 1)
+    by_products = gram_by_products(model, ParameterSpace.of(model), x)
+    torch.testing.assert_close(by_products, by_layers, rtol=1e-9, atol=1e-11)
+
+
 def test_tangents_are_products_with_the_jacobian() -> None:
     model, x = mlp(), data(4)
     V = torch.randn(32, 3, dtype=torch.float64, generator=seeded())
@@ -450,6 +465,20 @@ def test_models_without_a_linear_layer_at_the_end_need_a_surrogate_of_the_user()
     squared = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2))).double()
     with pytest.raises(UnsupportedError, match="surrogate="):
         widened(squared, data(4), 4, 3, fresh=False, seed=0)
+
+
+def test_operations_without_forward_mode_are_named() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
+    with pytest.raises(UnsupportedError, match="targets='exact'"):
+        SurrogateMap.fit(model, loader(data(40, torch.float32)), rank=2, n_steps=1, targets="jvp")
+
+
+def test_the_head_of_tied_weights_is_widened_and_the_embedding_kept() -> None:
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Embedding(5, 3), nn.Tanh(), nn.Linear(3, 5, bias=False)).double()
+    tied[2].weight = tied[0].weight
+    network = widened(tied, torch.tensor([[0, 1], [2, 3]]), 10, 4, fresh=False, seed=0)
+    assert isinstance(network[2], WidenedHead) and torch.equal(network[0].weight, tied[0].weight)
 
 
 def test_a_trained_network_is_a_map_without_training() -> None:

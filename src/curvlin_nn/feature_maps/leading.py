@@ -52,5 +52,11 @@ def leading_directions(
             assert V is not None
             U = torch.linalg.eigh(total.double()).eigenvectors.flip(1)[:, :rank]
             return FlatDirections(V @ U.to(V.dtype))
-        V = torch.linalg.qr(total).Q
+        V = _orthonormal(total)
     raise ValueError(f"n_passes must be at least 2, found {n_passes}")
+
+
+def _orthonormal(total: torch.Tensor) -> torch.Tensor:
+    """A basis of the columns; half precision has no QR of its own."""
+    wide = torch.promote_types(total.dtype, torch.float32)
+    return torch.linalg.qr(total.to(wide)).Q.to(total.dtype)

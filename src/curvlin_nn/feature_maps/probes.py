@@ -7,17 +7,19 @@ Eqs. 4 to 6).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlin_nn.capture.checks import checked_outputs
 from curvlin_nn.capture.state import capturing, forward, prepared
-from curvlin_nn.errors import OutputError
+from curvlin_nn.errors import OutputError, UnsupportedError
 from curvlin_nn.parameters import ParameterSpace
 
 
@@ -57,7 +59,7 @@ def tangents(
     x = prepared(model, x, where)
     values = space.tensors(model)
     columns = []
-    with capturing(model, ()), torch.no_grad():
+    with capturing(model, ()), torch.no_grad(), _forward_mode():
         for v in directions:
             vectors = {name: piece.to(values[name]) for name, piece in space.unflatten(v).items()}
             outputs, Jv, *_ = jvp(lambda values: forward(model, values, x, where), (values,), (vectors,))
@@ -73,7 +75,7 @@ def gram_by_products(
     x = prepared(model, x, where)
     values = space.tensors(model)
     columns = []
-    with capturing(model, ()):
+    with capturing(model, ()), _forward_mode():
         outputs, transposed, *_ = vjp(lambda values: forward(model, values, x, where), values)
         outputs = checked_outputs(outputs, where)
         for row in range(outputs.numel()):
@@ -85,6 +87,24 @@ def gram_by_products(
             columns.append(_finite(column.reshape(-1), where))
     gram = torch.stack(columns, 1).detach()
     return (gram + gram.mT) / 2
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    """Attention in the form that has derivatives in forward mode.
+
+    Raises:
+        UnsupportedError: if an operation of the model has none.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except NotImplementedError as error:
+        reason = str(error).partition(". ")[0].partition("\n")[0]
+        raise UnsupportedError(
+            f"targets='jvp' needs forward-mode autodiff of the model, found an operation without ({reason}); take "
+            "targets='exact'"
+        ) from error
 
 
 def _signs(space: ParameterSpace, generator: torch.Generator | None) -> Float[Tensor, " P"]:

@@ -92,13 +92,18 @@ def widened(model: nn.Module, x: Any, n_outputs: int, rank: int, *, fresh: bool,
         UnsupportedError: if the model does not end in one linear layer.
     """
     names = last_layer(model, x).names
-    path = names[0].rpartition(".")[0]
-    layer = model.get_submodule(path)
-    if type(layer) is not nn.Linear:
+    last = {id(model.get_parameter(name)) for name in names}  # a tied weight has the name of its first owner
+    found_layers = [
+        (path, module)
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear and id(module.weight) in last
+    ]
+    if len(found_layers) != 1:
         raise UnsupportedError(
-            f"the default surrogate widens the last layer, which must be an nn.Linear, found {type(layer).__name__} "
-            f"{path!r}; {_GIVE}"
+            "the default surrogate widens the last layer, which must be one nn.Linear, found another use of "
+            f"{names[0]!r}; {_GIVE}"
         )
+    ((path, layer),) = found_layers
     with seeded(seed, layer.weight.device):
         network = _copied(model)
         if fresh:

@@ -149,14 +149,14 @@ def inputs(batch: Sequence[tuple[Pool, Int[Tensor, " n"]]]) -> Any:
 
 
 def exact_gram(
-    model: nn.Module, jacobian: JacobianMap, pool: Pool, captured: bool, where: str
+    model: nn.Module, jacobian: JacobianMap, pool: Pool, by_layers: bool, where: str
 ) -> Float[Tensor, "R R"]:
-    """The kernel of all samples of a pool: layer by layer, or by products where layers cannot be captured.
+    """The kernel of all samples of a pool: layer by layer, or by products with the Jacobian.
 
     Raises:
         OutputError: if it is not finite, or zero.
     """
-    if captured:
+    if by_layers:
         gram = rows_of_outputs(jacobian.record(pool.x, where)).gram().flatten(2).flatten(0, 1)
     else:
         gram = gram_by_products(model, jacobian.space, pool.x, where)

@@ -116,7 +116,8 @@ class SurrogateTraining:
         ):
             if whole is not None:
                 held_out, rest = whole.split(n)
-                gram = exact_gram(model, jacobian, held_out, captured, f"the held-out samples of {name}")
+                by_layers = captured or options.targets != "jvp"
+                gram = exact_gram(model, jacobian, held_out, by_layers, f"the held-out samples of {name}")
                 self._held_out.append(_HeldOut(held_out, gram))
                 self._pools.append(rest)
         self.n_outputs = len(self._held_out[0].gram) // self._held_out[0].pool.size
