@@ -2,10 +2,10 @@
 
     python benchmarks/calibration.py [--data-dir DIR] [--splits 5]
 
-Only test images are at hand, so of each split of them 5,000 give the curvature (the GGN needs no labels; it is scaled to
-the 50,000 images of training), 1,000 the prior precision, by their NLL, and 4,000 the scores. The evidence is not quoted:
-it is that of other images than the network was trained on. Splits are of the same 10,000 images: their standard errors
-are those of the split, not of the network, which is one.
+Only test images are at hand, so of each split of them 5,000 give the curvature (the GGN needs no labels; it is scaled
+to the 50,000 images of training), 1,000 the prior precision, by their NLL, and 4,000 the scores. The evidence is not
+quoted: it is that of other images than the network was trained on. Splits are of the same 10,000 images: their standard
+errors are those of the split, not of the network, which is one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def main() -> None:
             predicted = time.perf_counter()
             row = (*found, float(la.prior_precision), fitted - started, predicted - fitted)  # type: ignore[arg-type]
             rows.setdefault(f"{weights.replace('_', ' ')}, {structure}", []).append(row)
-        print(f"split {split + 1} of {options.splits}: " + ", ".join(f"{n} {r[-1][0]:.4f}" for n, r in rows.items()))
+        print(
+            f"split {split + 1} of {options.splits}: "
+            + ", ".join(f"{n} {r[-1][0]:.4f}" for n, r in rows.items())
+        )
     print("\n" + table(rows))
 
 

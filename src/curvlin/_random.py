@@ -17,7 +17,7 @@ def standard_normal(sample_shape: object, shape: torch.Size, generator: object, 
         TypeError: if `generator` is neither a generator nor None.
         ValueError: if `sample_shape` does not consist of sizes.
     """
-    generator = _checked(generator)
+    generator = checked_generator(generator)
     if not isinstance(sample_shape, Sequence) or not all(
         isinstance(n, SupportsIndex) and operator.index(n) >= 0 for n in sample_shape
     ):
@@ -31,11 +31,16 @@ def random_signs(shape: tuple[int, ...], generator: object, like: Tensor) -> Ten
     Raises:
         TypeError: if `generator` is neither a generator nor None.
     """
-    bits = torch.randint(0, 2, shape, generator=_checked(generator), device=like.device)
+    bits = torch.randint(0, 2, shape, generator=checked_generator(generator), device=like.device)
     return bits.to(like.dtype) * 2 - 1
 
 
-def _checked(generator: object) -> torch.Generator | None:
+def checked_generator(generator: object) -> torch.Generator | None:
+    """The generator, or None.
+
+    Raises:
+        TypeError: if it is neither.
+    """
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"generator must be a torch.Generator or None, found {type(generator).__name__}; "

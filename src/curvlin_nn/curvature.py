@@ -79,12 +79,15 @@ class Accumulated:
         """The coordinates the curvature is about; of a subnetwork, as many of each parameter as were chosen."""
         return self.recorder.space if self.subnetwork is None else self.subnetwork.space
 
-    @property
-    def feature_map(self) -> FeatureMap:
-        """The Jacobian in these coordinates, or what stands in for it."""
+    def feature_map(self, differentiable: bool = False) -> FeatureMap:
+        """The Jacobian in these coordinates, or what stands in for it.
+
+        Args:
+            differentiable: whether a Jacobian is to have gradients by its inputs.
+        """
         if isinstance(self.recorder, FeatureRecorder):
             return self.recorder.feature_map
-        jacobian = JacobianMap.of(self.recorder)
+        jacobian = JacobianMap.of(self.recorder, differentiable=differentiable)
         return jacobian if self.subnetwork is None else RestrictedMap(jacobian, self.subnetwork.index)
 
     @property

@@ -51,6 +51,7 @@ class FeatureSpace:
         subset_of_weights: object,
         hessian_structure: StructureChoice | None,
         curvature: str,
+        enable_backprop: bool,
     ) -> FeatureSpace:
         """What the constructor of `Laplace` is given, checked.
 
@@ -77,6 +78,11 @@ class FeatureSpace:
         if curvature == "hessian":
             raise UnsupportedError(
                 "curvature='hessian' is not supported with a feature_map, whose model is linear; take 'ggn'"
+            )
+        if enable_backprop:
+            raise UnsupportedError(
+                "enable_backprop=True is not supported with a feature_map, whose features have no gradients; leave it "
+                "at False"
             )
         return cls(feature_map, residual)
 

@@ -29,7 +29,8 @@ from curvlin_nn.eigenbasis import Eigenbasis, eigenbasis
 from curvlin_nn.errors import DataError, UnsupportedError
 from curvlin_nn.evidence import Curvature
 from curvlin_nn.feature_maps import FeatureMap
-from curvlin_nn.predictive import FEATURE_BUDGET, Predictive
+from curvlin_nn.predictive import Predictive
+from curvlin_nn.predictive.linearised import FEATURE_BUDGET
 from curvlin_nn.scores import Score, new_score
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class HeldOutOptimum:
 
 
 @dataclass(frozen=True)
-class Request:
+class Scoring:
     """What to predict, and how to score it.
 
     Attributes:
@@ -119,7 +120,7 @@ class HeldOut:
     def __init__(
         self,
         pairs: Sequence[tuple[Laplace, Sequence[tuple[Any, Tensor]]]],
-        request: Request,
+        request: Scoring,
         progress_bar: bool = False,
     ) -> None:
         first = pairs[0][0]
@@ -341,7 +342,7 @@ def search(
     la: Laplace,
     method: str,
     grid: Grid,
-    request: Request,
+    request: Scoring,
     loader: Iterable[Any] | None,
     *,
     n_folds: int,

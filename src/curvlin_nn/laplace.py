@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from curvlin import FeatureOperator
 from curvlin._check import positive_integer
 from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
@@ -25,6 +25,7 @@ from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
 from curvlin_nn.damping import check_damping
+from curvlin_nn.data_subset import random_subset
 from curvlin_nn.errors import (
     NoFiniteOptimumError,
     NotFittedError,
@@ -37,13 +38,24 @@ from curvlin_nn.evidence import Curvature, Evidence
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_posterior import FeatureSpace
 from curvlin_nn.fingerprint import Fingerprint
-from curvlin_nn.held_out import METHODS, Grid, HeldOutOptimum, Request, search
+from curvlin_nn.held_out import METHODS, Grid, HeldOutOptimum, Scoring, search
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.noise_search import maximise_by_output
 from curvlin_nn.parameters import ParameterSpace, Selection, check_model
 from curvlin_nn.per_output import PerOutput
-from curvlin_nn.predictive import Predictive, check_link, draw
+from curvlin_nn.predictive import (
+    Linearised,
+    Prediction,
+    Predictive,
+    Predictor,
+    Request,
+    Response,
+    Sampled,
+    WeightSpace,
+)
+from curvlin_nn.predictive.linearised import functional_covariance
+from curvlin_nn.predictive.request import check_draws, check_noise, check_pred_type
 from curvlin_nn.prior import (
     GroupedPrior,
     OperatorPrior,
@@ -61,7 +73,7 @@ from curvlin_nn.residual import Residual, ResidualPredictive
 from curvlin_nn.storage import posterior as stored
 from curvlin_nn.storage.checkpoint import Checkpoint
 from curvlin_nn.storage.files import StrPath, read, write
-from curvlin_nn.structures import StructureChoice, StructureFactory
+from curvlin_nn.structures import FunctionSpace, StructureChoice, StructureFactory
 from curvlin_nn.subnetwork import SubnetMask
 from curvlin_nn.subnetwork_space import Subnetwork
 from curvlin_nn.subset import Subset
@@ -98,14 +110,14 @@ class Laplace:
             ``"subnetwork"``, names of parameters or modules, a predicate of name and parameter, or a mask of
             `curvlin_nn.subnetwork`.
         hessian_structure: ``"full"``, ``"kron"`` (the default), ``"diag"``, ``"ekfac"``, ``"kfoc"``,
-            ``"kron-lowrank"``, ``"block"``, ``"lowrank"``, a `Structure` class, or one of these for each ``fnmatch``
-            pattern of names of parameters or modules.
+            ``"kron-lowrank"``, ``"block"``, ``"lowrank"``, ``"gp"`` (``"full"`` in function space), a `Structure`
+            class, or one of these for each ``fnmatch`` pattern of names of parameters or modules.
         curvature: ``"ggn"``; ``"fisher_mc"``, of one draw of targets for each sample, unbiased; ``"ef"``, the empirical
             Fisher matrix, at ``sigma_noise = 1`` only; or ``"hessian"``, exact (``"full"``, ``"block"``, ``"diag"`` or
             ``"lowrank"``, its 100 leading eigenpairs).
         indefinite: what a Hessian with negative eigenvalues does; see `curvlin_nn.curvature`.
-        generator: source of randomness for ``"fisher_mc"`` and the eigenpairs of a Hessian; None is torch's default
-            generator.
+        generator: source of randomness for ``"fisher_mc"``, the eigenpairs of a Hessian and `n_subset`; None is torch's
+            default generator.
         prior_precision: a number, one per parameter tensor, one per module, one per parameter, or an
             operator.
         prior_mean: a number or a flat vector.
@@ -129,6 +141,10 @@ class Laplace:
         prior_projection: ``"kronecker"`` or ``"isotropic"``, what a prior is projected onto in blocks of the curvature
             whose sum with it is not closed: one precision per parameter or an earlier posterior beside a Kronecker
             product. `projected_prior` tells the error. By default such a prior is refused.
+        enable_backprop: whether predictions have gradients with respect to their inputs.
+        n_subset: fit to that many samples of the data, drawn at random by `generator`, and forget the others: the
+            posterior and the evidence of these (the "subset of data" of Gaussian processes), nothing scaled up. Each
+            `fit` draws anew.
 
     Raises:
         UnsupportedError: for an option that is not served, ``backend`` of laplace-torch included; the message says
@@ -160,6 +176,8 @@ class Laplace:
         dict_key_y: str = "labels",
         damping: bool = False,
         prior_projection: str | None = None,
+        enable_backprop: bool = False,
+        n_subset: int | None = None,
         **unknown: NoReturn,
     ) -> None:
         arguments.refuse(unknown, Laplace, arguments.CONSTRUCTOR)
@@ -170,7 +188,7 @@ class Laplace:
         self._features: FeatureSpace | None = None
         if feature_map is not None:
             self._features = FeatureSpace.of(
-                feature_map, residual, subset_of_weights, hessian_structure, curvature
+                feature_map, residual, subset_of_weights, hessian_structure, curvature, enable_backprop
             )
             subset_of_weights, hessian_structure = "all", "full"
         self.model = model
@@ -193,6 +211,9 @@ class Laplace:
         if prior_structure is not None:
             check_structure(prior_structure)
         check_projection(prior_projection)
+        self.enable_backprop = bool(enable_backprop)
+        self.n_subset = None if n_subset is None else positive_integer("n_subset", n_subset)
+        self._generator = generator
         self._fitted: _Fitted | None = None
         self._posterior: tuple[tuple[int, ...], PrecisionOperator] | None = None
         self._prior_structure, self._prior_projection = prior_structure, prior_projection
@@ -301,6 +322,9 @@ class Laplace:
             raise UnsupportedError("checkpoint is not supported for curvature='hessian'; leave it at None")
         train_loader = Labelled(train_loader, self.dict_key_y)
         file = None if checkpoint is None else Checkpoint(checkpoint, every, stored.choices_of(self))
+        if self.n_subset is not None:
+            device = device_of(self.model)
+            train_loader = random_subset(train_loader, self.n_subset, device, self._generator, progress_bar)
         found = accumulate(
             self.model,
             self.likelihood,
@@ -335,8 +359,9 @@ class Laplace:
         mean = whole if found.subnetwork is None else found.subnetwork.of_whole(whole)
         H = Curvature.of(found.states[0], damping=self._damping)
         fingerprint = Fingerprint.of(self.model)
+        linearised = found.feature_map(self.enable_backprop)
         seconds = time.perf_counter() - begin
-        fitted = _Fitted(found, mean, H, fingerprint, found.feature_map, whole, seconds, of_map)
+        fitted = _Fitted(found, mean, H, fingerprint, linearised, whole, seconds, of_map)
         _check_mean_length(self._prior_mean, fitted)
         _check_noise_length(self._sigma_noise, fitted)
         self._prior_of(fitted, self._prior_precision)
@@ -675,7 +700,7 @@ class Laplace:
                 self,
                 method,
                 Grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base),
-                Request(loss, pred_type, link_approx, n_samples, generator),
+                Scoring(loss, pred_type, link_approx, n_samples, generator),
                 train_loader if method == "cv" else val_loader,
                 n_folds=n_folds,
                 tolerance=max(tolerance, 1e-3),
@@ -737,18 +762,21 @@ class Laplace:
         observation_noise: bool = False,
         progress_bar: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The predictive distribution at x, from the network linearised around its parameters.
+        """The predictive distribution at x.
 
         Args:
             x: what the model takes.
-            pred_type: ``"glm"``.
+            pred_type: ``"glm"``, of the network linearised around its parameters; ``"nn"``, of the network itself at
+                `n_samples` draws of its parameters; or ``"gp"``, which is ``"glm"`` of the structure of that name.
             link_approx: a closed form of the likelihood's expected link, or ``"mc"`` for `n_samples` draws of the
                 outputs. The default is the likelihood's first closed form: ``"probit"`` for classes, ``"exact"`` for
-                counts. Regression has no link, and takes the default only.
+                counts. Classes have ``"mean_field"``, ``"bridge"`` and ``"bridge_norm"`` too
+                (`likelihoods.expected_softmax`). Regression has no link, and takes the default only; so does
+                ``"nn"``, whose outputs are draws.
             joint: for regression, the covariance between all samples, sample-major.
             diagonal_output: variances of the outputs only (for ``"mc"``: outputs drawn independently).
-            n_samples: the number of draws for ``"mc"``.
-            generator: source of randomness for ``"mc"``; None is torch's default generator.
+            n_samples: the number of draws for ``"mc"`` and ``"nn"``.
+            generator: source of randomness for draws; None is torch's default generator.
             observation_noise: for regression, whether to add the covariance of the noise: ``sigma_noise^2``, or what
                 the model says of it.
             progress_bar: whether to show one over the parts that `x` is taken in.
@@ -764,45 +792,49 @@ class Laplace:
             NotFittedError: before `fit`.
             StaleModelError: if a parameter or buffer of the model changed since `fit`.
         """
-        if pred_type != "glm":
-            raise UnsupportedError(f"pred_type={pred_type!r} is not supported; expected 'glm'")
-        if observation_noise and not self.likelihood.has_additive_noise:
-            raise UnsupportedError(
-                f"observation_noise needs a likelihood with noise, found {self.likelihood.name}"
-            )
-        if joint and diagonal_output:
-            raise UnsupportedError("joint and diagonal_output exclude each other; choose one")
-        link_approx = check_link(self.likelihood, link_approx)
-        if not self.likelihood.has_link:
-            return self._moments(x, joint, diagonal_output, observation_noise, progress_bar)
-        if joint:
-            raise UnsupportedError(
-                f"joint is not supported for {self.likelihood.name}; use functional_samples for joint draws "
-                "of outputs"
-            )
-        if link_approx == "mc":
-            positive_integer("n_samples", n_samples)
-        predictive = self._predictive(progress_bar)
-        if link_approx != "mc":
-            approximation = self.likelihood.link_approximations[link_approx]
-            return self._linked(approximation, *predictive.mean_and_variance(x))
-        if diagonal_output:
-            mean, variance = predictive.mean_and_variance(x)
-            covariance = torch.diag_embed(variance)
-        else:
-            mean, covariance = predictive.mean_and_covariance(x)
-        return self._linked(self.likelihood.link, draw(mean, covariance, n_samples, generator)).mean(0)
+        request = Request(
+            pred_type, link_approx, joint, diagonal_output, n_samples, generator, observation_noise
+        ).checked(self.likelihood)
+        return self._predictor(pred_type, progress_bar)(x, request)
+
+    @outside_inference_mode()
+    def predict(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        progress_bar: bool = False,
+    ) -> Prediction:
+        """The same as an object: mean and covariance, probabilities, and uncertainty taken apart.
+
+        Args:
+            x: what the model takes.
+            pred_type: as of a call.
+            link_approx: as of a call.
+            n_samples: the number of draws, at least two; of ``"glm"`` they are made when first needed.
+            generator: source of randomness, which decides about the draws now, whenever they are made.
+            progress_bar: as of a call.
+
+        Raises:
+            UnsupportedError, NotFittedError, StaleModelError: as a call does.
+        """
+        check_draws(n_samples, 2)
+        request = Request(pred_type, link_approx, n_samples=n_samples, generator=generator)
+        return self._predictor(pred_type, progress_bar).predict(x, request.checked(self.likelihood))
 
     @outside_inference_mode()
     def functional_samples(
-        self, x: Any, n_samples: int = 100, generator: torch.Generator | None = None
+        self, x: Any, n_samples: int = 100, generator: torch.Generator | None = None, pred_type: str = "glm"
     ) -> Float[Tensor, "S N C"]:
-        """Draws of the outputs, jointly Gaussian over the samples in x.
+        """Draws of the outputs, jointly over the samples in x.
 
-        Each is the linearised network at one draw of its parameters: one generator state gives the same
-        functions at any x.
+        Each is the network, linearised (Gaussian) or for ``pred_type="nn"`` itself, at one draw of its parameters:
+        one generator state gives the same functions at any x, and the same parameters for either.
         """
-        return self._predictive().samples(x, positive_integer("n_samples", n_samples), generator)
+        n_samples = positive_integer("n_samples", n_samples)
+        return self._predictor(pred_type).functional_samples(x, n_samples, generator)
 
     @outside_inference_mode()
     def predictive_samples(
@@ -811,23 +843,12 @@ class Laplace:
         n_samples: int = 100,
         generator: torch.Generator | None = None,
         observation_noise: bool = False,
+        pred_type: str = "glm",
     ) -> Float[Tensor, "S N C"]:
         """Draws of the prediction: probabilities, or for regression outputs (with noise on request)."""
-        if observation_noise and not self.likelihood.has_additive_noise:
-            raise UnsupportedError(
-                f"observation_noise needs a likelihood with noise, found {self.likelihood.name}"
-            )
-        outputs = self.functional_samples(x, n_samples, generator)
-        if self.likelihood.has_link:
-            return self._linked(self.likelihood.link, outputs)
-        if self.likelihood.is_linear and not observation_noise:
-            return outputs
-        terms = self.likelihood.terms(self._rows(outputs))
-        samples = self.likelihood.link(terms)
-        if observation_noise:
-            targets = self.likelihood.draw(terms, terms, 1, generator).reshape(samples.shape)
-            samples = samples + self._sigma_noise.detach().to(samples) * (targets - samples)
-        return samples.reshape(*outputs.shape[:2], -1)
+        check_noise(self.likelihood, observation_noise)
+        n_samples = positive_integer("n_samples", n_samples)
+        return self._predictor(pred_type).predictive_samples(x, n_samples, generator, observation_noise)
 
     @outside_inference_mode()
     def residual_covariance(self, x: Any) -> Residual:
@@ -843,60 +864,15 @@ class Laplace:
             )
         return predictive.residual(x)
 
-    def _linked(self, link: Callable[..., Tensor], *outputs: Float[Tensor, "*batch C"]) -> Tensor:
-        """A function of terms, in the shape of the model's outputs."""
-        rows = [self._rows(f) for f in outputs]
-        found = link(*(self.likelihood.terms(f) for f in rows))
-        shape = (*outputs[0].shape[:-1], *self._output_shape)
-        return self.likelihood.outputs(found, rows[0]).reshape(shape)
+    @outside_inference_mode()
+    def functional_variance(self, Js: FeatureOperator | Float[Tensor, "N C P"]) -> Float[Tensor, "N C C"]:
+        """``J P^-1 J^T`` of each sample, for Jacobians in factored form (`JacobianMap`) or multiplied out."""
+        return functional_covariance(self.posterior_precision, Js, joint=False)
 
-    def _rows(self, outputs: Float[Tensor, "*batch C"]) -> Float[Tensor, "B ..."]:
-        """Outputs in the shape that the model gave them."""
-        return outputs.reshape(-1, *self._output_shape)
-
-    def _moments(
-        self, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool, progress_bar: bool
-    ) -> tuple[Tensor, Tensor]:
-        predictive = self._predictive(progress_bar)
-        if not self.likelihood.is_linear:
-            return self._nonlinear_moments(predictive, x, joint, diagonal_output, observation_noise)
-        if diagonal_output:
-            mean, spread = predictive.mean_and_variance(x)
-        else:
-            mean, spread = predictive.joint(x) if joint else predictive.mean_and_covariance(x)
-        n_outputs = math.prod(self._output_shape)
-        if observation_noise:
-            noise = self._noise_covariance(mean.view(-1, n_outputs), None)
-            if joint:
-                noise = torch.block_diag(*[noise] * (len(mean) // n_outputs))
-            spread = spread + (noise.diagonal() if diagonal_output else noise)
-        return mean, spread
-
-    def _nonlinear_moments(
-        self, predictive: Predictive, x: Any, joint: bool, diagonal_output: bool, observation_noise: bool
-    ) -> tuple[Tensor, Tensor]:
-        if joint:
-            raise UnsupportedError(
-                f"joint is not supported for {self.likelihood.name}; use functional_samples for joint draws "
-                "of outputs"
-            )
-        f, V = predictive.mean_and_covariance(x)
-        places = torch.arange(f.shape[-1], device=f.device).reshape(1, *self._output_shape)
-        # The first number of every term comes first.
-        order = self.likelihood.terms(places).squeeze(0).mT.flatten()
-        f, V = f[:, order], V[:, order][:, :, order]
-        mean, covariance = self.likelihood.moments(f, V)
-        if observation_noise:
-            covariance = covariance + self._noise_covariance(f, V)
-        return mean, covariance.diagonal(dim1=-2, dim2=-1) if diagonal_output else covariance
-
-    def _noise_covariance(self, mean: Tensor, covariance: Tensor | None) -> Tensor:
-        """Of the targets given all outputs of a sample."""
-        sigma = self._sigma_noise.detach().to(mean)
-        if sigma.ndim:  # the outputs stand term by term
-            sigma = sigma.repeat(self.n_outputs // len(sigma))
-        scale = sigma[:, None] * sigma if sigma.ndim else sigma.square()
-        return scale * self.likelihood.noise_covariance(mean, covariance)
+    @outside_inference_mode()
+    def functional_covariance(self, Js: FeatureOperator | Float[Tensor, "N C P"]) -> Float[Tensor, "NC NC"]:
+        """The same between all outputs of all samples, sample-major."""
+        return functional_covariance(self.posterior_precision, Js, joint=True)
 
     # -- what the above is made of ---------------------------------------------------------------------------
 
@@ -925,6 +901,22 @@ class Laplace:
             raise NotFittedError("this Laplace object is not fitted; call fit(train_loader) first")
         return self._fitted
 
+    def _predictor(self, pred_type: str, progress_bar: bool = False) -> Predictor:
+        check_pred_type(pred_type, FunctionSpace in self._structures)
+        if pred_type == "nn" and self._features is not None:
+            raise UnsupportedError(
+                "pred_type='nn' runs the network at draws of its weights, and a posterior with a feature_map has none; "
+                "take 'glm'"
+            )
+        sigma_noise = self._sigma_noise.detach()
+        if pred_type == "nn":
+            shape = self._fit.accumulated.output_shape or (1,)
+            return Sampled(
+                Response(self.likelihood, lambda: shape, sigma_noise), self._weight_space(progress_bar)
+            )
+        response = Response(self.likelihood, lambda: self._output_shape, sigma_noise)
+        return Linearised(response, self._predictive(progress_bar))
+
     def _predictive(self, progress_bar: bool = False) -> Predictive:
         self._check_unchanged()
         if self._features is not None:
@@ -944,6 +936,18 @@ class Laplace:
             return value
         return subnetwork.of_whole(value)
 
+    def _weight_space(self, progress_bar: bool = False) -> WeightSpace:
+        self._check_unchanged()
+        return WeightSpace(
+            self.model,
+            self.parameters,
+            self._fit.mean,
+            self.posterior_precision,
+            self.enable_backprop,
+            progress_bar,
+            self._in_whole,
+        )
+
     def _check_unchanged(self) -> None:
         """Every parameter and buffer counts, those outside of the posterior included: outputs depend on all."""
         name = self._fit.fingerprint.difference(self.model)
@@ -957,6 +961,10 @@ class Laplace:
         n_outputs = len(self._sigma_noise) if self._sigma_noise.ndim else 0
         if continued and self._fitted is not None:
             n_outputs = len(self._fitted.curvature.outputs or ())
+        return self._by_output(n_outputs)
+
+    def _by_output(self, n_outputs: int) -> list[StructureFactory]:
+        """One state, or one for each of several outputs."""
         if n_outputs == 0:
             return self._structures
         if self._damping:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -63,6 +64,15 @@ class PerOutput(Structure):
         for output, state in enumerate(self._states):
             blocks = tuple(_of_output(block, output, len(self._states)) for block in captures.blocks)
             state.update(replace(captures, parts=blocks, first=captures.first and output == 0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Structure.state_dict`."""
+        return {"states": [state.state_dict() for state in self._states]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Structure.load_state_dict`."""
+        for mine, stored in zip(self._states, state["states"], strict=True):
+            mine.load_state_dict(stored)
 
     def check_merge(self, other: PerOutput) -> None:
         """See `Structure.check_merge`."""

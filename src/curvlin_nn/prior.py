@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from curvlin import BlockDiag, Diagonal, Isotropic, KroneckerSum
+from curvlin import BlockDiag, Diagonal, Isotropic, KroneckerSum, Woodbury
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn._check import numbers
 from curvlin_nn.errors import UnsupportedError, one_of
@@ -246,6 +246,8 @@ class GroupedPrior(Prior):
 
     def operator(self, H: PrecisionOperator) -> PrecisionOperator:
         """See `Prior.operator`."""
+        if isinstance(H, Woodbury):  # what is added to is the base
+            return self.operator(H.base)
         precision = self.precision.to(H.dtype)
         if len(precision) == 1:
             return Isotropic(precision[0], H.size)

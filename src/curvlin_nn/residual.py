@@ -23,7 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlin import FeatureOperator, Isotropic
-from curvlin_nn.predictive import DRAW_BUDGET, FEATURE_BUDGET, Predictive
+from curvlin_nn.capture.inputs import select_samples
+from curvlin_nn.predictive import Predictive
+from curvlin_nn.predictive.linearised import FEATURE_BUDGET
+from curvlin_nn.predictive.parts import DRAW_BUDGET, PROBED, check_rows, count, cut
 
 
 @dataclass(frozen=True)
@@ -139,15 +142,23 @@ class ResidualPredictive(Predictive):
         return Residual(positive, clamped)
 
     def _parts(self, x: Any) -> Iterator[tuple[Tensor, FeatureOperator, FeatureOperator]]:
-        """Outputs, features and Jacobian of x, a bounded number of samples at a time; one measures the size."""
-        if not isinstance(x, Tensor) or x.shape[:1].numel() <= 1:
+        """Outputs, features and Jacobian of x, a bounded number of samples at a time; see `Predictive`."""
+        n_samples = count(x, self.feature_map.n_samples)
+        if n_samples <= PROBED:
             yield self.feature_map.with_jacobian(x)
             return
-        _, *probe = self.feature_map.with_jacobian(x[:1])
+        f, *probe = self.feature_map.with_jacobian(select_samples(x, slice(0, PROBED), n_samples))
+        if len(f) != PROBED:  # samples do not stand along axis 0 of the inputs
+            yield self.feature_map.with_jacobian(x)
+            return
         entries = sum(t.numel() for part in probe for t, _ in part._tensors())
-        chunk = max(1, FEATURE_BUDGET // entries)
-        for start in tqdm(range(0, len(x), chunk), desc="prediction", disable=not self.progress_bar):
-            yield self.feature_map.with_jacobian(x[start : start + chunk])
+        at_once = max(1, FEATURE_BUDGET * PROBED // entries)
+        total = -(-n_samples // at_once)
+        parts = cut(x, n_samples, at_once)
+        for part, expected in tqdm(parts, desc="prediction", total=total, disable=not self.progress_bar):
+            found = self.feature_map.with_jacobian(part)
+            check_rows(found[0], expected)
+            yield found
 
 
 def _kernel(Phi: FeatureOperator) -> Float[Tensor, "N C C"]:

@@ -116,7 +116,8 @@ def _(H: KroneckerSum) -> Spectrum | None:
 
 @spectrum.register
 def _(H: Woodbury) -> Spectrum | None:
-    alone = H.core is None and H.weight is None and H.sign > 0 and isinstance(H.base, (Diagonal, Isotropic))
+    # What is positive semidefinite is zero where its diagonal is.
+    alone = H.core is None and H.weight is None and H.sign > 0
     if not alone or H.batch_shape or bool((H.base.diagonal() != 0).any()):
         return None
     if isinstance(H.U, Tensor):

@@ -346,6 +346,7 @@ def test_what_features_cannot_answer_is_refused():
             "subset_of_weights='last_layer' is not supported with a feature_map",
         ),
         ({"hessian_structure": "kron"}, "hessian_structure='kron' is not supported with a feature_map"),
+        ({"enable_backprop": True}, "enable_backprop=True is not supported with a feature_map"),
         ({"curvature": "hessian"}, "curvature='hessian' is not supported with a feature_map"),
     ]:
         with pytest.raises(UnsupportedError, match=message):

@@ -425,10 +425,13 @@ def test_draws_are_counted_from_one(n_samples, error, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda la, x: la(x, pred_type="nn"), "pred_type='nn' is not supported; expected 'glm'"),
         (
-            lambda la, x: la(x, link_approx="bridge"),
-            "link_approx='bridge' is not supported for classification; expected",
+            lambda la, x: la(x, pred_type="map"),
+            "pred_type='map' is not supported; expected one of 'glm', 'nn', 'gp'",
+        ),
+        (
+            lambda la, x: la(x, link_approx="exact"),
+            "link_approx='exact' is not supported for classification; expected one of 'probit', 'mean_field', 'bridge'",
         ),
         (
             lambda la, x: la(x, joint=True),

@@ -51,7 +51,7 @@ def test_no_tensor_of_the_size_of_a_jacobian_is_made(make, widest, structure):
 
 def test_memory_does_not_grow_with_the_number_of_inputs(monkeypatch):
     """With a budget of features, the largest tensor of a prediction is the same for 60 inputs as for 600."""
-    monkeypatch.setattr(predictive, "FEATURE_BUDGET", 40_000)
+    monkeypatch.setattr(predictive.linearised, "FEATURE_BUDGET", 40_000)
     model, x = wide(), torch.randn(600, 64)
     la = Laplace(model, "classification", "all", "kron").fit([(x[:60], torch.randint(CLASSES, (60,)))])
     la(x[:1])  # what is made once, the posterior, is made

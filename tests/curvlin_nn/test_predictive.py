@@ -70,7 +70,7 @@ def test_chunks_change_nothing(monkeypatch):
         lambda: (la.functional_samples(p.x_test, 5, generator=generator()),),
     ]
     whole = [call() for call in calls]
-    monkeypatch.setattr(predictive, "FEATURE_BUDGET", 1)
+    monkeypatch.setattr(predictive.linearised, "FEATURE_BUDGET", 1)
     for call, expected in zip(calls, whole, strict=True):
         torch.testing.assert_close(call(), expected, rtol=1e-12, atol=1e-14)
 
@@ -78,7 +78,7 @@ def test_chunks_change_nothing(monkeypatch):
 def test_draws_in_parts_have_the_right_number_and_are_reproducible(monkeypatch):
     p = problem("mlp", "regression")
     la = fitted(p)
-    monkeypatch.setattr(predictive, "DRAW_BUDGET", 2 * la.n_params)
+    monkeypatch.setattr(predictive.parts, "DRAW_BUDGET", 2 * la.n_params)
     first = la.functional_samples(p.x_test, 5, generator=generator())
     assert first.shape == (5, 5, 3)
     assert len(first.unique(dim=0)) == 5
@@ -115,6 +115,8 @@ def test_monte_carlo_link_converges_to_the_integral(diagonal_output):
         lambda la, x, g: la.sample(3, generator=g),
         lambda la, x, g: la.functional_samples(x, 3, generator=g),
         lambda la, x, g: la.predictive_samples(x, 3, generator=g),
+        lambda la, x, g: la(x, "nn", n_samples=3, generator=g),
+        lambda la, x, g: la.functional_samples(x, 3, generator=g, pred_type="nn"),
     ],
 )
 def test_generators_are_obeyed_and_the_default_one_is_used_and_not_reseeded(call):

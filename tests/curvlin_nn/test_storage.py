@@ -30,7 +30,6 @@ STRUCTURES = {
     "kron-lowrank": partial(structures.KroneckerLowRank, rank=3),
     "block": "block",
     "gp": "gp",
-    "subset": partial(structures.FunctionSpace, n_subset=5, generator=torch.Generator().manual_seed(3)),
     "by module": partial(structures.Block, by_module=True),
     "lowrank": partial(structures.LowRank, rank=4, generator=torch.Generator().manual_seed(3)),
     "by layer": {"0": "ekfac", "2.bias": "diag", "*": partial(structures.Kronecker, max_block=99)},
@@ -520,3 +519,29 @@ def test_a_subnetwork_comes_back_and_is_told_from_another(tmp_path):
         other = Laplace(p.model, p.likelihood, subnetwork_indices=indices + 1, **options)
         with pytest.raises(StorageError, match="subnetwork_indices"):
             other.load_state_dict(la.state_dict())
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+def test_noise_of_each_output_comes_back(structure, tmp_path):
+    p, la = fitted(structure, "regression", sigma_noise=torch.tensor([0.3, 0.5, 0.9]))
+    la.sigma_noise = torch.tensor([0.2, 0.5, 0.4])
+    la.save(tmp_path / "la")
+    loaded = Laplace.load(tmp_path / "la", p.model)
+    assert_alike(la, loaded, p.x_test)
+    assert_alike(la.fit(p.batches(), override=False), loaded.fit(p.batches(), override=False), p.x_test)
+    la.sigma_noise = 0.5  # the curvature of each output is kept
+    la.save(tmp_path / "la")
+    assert_alike(la, Laplace.load(tmp_path / "la", p.model), p.x_test)
+
+
+def test_settings_come_back(tmp_path):
+    p = problem("mlp", "classification")
+    settings = {"prior_projection": "isotropic", "enable_backprop": True, "n_subset": 5, "dict_key_y": "y"}
+    prior = torch.linspace(0.5, 1.5, sum(q.numel() for q in p.model.parameters()))
+    la = Laplace(p.model, p.likelihood, "all", "kron", prior_precision=prior, **settings).fit(p.batches())
+    la.save(tmp_path / "la")
+    loaded = Laplace.load(tmp_path / "la", p.model)
+    assert_alike(la, loaded, p.x_test)
+    assert la(p.x_test.clone().requires_grad_()).requires_grad
+    assert loaded(p.x_test.clone().requires_grad_()).requires_grad
+    assert (loaded.n_subset, loaded.dict_key_y) == (5, "y")

@@ -8,7 +8,7 @@ from torch import nn
 
 from curvlin import BlockDiag, Dense, Diagonal, KroneckerSum
 from curvlin_nn import ParameterSpace, curvature, structures
-from curvlin_nn.capture import Captures, Recorder
+from curvlin_nn.capture import Captures, Recorder, graph
 from curvlin_nn.errors import DataError, UnsupportedError
 
 STRUCTURES = ("full", "diag", "kron")
@@ -25,6 +25,29 @@ def test_curvature_equals_the_per_sample_oracle(kind, likelihood, structure):
     p = problem(kind, likelihood)
     expected = oracle.curvature(p.model, p.x, p.y, likelihood, structure)
     torch.testing.assert_close(fit(p, structure).to_dense(), expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("structure", ("full", "diag", "kron", "ekfac", "kfoc", "block"))
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_columns_may_reach_a_structure_one_at_a_time(kind, structure, monkeypatch):
+    p = problem(kind, "regression")
+    together = fit(p, structure).to_dense()
+    monkeypatch.setattr(graph, "COLUMN_BUDGET", 1)
+    torch.testing.assert_close(fit(p, structure).to_dense(), together, rtol=1e-10, atol=1e-12)
+
+
+def test_a_finished_diagonal_stays_when_data_are_added():
+    p = problem("mlp", "regression")
+    captures = Recorder(p.model, ParameterSpace.of(p.model))(p.x).captures(
+        torch.ones(1, len(p.x), 3).double()
+    )
+    state = structures.Diagonal(ParameterSpace.of(p.model))
+    state.update(captures)
+    finished = state.finish()
+    before = finished.diagonal().clone()
+    state.update(captures)
+    assert torch.equal(finished.diagonal(), before)
+    assert torch.equal(state.finish().diagonal(), 2 * before)
 
 
 @pytest.mark.parametrize("structure", ("full", "diag"))
@@ -266,7 +289,7 @@ def test_entry_points_offer_structures_by_name(monkeypatch):
     assert "trace" in structures.available()
     with pytest.raises(
         UnsupportedError,
-        match="expected one of 'block', 'diag', 'ekfac', 'full', 'kfoc', 'kron', 'kron-lowrank', 'lowrank', 'trace'",
+        match="one of 'block', 'diag', 'ekfac', 'full', 'gp', 'kfoc', 'kron', 'kron-lowrank', 'lowrank', 'trace'",
     ):
         structures.resolve("ekfax")
 

@@ -40,12 +40,14 @@ class Autodiff:
         edges: for each parameter to serve, the places in the graph of the leaf and of the model's own tensor, of which
             a module may keep a reference. Its Jacobian is the sum of both.
         where: what to call this input in error messages.
+        differentiable: whether the rows have a graph of their own.
     """
 
     space: ParameterSpace
     graph: Graph
     edges: Mapping[str, tuple[GradientEdge, GradientEdge]]
     where: str
+    differentiable: bool
 
     @classmethod
     def of(
@@ -55,13 +57,14 @@ class Autodiff:
         originals: Mapping[str, Tensor],
         names: Sequence[str],
         where: str,
+        differentiable: bool,
     ) -> Autodiff:
         """The rows of some parameters; while all tensors require gradients."""
         edges = {
             name: (get_gradient_edge(graph.leaves[name]), get_gradient_edge(originals[name]))
             for name in names
         }
-        return cls(space, graph, edges, where)
+        return cls(space, graph, edges, where, differentiable)
 
     def __call__(self, columns: Float[Tensor, "V N C"]) -> dict[str, list[Block]]:
         """The blocks, one for each parameter: rows that are multiplied out."""
@@ -73,9 +76,18 @@ class Autodiff:
         }
         edges = [edge for pair in self.edges.values() for edge in pair]
         for n in range(n_samples if outputs.requires_grad else 0):
+            with torch.enable_grad():
+                output = outputs[n]
             for v, column in enumerate(columns[:, n]):
                 found = iter(
-                    torch.autograd.grad(outputs[n], edges, column, retain_graph=True, allow_unused=True)
+                    torch.autograd.grad(
+                        output,
+                        edges,
+                        column,
+                        retain_graph=True,
+                        create_graph=self.differentiable,
+                        allow_unused=True,
+                    )
                 )
                 for name in self.edges:
                     for gradient in (next(found), next(found)):
@@ -99,6 +111,7 @@ class SampleBySample:
         x: the input.
         outputs: what the model makes of the whole batch.
         where: what to call this input in error messages.
+        differentiable: whether the blocks have gradients with respect to `x`.
     """
 
     space: ParameterSpace
@@ -106,6 +119,7 @@ class SampleBySample:
     x: Any
     outputs: Float[Tensor, "N C"]
     where: str
+    differentiable: bool
 
     def __call__(self, columns: Float[Tensor, "V N C"]) -> dict[str, list[Block]]:
         """The blocks.
@@ -117,8 +131,9 @@ class SampleBySample:
         by_sample: dict[str, list[list[Block]]] = {name: [] for name in names}
         for n in range(len(self.outputs)):
             x = select_samples(self.x, slice(n, n + 1), len(self.outputs))
-            recording = self.recorder(x, f"sample {n} of {self.where}")
-            alone = recording.outputs.reshape(len(recording.outputs), -1)
+            where = f"sample {n} of {self.where}"
+            recording = self.recorder(x, where, differentiable=self.differentiable)
+            alone = recording.outputs.detach().reshape(len(recording.outputs), -1)
             if alone.shape != self.outputs[n : n + 1].shape or not close(self.outputs[n], alone[0]):
                 raise CouplingError(
                     f"the outputs for sample {n} of {self.where} are others when the model is given this sample alone, "

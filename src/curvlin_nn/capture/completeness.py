@@ -55,14 +55,15 @@ def incomplete(graph: Graph, originals: Mapping[str, Tensor], unserved: Containe
     captured = {name: torch.zeros_like(graph.leaves[name]).flatten() for name in names}
     pieces: dict[str, list[Piece]] = {name: [] for name in names}
     parts: dict[str, set[_Part]] = {name: set() for name in names}
-    for use, gradient in zip(graph.uses, graph.gradients(cotangent[None]), strict=True):
-        for name, piece in named_pieces(use, gradient):
-            if name in unserved:
-                continue
-            total = _total(piece)
-            parts[name].add(_Part.of(piece))
-            captured[name][piece.start : piece.start + len(total)] += total
-            pieces[name].append(piece)
+    with torch.no_grad():
+        for use, gradient in zip(graph.uses, graph.gradients(cotangent[None]), strict=True):
+            for name, piece in named_pieces(use, gradient):
+                if name in unserved:
+                    continue
+                total = _total(piece)
+                parts[name].add(_Part.of(piece))
+                captured[name][piece.start : piece.start + len(total)] += total
+                pieces[name].append(piece)
     tolerance = torch.finfo(cotangent.dtype).eps ** 0.5
     reasons = {}
     for name, truth, past in zip(names, expected, bypassed, strict=True):
@@ -111,7 +112,7 @@ def _total(piece: Piece) -> Tensor:
         return total.mT.flatten() if piece.transposed else total.flatten()
     if piece.right is None:
         return left.sum(0)
-    total = left.mT @ piece.right.detach().reshape(-1, piece.right.shape[-1])
+    total = left.mT @ piece.right.reshape(-1, piece.right.shape[-1])
     return total.mT.flatten() if piece.transposed else total.flatten()
 
 
@@ -121,4 +122,4 @@ def _magnitude(piece: Piece) -> float:
 
 
 def _abs(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().abs()
+    return None if tensor is None else tensor.abs()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -72,13 +73,17 @@ class ConvRule(LayerRule):
 
     def _patches(self, call: Call) -> Float[Tensor, "N *output K"]:
         """What each output pixel sees, in the order of the flattened weight; groups stand side by side."""
+        if torch.is_grad_enabled():  # with a graph that must not outlive this call
+            return self._unfolded(call)
         if "patches" not in call.memo:
-            kernel, stride, padding, dilation = (
-                call.options[key] for key in ("kernel", "stride", "padding", "dilation")
-            )
-            image = _padded(call.input.detach(), kernel, padding, dilation)
-            call.memo["patches"] = patches(image, kernel, stride, dilation)
+            call.memo["patches"] = self._unfolded(call)
         return call.memo["patches"]
+
+    def _unfolded(self, call: Call) -> Float[Tensor, "N *output K"]:
+        kernel, stride, padding, dilation = (
+            call.options[key] for key in ("kernel", "stride", "padding", "dilation")
+        )
+        return patches(_padded(call.input, kernel, padding, dilation), kernel, stride, dilation)
 
 
 def patches(

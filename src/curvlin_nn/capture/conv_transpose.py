@@ -59,7 +59,7 @@ class ConvTransposeRule(LayerRule):
         """See `LayerRule.pieces`."""
         if "weight" in call.roles:
             groups = call.options["groups"]
-            rights = call.input.detach().movedim(1, -1).chunk(groups, dim=-1)
+            rights = call.input.movedim(1, -1).chunk(groups, dim=-1)
             lefts = self._patches(call, gradient).chunk(groups, dim=-1)
             for group, (left, right) in enumerate(zip(lefts, rights, strict=True)):
                 yield Piece("weight", group * left.shape[-1] * right.shape[-1], left, right, transposed=True)

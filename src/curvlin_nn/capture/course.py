@@ -6,7 +6,7 @@ what a model does to its positions between two layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -36,23 +36,27 @@ class Course:
     placed_by_values: bool
 
     @classmethod
-    def of(cls, outputs: Tensor, names: Mapping[int, str]) -> Course:
+    def of(cls, outputs: Tensor, names: Mapping[int, str], inputs: Iterable[Tensor] = ()) -> Course:
         """The course that led to the outputs.
 
         Args:
             outputs: with their graph.
             names: what to call the parameters, by the `id` of the tensor.
+            inputs: where it begins: what an input was computed by does not count.
         """
+        given = {x.grad_fn for x in inputs if x.grad_fn is not None}
         found: dict[Node, int] = {}
         waiting = [outputs.grad_fn] if outputs.grad_fn is not None else []
         while waiting:
             node = waiting.pop()
             if node not in found:
                 found[node] = len(found)
-                waiting += [child for child, _ in node.next_functions if child is not None]
+                waiting += [
+                    child for child, _ in node.next_functions if child is not None and child not in given
+                ]
         steps, places = [], []
         for node in found:
-            reads = tuple(-1 if child is None else found[child] for child, _ in node.next_functions)
+            reads = tuple(-1 if child is None else found.get(child, -1) for child, _ in node.next_functions)
             steps.append((names.get(id(getattr(node, "variable", None)), node.name()), reads))
             places.append(tuple(_plain(getattr(node, f"_saved_{name}", None)) for name in _PLACING))
         return cls(tuple(steps), tuple(places), any(map(_places_by_values, found)))

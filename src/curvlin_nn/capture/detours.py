@@ -2,6 +2,7 @@
 
     fused attention     one kernel instead of the layers, in evaluation mode; the layers compute the same
     attention           one function that calls `linear` where no function mode sees it
+    attention           by kernels whose gradients have none; its matrix products have
     recurrent layers    in cuDNN, which has no backward pass in evaluation mode
     checkpoints         run again in the backward pass, when the model is no longer as it was in the forward pass
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
@@ -30,6 +32,13 @@ def attention_unfused() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def attention_by_matrix_products() -> Iterator[None]:
+    """Scaled dot-product attention can be differentiated twice inside."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class ScaleRule(_Elementwise):
 
     def pieces(self, call: Call, gradient: Tensor) -> Iterator[Piece]:
         """See `LayerRule.pieces`."""
-        yield Piece("weight", 0, self.by_position(call, gradient * call.input.detach()), None)
+        yield Piece("weight", 0, self.by_position(call, gradient * call.input), None)
 
 
 @register

@@ -78,8 +78,15 @@ class Graph:
         """How many columns' gradients stay in cache: more gain nothing, and are written to memory and read back."""
         return max(1, COLUMN_BUDGET // max((use.shape.numel() for use in self.uses), default=1))
 
-    def gradients(self, columns: Float[Tensor, "V N C"]) -> list[Float[Tensor, V * output]]:
-        """For each column, the gradients of ``sum(column * outputs)`` with respect to every use's output."""
+    def gradients(
+        self, columns: Float[Tensor, "V N C"], *, differentiable: bool = False
+    ) -> list[Float[Tensor, V * output]]:
+        """For each column, the gradients of ``sum(column * outputs)`` with respect to every use's output.
+
+        Args:
+            columns: the cotangents.
+            differentiable: whether the gradients have a graph of their own.
+        """
         edges = [use.edge for use in self.uses]
         if not edges:
             return []
@@ -87,28 +94,47 @@ class Graph:
             return [columns.reshape(len(columns), *self.uses[0].shape)]
         found = None
         if len(columns) > 1 and all(use.rule.batched_columns for use in self.uses):
-            parts = [self._at_once(some, edges) for some in columns.split(self.columns_at_once)]
+            parts = [
+                self._at_once(some, edges, differentiable) for some in columns.split(self.columns_at_once)
+            ]
             found = None if None in parts else _joined([part for part in parts if part is not None])
         if found is None:
-            found = self._one_by_one(columns, edges)
+            found = self._one_by_one(columns, edges, differentiable)
         return [
             columns.new_zeros(len(columns), *use.shape) if gradient is None else gradient
             for use, gradient in zip(self.uses, found, strict=True)
         ]
 
-    def _at_once(self, columns: Tensor, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...] | None:
+    def _at_once(
+        self, columns: Tensor, edges: Sequence[GradientEdge], differentiable: bool
+    ) -> tuple[Tensor | None, ...] | None:
         """All columns in one backward pass; None where the model has an operation that this cannot be done with."""
         try:
             with loops_of_vmap_unannounced():
                 return torch.autograd.grad(
-                    self.outputs, edges, columns, retain_graph=True, is_grads_batched=True, allow_unused=True
+                    self.outputs,
+                    edges,
+                    columns,
+                    retain_graph=True,
+                    create_graph=differentiable,
+                    is_grads_batched=True,
+                    allow_unused=True,
                 )
         except RuntimeError:  # as raised by a hand-written backward pass that looks at its numbers
             return None
 
-    def _one_by_one(self, columns: Tensor, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...]:
+    def _one_by_one(
+        self, columns: Tensor, edges: Sequence[GradientEdge], differentiable: bool
+    ) -> tuple[Tensor | None, ...]:
         by_column = [
-            torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                self.outputs,
+                edges,
+                column,
+                retain_graph=True,
+                create_graph=differentiable,
+                allow_unused=True,
+            )
             for column in columns
         ]
         if len(columns) == 1:

@@ -27,7 +27,7 @@ class _Norm(LayerRule):
     def pieces(self, call: Call, gradient: Tensor) -> Iterator[Piece]:
         """See `LayerRule.pieces`."""
         if "weight" in call.roles:
-            x_hat = call.options["normalised"](call.input.detach())
+            x_hat = call.options["normalised"](call.input)
             yield Piece("weight", 0, self.by_position(call, gradient * x_hat), None)
         if "bias" in call.roles:
             yield Piece("bias", 0, self.by_position(call, gradient), None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +28,15 @@ from curvlin_nn.capture.checks import (
 )
 from curvlin_nn.capture.completeness import incomplete
 from curvlin_nn.capture.course import Course
+from curvlin_nn.capture.detours import attention_by_matrix_products
 from curvlin_nn.capture.graph import Graph, Signature, named_pieces
-from curvlin_nn.capture.inputs import can_be_cut, map_tensors
+from curvlin_nn.capture.inputs import can_be_cut, map_tensors, tensors_of
 from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
 from curvlin_nn.capture.linear import Matrix
 from curvlin_nn.capture.one_hot import OneHot
 from curvlin_nn.capture.reduction import reduced
+from curvlin_nn.capture.second_order import check_differentiable
 from curvlin_nn.capture.state import capturing, device_of, forward, nothing_drawn, prepared
 from curvlin_nn.errors import CouplingError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
@@ -50,11 +53,13 @@ class Recording:
     _layouts: tuple[Layout, ...]
     _rest: Rest
     _where: str
+    _differentiable: bool
 
     @property
     def outputs(self) -> Float[Tensor, N * C]:
-        """The model's outputs, detached."""
-        return self._graph.outputs.detach().reshape(-1, *self._graph.shape)
+        """The model's outputs; detached, unless the pass was to be differentiable."""
+        outputs = self._graph.outputs
+        return (outputs if self._differentiable else outputs.detach()).reshape(-1, *self._graph.shape)
 
     def ends_in(self, terms: Float[Tensor, "N R E"]) -> bool:
         """Whether what is chosen is one linear layer, whose output at each position is one of these terms."""
@@ -88,23 +93,29 @@ class Recording:
         """
         n_samples = len(self._graph.outputs)
         columns = columns.reshape(len(columns), *self._graph.outputs.shape)
+        with torch.set_grad_enabled(self._differentiable):
+            blocks = tuple(self._blocks(self._by_rule(columns), self._rest(columns), columns))
+        return Captures(n_samples, blocks, first)
+
+    def _by_rule(self, columns: Float[Tensor, "V N C"]) -> dict[str, list[Block]]:
+        """The blocks of each use that a layer rule serves, by parameter."""
+        n_samples = columns.shape[1]
         parts: dict[str, list[Block]] = {name: [] for name in self._space.names}
-        for use, layout, gradient in zip(
-            self._graph.uses, self._layouts, self._graph.gradients(columns), strict=True
-        ):
+        gradients = self._graph.gradients(columns, differentiable=self._differentiable)
+        for use, layout, gradient in zip(self._graph.uses, self._layouts, gradients, strict=True):
             check_finite("gradient", gradient, use, self._where)
             for name, piece in named_pieces(use, gradient):
                 left = _occupied(layout.split(piece.left, n_samples, 1).movedim(0, 1))
-                right = None
-                if piece.right is not None:
-                    right = _occupied(layout.split(piece.right.detach(), n_samples, 0))
                 one_hot = None if piece.one_hot is None else _by_sample(piece.one_hot, layout, n_samples)
-                if right is None and one_hot is None and left.shape[2] > 1:
+                right = piece.right
+                if right is not None:
+                    right = _occupied(layout.split(right, n_samples, 0))
+                    right = right if self._differentiable else right.detach()
+                elif one_hot is None and left.shape[2] > 1:
                     left = left.sum(2, keepdim=True)
                 start = self._space.spans[name].start + piece.start
                 parts[name].append(Block(name, start, left, right, piece.transposed, one_hot=one_hot))
-        blocks = self._blocks(parts, self._rest(columns), columns)
-        return Captures(n_samples, tuple(blocks), first)
+        return parts
 
     def _blocks(
         self, parts: Mapping[str, list[Block]], rest: Mapping[str, list[Block]], columns: Tensor
@@ -169,12 +180,13 @@ class Recorder:
         alone = {} if self._alone is None else self._alone.served
         return own | {name: _RULE_ALONE if how == _RULE else how for name, how in alone.items()}
 
-    def __call__(self, x: Any, where: str = "the input") -> Recording:
+    def __call__(self, x: Any, where: str = "the input", *, differentiable: bool = False) -> Recording:
         """One forward pass.
 
         Args:
             x: what the model takes.
             where: what to call this input in error messages.
+            differentiable: whether outputs and captures have gradients with respect to `x`.
 
         Raises:
             DataError: if x holds no sample, or has a dtype that the model does not take.
@@ -186,17 +198,20 @@ class Recorder:
             ModifiedInputError: if a layer's input is changed in place after its use.
         """
         x = prepared(self.model, x, where)
+        if not differentiable:
+            x = map_tensors(torch.detach, x)
         originals = {name: self.model.get_parameter(name) for name in self.space.names}
         with capturing(self.model, originals.values()):
             leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
-            with nothing_drawn(device_of(self.model), where), Interceptor(leaves) as interceptor:
+            attention = attention_by_matrix_products() if differentiable else nullcontext()
+            with nothing_drawn(device_of(self.model), where), attention, Interceptor(leaves) as interceptor:
                 outputs = forward(self.model, leaves, x, where)
             outputs = checked_outputs(outputs, where)
             if not self._partial:
                 check_dependent(outputs, where)
             rows = outputs.reshape(len(outputs), -1)
             names = {id(t): name for tensors in (leaves, originals) for name, t in tensors.items()}
-            uses, course = tuple(interceptor.uses), Course.of(rows, names)
+            uses, course = tuple(interceptor.uses), Course.of(rows, names, tensors_of(x))
             direct = len(uses) == 1 and uses[0].edge == get_gradient_edge(outputs)
             if self.feature_reduction is not None:
                 uses, direct = (reduced(uses, outputs, self.feature_reduction, where),), True
@@ -217,10 +232,26 @@ class Recorder:
                 self._leave_out(incomplete(graph, originals, self._unserved))
                 graph = graph.without(self._unserved)
             graph, layouts = self._placed(graph, x, where, new=new)
+            rest = self._rest(graph, originals, x, where, differentiable)
+            recording = Recording(self.space, graph, layouts, rest, where, differentiable)
+            if new and differentiable:
+                blocks = recording.captures(torch.ones_like(graph.outputs)[None]).blocks
+                inputs = [t for t in tensors_of(x) if t.requires_grad]
+                check_differentiable(graph.outputs, _factors(blocks), inputs, where)
             if new:
                 self._verified.add(question)
             self.output_shape = tuple(graph.shape)
-            return Recording(self.space, graph, layouts, self._rest(graph, originals, x, where), where)
+            return recording
+
+    def n_samples(self, x: Any, where: str = "the input") -> int:
+        """N, by a forward pass of which nothing is recorded.
+
+        Raises:
+            DataError, OutputError: as a call does.
+        """
+        x = prepared(self.model, x, where)
+        with capturing(self.model, ()), torch.no_grad():
+            return len(checked_outputs(forward(self.model, {}, x, where), where))
 
     def _of_samples(self, names: Sequence[str]) -> Recorder:
         """A recorder of some parameters, of which a sample need not use any, though the batch does."""
@@ -293,7 +324,9 @@ class Recorder:
             self._layouts[question] = tuple(layout for layout in layouts if layout is not None)
         return layouts
 
-    def _rest(self, graph: Graph, originals: Mapping[str, Tensor], x: Any, where: str) -> Rest:
+    def _rest(
+        self, graph: Graph, originals: Mapping[str, Tensor], x: Any, where: str, differentiable: bool
+    ) -> Rest:
         """What serves the parameters that the rules do not, in this batch."""
         n_samples = len(graph.outputs)
         left_out = {*self._unserved} if n_samples == 1 else {*self._unserved, *self._shared}
@@ -301,15 +334,22 @@ class Recorder:
         if not names:
             return _nothing
         if n_samples == 1 or not can_be_cut(x, n_samples):
-            return Autodiff.of(self.space, graph, originals, names, where)
+            return Autodiff.of(self.space, graph, originals, names, where, differentiable)
         if self._alone is None or self._alone.space.names != tuple(names):
             self._alone = self._of_samples(names)
         copy = map_tensors(torch.clone, x)  # it is run again when columns come
-        return SampleBySample(self.space, self._alone, copy, graph.outputs.detach(), where)
+        return SampleBySample(self.space, self._alone, copy, graph.outputs.detach(), where, differentiable)
 
 
 def _nothing(columns: Tensor) -> Mapping[str, list[Block]]:
     return {}
+
+
+def _factors(blocks: Iterable[Block]) -> Iterator[Tensor]:
+    for block in blocks:
+        yield block.left
+        if block.right is not None:
+            yield block.right
 
 
 def _occupied(tensor: Tensor) -> Tensor:

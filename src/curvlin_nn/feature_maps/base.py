@@ -95,3 +95,7 @@ class FeatureMap(ABC):
             OutputError: if outputs or features have the wrong shape, or are not finite.
         """
         return FeatureRecording.checked(*self(x), self.size, where)
+
+    def n_samples(self, x: Any) -> int:
+        """N, the number of samples in x."""
+        return len(self(x)[0])

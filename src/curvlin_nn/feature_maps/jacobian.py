@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from curvlin import BlockFeatures, DenseFeatures, FeatureOperator, KhatriRaoFeatures
 from curvlin_nn.capture import Block, Captures, Recorder, Recording, last_layer
+from curvlin_nn.capture.inputs import tensors_of
 from curvlin_nn.errors import NotFittedError
 from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.inference_mode import outside_inference_mode
@@ -22,18 +23,22 @@ class JacobianMap(FeatureMap):
     Args:
         model: maps one argument to outputs ``(N, C)``; it comes back as it was.
         subset_of_weights: ``"all"``, names of parameters or modules, or a predicate.
+        differentiable: whether outputs and features have gradients with respect to x (while autograd records).
     """
 
     orthonormal = True
 
-    def __init__(self, model: nn.Module, subset_of_weights: Selection = "all") -> None:
+    def __init__(
+        self, model: nn.Module, subset_of_weights: Selection = "all", *, differentiable: bool = False
+    ) -> None:
         self._recorder = Recorder(model, ParameterSpace.of(model, subset_of_weights))
+        self._differentiable = differentiable
 
     @classmethod
-    def of(cls, recorder: Recorder) -> JacobianMap:
+    def of(cls, recorder: Recorder, *, differentiable: bool = False) -> JacobianMap:
         """The map that records with `recorder`, sharing what it has verified."""
         jacobian = cls.__new__(cls)
-        jacobian._recorder = recorder
+        jacobian._recorder, jacobian._differentiable = recorder, differentiable
         return jacobian
 
     @property
@@ -64,7 +69,8 @@ class JacobianMap(FeatureMap):
     @outside_inference_mode()
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
         """See `FeatureMap.__call__`."""
-        recording = self._recorder(x)
+        recording_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(x))
+        recording = self._recorder(x, differentiable=self._differentiable and recording_gradients)
         outputs = recording.outputs.flatten(1) if recording.outputs.ndim > 1 else recording.outputs[:, None]
         return outputs, rows_of_outputs(recording)
 
@@ -75,6 +81,10 @@ class JacobianMap(FeatureMap):
     def record(self, x: Any, where: str = "the input") -> Recording:
         """See `FeatureMap.record`: rows by layers."""
         return self._recorder(x, where)
+
+    def n_samples(self, x: Any) -> int:
+        """See `FeatureMap.n_samples`; takes a forward pass."""
+        return self._recorder.n_samples(x)
 
 
 class LastLayerMap(FeatureMap):

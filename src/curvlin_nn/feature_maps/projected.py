@@ -63,6 +63,10 @@ class ProjectedMap(FeatureMap):
         J = J.to(torch.float64)
         return f, DenseFeatures(self._directions.features(J)), J
 
+    def n_samples(self, x: Any) -> int:
+        """See `FeatureMap.n_samples`; takes a forward pass."""
+        return self._jacobian.n_samples(x)
+
     def project(self, weights: Float[Tensor, "P S"]) -> Float[Tensor, "K S"]:
         """See `FeatureMap.project`."""
         return self._directions.project(weights) if self.orthonormal else super().project(weights)

@@ -22,6 +22,9 @@ from curvlin_nn.errors import UnsupportedError
 LinkApproximation = Callable[[Tensor, Tensor], Tensor]
 """``(mean (*, E), variance (*, E)) -> prediction (*, E)`` of terms: a closed form of the link's expectation."""
 
+CovarianceLink = Callable[[Tensor, Tensor], Tensor]
+"""``(mean (*, E), covariance (*, E, E)) -> prediction (*, E)``: one that looks at covariances within a term as well."""
+
 
 ROOT_BUDGET = 2**21
 """Entries of the columns of several terms that are held at once, where only their sum is wanted."""
@@ -37,7 +40,9 @@ class Likelihood(ABC):
         has_additive_noise: whether targets scatter around the prediction by noise that may be added to it.
         has_link: whether predictions are expectations of `link`; otherwise its mean and covariance are reported.
         is_linear: whether the link is the identity, so that these are the moments of the outputs.
+        has_classes: whether targets are classes, of which `log_probabilities` gives the distribution.
         link_approximations: closed forms of the expected link by name, the default first.
+        covariance_links: those that need covariances within a term.
         event_ndim: 1 where the last axis of the outputs holds the E numbers of a term, 0 where every output is a
             term of its own.
     """
@@ -48,7 +53,9 @@ class Likelihood(ABC):
     has_additive_noise: ClassVar[bool] = False
     has_link: bool = True
     is_linear: ClassVar[bool] = True
+    has_classes: ClassVar[bool] = False
     link_approximations: Mapping[str, LinkApproximation] = {}
+    covariance_links: Mapping[str, CovarianceLink] = {}
     event_ndim: int = 1
 
     def options(self) -> dict[str, Any] | None:
@@ -165,6 +172,25 @@ class Likelihood(ABC):
             UnsupportedError: if the family does not know any.
         """
         raise UnsupportedError(f"{self.name} has no inverse link to score predictions with; give a loss")
+
+    def log_probabilities(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch K"]:
+        """The logarithms of the probabilities of the K classes of each term's target.
+
+        Raises:
+            UnsupportedError: if targets are no classes.
+        """
+        raise UnsupportedError(f"log_probabilities needs targets that are classes, found {self.name}")
+
+    def target_variance(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """The variance of targets around the link, where there is one and targets are numbers.
+
+        Raises:
+            UnsupportedError: if the family does not say.
+        """
+        raise UnsupportedError(
+            f"aleatoric uncertainty is not supported for {self.name}, which does not say how targets vary; give the "
+            "likelihood a target_variance"
+        )
 
     def moments(
         self, mean: Float[Tensor, "N C"], covariance: Float[Tensor, "N C C"]

@@ -40,6 +40,7 @@ class Bernoulli(Likelihood):
     name = "binary"
     link_approximations: Mapping[str, LinkApproximation] = {"probit": scalar_probit}
     event_ndim = 0
+    has_classes = True
 
     def __init__(
         self, weight: float | Tensor | None = None, pos_weight: float | Tensor | None = None
@@ -91,8 +92,11 @@ class Bernoulli(Likelihood):
     ) -> Float[Tensor, "N R"]:
         """``(t_1 log p + t_0 log(1 - p)) / (t_0 + t_1)``."""
         shares = _shares(targets, terms)
-        log_p = torch.cat([F.logsigmoid(-terms), F.logsigmoid(terms)], dim=-1)
-        return (shares * log_p).sum(-1)
+        return (shares * self.log_probabilities(terms)).sum(-1)
+
+    def log_probabilities(self, terms: Float[Tensor, "*batch 1"]) -> Float[Tensor, "*batch 2"]:
+        """Of a zero and a one."""
+        return torch.cat([F.logsigmoid(-terms), F.logsigmoid(terms)], dim=-1)
 
     def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The probability of a one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,16 +12,15 @@ from torch import Tensor
 
 from curvlin_nn.errors import DataError, OutputError
 from curvlin_nn.likelihoods import _check
-from curvlin_nn.likelihoods.base import Likelihood, LinkApproximation, systematic_uniforms, weighted
+from curvlin_nn.likelihoods.base import (
+    CovarianceLink,
+    Likelihood,
+    LinkApproximation,
+    systematic_uniforms,
+    weighted,
+)
+from curvlin_nn.likelihoods.expected_softmax import bridge, bridge_norm, mean_field, probit
 from curvlin_nn.likelihoods.registry import register
-
-
-def probit(mean: Float[Tensor, "*batch E"], variance: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
-    """MacKay's approximation of the expected softmax: each logit shrunk by ``(1 + pi/8 variance)^(-1/2)``.
-
-    Only a logit's own variance counts, as is usual; its covariances with the others do not.
-    """
-    return torch.softmax(mean / torch.sqrt(1 + math.pi / 8 * variance), dim=-1)
 
 
 @register
@@ -42,8 +40,13 @@ class Categorical(Likelihood):
     """
 
     name = "classification"
-    has_noise = False
+    has_classes = True
     link_approximations: Mapping[str, LinkApproximation] = {"probit": probit}
+    covariance_links: Mapping[str, CovarianceLink] = {
+        "mean_field": mean_field,
+        "bridge": bridge,
+        "bridge_norm": bridge_norm,
+    }
 
     def __init__(
         self,
@@ -199,6 +202,10 @@ class Categorical(Likelihood):
         if targets.is_floating_point():
             return (_shares(targets, terms) * log_p).sum(-1)
         return log_p.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+
+    def log_probabilities(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """Of the classes."""
+        return torch.log_softmax(terms, dim=-1)
 
     def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """Class probabilities."""

@@ -67,6 +67,10 @@ class Poisson(Likelihood):
         f, y = terms.squeeze(-1), targets.to(terms)
         return y * f - f.exp() - torch.lgamma(y + 1)
 
+    def target_variance(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """The rate."""
+        return terms.exp()
+
     def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The rate."""
         return terms.exp()

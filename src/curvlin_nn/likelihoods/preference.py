@@ -24,6 +24,7 @@ class Preference(Likelihood):
 
     name = "reward_modeling"
     has_link = False
+    has_classes = True
 
     def check(self, outputs: Float[Tensor, N * T], targets: Tensor, where: str) -> Int[Tensor, "N R"]:
         """See `Likelihood.check`."""
@@ -62,6 +63,11 @@ class Preference(Likelihood):
     def log_prob(self, terms: Float[Tensor, "N R E"], targets: Int[Tensor, "N R"]) -> Float[Tensor, "N R"]:
         """``log sigmoid(s d)``."""
         return F.logsigmoid((1 - 2 * targets).to(terms) * _difference(terms))
+
+    def log_probabilities(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch 2"]:
+        """Of preferring the first and the second."""
+        d = _difference(terms)
+        return torch.stack([F.logsigmoid(d), F.logsigmoid(-d)], dim=-1)
 
     def link(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The rewards themselves: what a reward model is asked for."""

@@ -42,6 +42,8 @@ CHOICES = ("likelihood", *_SUBSET, "hessian_structure", "curvature", "indefinite
 
 _HYPERPARAMETERS = ("prior_mean", "sigma_noise", "temperature")
 
+_SETTINGS = ("damping", "prior_projection", "enable_backprop", "n_subset", "dict_key_y")
+
 
 def choices_of(la: Laplace) -> dict[str, Any]:
     """What is summed over the data, by the names of the arguments; a predicate by the parameters that it chooses."""
@@ -75,8 +77,13 @@ def state_of(la: Laplace) -> dict[str, Any]:
         "sigma_noise": la.sigma_noise.detach(),
         "temperature": la.temperature,
         "damping": la._damping,
+        "prior_projection": la._prior_projection,
+        "enable_backprop": la.enable_backprop,
+        "n_subset": la.n_subset,
+        "dict_key_y": la.dict_key_y,
         "model": fit.fingerprint.state_dict(),
         "sums": fit.accumulated.state_dict(),
+        "n_noise_scales": len(fit.curvature.outputs or ()),
     }
 
 
@@ -109,7 +116,7 @@ def arguments(
         "generator": options.to_generator(state["generator"]),
         "feature_map": feature_map,
         "residual": of_map is None or of_map["residual"],
-        "damping": state["damping"],
+        **{name: state[name] for name in _SETTINGS},
     }
 
 
@@ -117,7 +124,7 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
     """See `Laplace.load_state_dict`."""
     _check(la, state)
     check_same(state["model"], la.model)
-    states: list[Callable[[ParameterSpace], State]] = [*la._structures]
+    states: list[Callable[[ParameterSpace], State]] = [*la._by_output(state["n_noise_scales"])]
     if la._hessian is not None:
         structure, indefinite = la._hessian
         states = [functools.partial(empty_state, structure=structure, indefinite=indefinite)]
@@ -125,7 +132,9 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
     found = Accumulated.of(state["sums"], la.model, states, subset, la.feature_reduction)
     changed = copy.copy(la)
     changed._fitted = None
-    changed._damping = state["damping"]
+    changed._damping, changed._prior_projection = state["damping"], state["prior_projection"]
+    changed.enable_backprop, changed.n_subset = state["enable_backprop"], state["n_subset"]
+    changed.dict_key_y = state["dict_key_y"]
     changed._prior_structure = state["prior_structure"]
     precision = plain.with_tensors(torch.clone, state["prior_precision"])
     changed.prior_precision = options.to_prior(precision, device_of(la.model))
@@ -136,16 +145,8 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
 
 
 def _check(la: Laplace, state: dict[str, Any]) -> None:
-    expected = {
-        "version",
-        *CHOICES,
-        "prior_precision",
-        "prior_structure",
-        *_HYPERPARAMETERS,
-        "damping",
-        "model",
-        "sums",
-    }
+    expected = {"version", "model", "sums", "n_noise_scales", "prior_precision", "prior_structure"}
+    expected |= {*CHOICES, *_HYPERPARAMETERS, *_SETTINGS}
     if missing := sorted(expected - set(state if isinstance(state, dict) else ())):
         raise StorageError(
             f"state has no {missing[0]!r}, expected what Laplace.state_dict returns; give that"

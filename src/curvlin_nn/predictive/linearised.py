@@ -1,4 +1,4 @@
-"""From the Gaussian over outputs, ``f(x) ~ N(f_MAP(x), Phi_x P^-1 Phi_x^T)``, to predictions.
+"""The linearised network: ``f(x) ~ N(f_MAP(x), Phi_x P^-1 Phi_x^T)``.
 
 Nothing here forms a Jacobian: covariances are congruences of the posterior precision with factored features.
 """
@@ -14,22 +14,17 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from curvlin import FeatureOperator
+from curvlin import DenseFeatures, FeatureOperator
+from curvlin._check import floating
 from curvlin.numerics.repeats import repeats
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn.errors import UnsupportedError, one_of
+from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_maps.alignment import aligned
-from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.predictive.parts import PROBED, check_rows, count, cut, deviations
 
 FEATURE_BUDGET = 2**23
 """Entries of the tensors of features held at once: 32 MiB in float32."""
-
-DEFAULT_LINK = "probit"
-"""The default of `link_approx`."""
-
-DRAW_BUDGET = 2**26
-"""Entries of the tensor of posterior draws held at once."""
 
 
 @dataclass(frozen=True)
@@ -70,25 +65,35 @@ class Predictive:
         Each draw is one weight vector, pushed through the features; draws from one generator state are draws
         of the same functions, whatever x is.
         """
-        per_part = max(1, min(n_samples, DRAW_BUDGET // self.precision.size))
         parts = []
-        for start in range(0, n_samples, per_part):
-            draws = self.precision.sample((min(per_part, n_samples - start),), generator=generator)
+        for draws in deviations(self.precision, n_samples, generator):
             rows = [f + (Phi @ draws.mT).movedim(-1, 0) for f, Phi in self._chunks(x)]
             parts.append(torch.cat(rows, dim=1))
         return torch.cat(parts)
 
     def _chunks(self, x: Any) -> Iterator[tuple[Tensor, FeatureOperator]]:
-        """Outputs and features of x, a bounded number of samples at a time; two samples measure the size."""
-        if not isinstance(x, Tensor) or x.shape[:1].numel() <= 1:
+        """Outputs and features of x, a bounded number of samples at a time; the first two measure the size."""
+        n_samples = count(x, self.feature_map.n_samples)
+        if n_samples <= PROBED:
             yield self._features(x)
             return
-        probe = self._features(x[:2])
+        f, Phi = self._features(select_samples(x, slice(0, PROBED), n_samples))
+        if len(f) != PROBED:  # samples do not stand along axis 0 of the inputs
+            yield self._features(x)
+            return
         # What all samples have in common, as the identity of a last layer, is held once.
-        per_sample = sum(t.numel() // 2 for t, own in probe[1]._tensors() if not repeats(t, -own))
-        chunk = max(1, FEATURE_BUDGET // max(1, per_sample))
-        for start in tqdm(range(0, len(x), chunk), desc="prediction", disable=not self.progress_bar):
-            yield self._features(x[start : start + chunk])
+        probed = sum(t.numel() for t, own in Phi._tensors() if not repeats(t, -own))
+        at_once = max(1, FEATURE_BUDGET * PROBED // max(1, probed))
+        parts = tqdm(
+            cut(x, n_samples, at_once),
+            desc="prediction",
+            total=-(-n_samples // at_once),
+            disable=not self.progress_bar,
+        )
+        for part, expected in parts:
+            f, Phi = self._features(part)
+            check_rows(f, expected)
+            yield f, Phi
 
     def _features(self, x: Any) -> tuple[Tensor, FeatureOperator]:
         """Outputs, and features cut into the blocks of the precision."""
@@ -96,33 +101,22 @@ class Predictive:
         return f, aligned(Phi, self.precision)
 
 
-def draw(
-    mean: Float[Tensor, "N C"],
-    covariance: Float[Tensor, "N C C"],
-    n_samples: int,
-    generator: torch.Generator | None = None,
-) -> Float[Tensor, "S N C"]:
-    """Draws of N(mean, covariance), independent over N; the covariances may be singular."""
-    eigenvalues, vectors = torch.linalg.eigh(covariance.double())
-    root: Tensor = (vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)).to(mean.dtype)
-    noise = torch.randn((n_samples, *mean.shape), generator=generator, dtype=mean.dtype, device=mean.device)
-    return mean + (root @ noise.unsqueeze(-1)).squeeze(-1)
+def functional_covariance(
+    precision: PrecisionOperator, Js: FeatureOperator | Float[Tensor, "N C P"], *, joint: bool
+) -> Float[Tensor, "N C C"] | Float[Tensor, "NC NC"]:
+    """``J P^-1 J^T`` for given Jacobians, of each sample or of all together, sample-major.
 
-
-def check_link(likelihood: Likelihood, link_approx: str) -> str:
-    """The approximation of the likelihood's expected link that is asked for; the default is its first closed form.
-
-    One without a link takes the default only: there is nothing to approximate.
+    Args:
+        precision: P.
+        Js: as features, or multiplied out.
+        joint: whether samples are coupled.
 
     Raises:
-        UnsupportedError: if it does not have it.
+        TypeError, ValueError: if they do not fit the precision.
     """
-    closed_forms = list(likelihood.link_approximations)
-    if link_approx == DEFAULT_LINK and (closed_forms or not likelihood.has_link):
-        return (closed_forms or [DEFAULT_LINK])[0]
-    offered = [*closed_forms, "mc"] if likelihood.has_link else [DEFAULT_LINK]
-    if link_approx not in offered:
-        raise UnsupportedError(
-            f"link_approx={link_approx!r} is not supported for {likelihood.name}; expected {one_of(offered)}"
-        )
-    return link_approx
+    if isinstance(Js, FeatureOperator):
+        Phi = aligned(Js, precision)
+    else:
+        Phi = DenseFeatures(floating("Js", Js, ndim=3, like=precision.diagonal()))
+    covariance = precision.inv_congruence(Phi, joint=joint)
+    return covariance.flatten(2, 3).flatten(0, 1) if joint else covariance

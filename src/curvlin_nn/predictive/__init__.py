@@ -1,0 +1,29 @@
+"""Predictions: a distribution over a model's outputs, and what its likelihood makes of it.
+
+linearised      the Gaussian over outputs of the linearised network (``pred_type="glm"``)
+weight_space    outputs of the network itself at draws of the weights (``pred_type="nn"``)
+response        from outputs to what is predicted: probabilities, rates, moments, targets
+predictor       answers to requests, in either way
+prediction      what `Laplace.predict` returns
+"""
+
+from curvlin_nn.predictive.linearised import Predictive
+from curvlin_nn.predictive.links import check_link, draw
+from curvlin_nn.predictive.prediction import Prediction
+from curvlin_nn.predictive.predictor import Linearised, Predictor, Sampled
+from curvlin_nn.predictive.request import Request
+from curvlin_nn.predictive.response import Response
+from curvlin_nn.predictive.weight_space import WeightSpace
+
+__all__ = [
+    "Linearised",
+    "Prediction",
+    "Predictive",
+    "Predictor",
+    "Request",
+    "Response",
+    "Sampled",
+    "WeightSpace",
+    "check_link",
+    "draw",
+]
