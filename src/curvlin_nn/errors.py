@@ -19,6 +19,7 @@ __all__ = [
     "StaleModelError",
     "StochasticModelError",
     "StorageError",
+    "TrainingDivergedError",
     "UnsupportedError",
     "UnsupportedUseError",
     "one_of",
@@ -106,6 +107,22 @@ class NoFiniteOptimumError(ValueError):
 
 class ConvergenceError(RuntimeError):
     """An iteration did not reach its tolerance."""
+
+
+class TrainingDivergedError(ConvergenceError):
+    """A surrogate's training ended in numbers that are not finite, or in a kernel far from its target.
+
+    Attributes:
+        step: at which that was noticed.
+        best: the `SurrogateMap` with the least held-out error before it.
+    """
+
+    def __init__(self, step: int, found: str, best: object = None) -> None:
+        self.step, self.best = step, best
+        super().__init__(
+            f"training diverged at step {step}: {found}, expected a falling error; lower lr (the best state so far is "
+            "this error's attribute best)"
+        )
 
 
 class StorageError(RuntimeError):

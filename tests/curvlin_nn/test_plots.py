@@ -14,6 +14,7 @@ from networks import assert_same, problem, state
 from curvlin import Diagonal, KroneckerSum
 from curvlin_nn import Laplace, metrics, plots
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
+from curvlin_nn.feature_maps import SurrogateHistory, SurrogateMap
 
 
 @pytest.fixture
@@ -217,6 +218,9 @@ def test_evidence_curve_is_the_evidence_and_marks_where_it_is():
 
 def everything(bins, la, ax):
     t = torch.rand(5, generator=torch.Generator().manual_seed(0))
+    surrogate = SurrogateMap(la.model, la.model)
+    surrogate.history = SurrogateHistory("exact", 0.1, [0, 1], [0.0, 1.0], [0.0, 1.0], [0.9, 0.5], [])
+    surrogate._size = 3
     return {
         "reliability_diagram": lambda: plots.reliability_diagram(bins, ax=ax),
         "confidence_histogram": lambda: plots.confidence_histogram(bins, ax=ax),
@@ -225,6 +229,7 @@ def everything(bins, la, ax):
         "spectrum": lambda: plots.spectrum(la, ax=ax),
         "kronecker_factor": lambda: plots.kronecker_factor(la.curvature.blocks[0], ax=ax),
         "evidence_curve": lambda: plots.evidence_curve(la, ax=ax),
+        "surrogate_training": lambda: plots.surrogate_training(surrogate, ax=ax),
     }
 
 

@@ -11,6 +11,7 @@ from curvlin_nn.plots.prediction import (
     predictive_band,
     reliability_diagram,
 )
+from curvlin_nn.plots.surrogate import surrogate_training
 
 __all__ = [
     "confidence_histogram",
@@ -20,4 +21,5 @@ __all__ = [
     "predictive_band",
     "reliability_diagram",
     "spectrum",
+    "surrogate_training",
 ]

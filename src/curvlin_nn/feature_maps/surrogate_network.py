@@ -1,0 +1,208 @@
+"""The network of a surrogate: the user's own, or the target with its head widened."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlin_nn.capture import last_layer
+from curvlin_nn.capture.inputs import arguments, outputs_of
+from curvlin_nn.capture.state import random_state_kept
+from curvlin_nn.errors import OutputError, UnsupportedError
+
+HIDDEN = 1024
+"""The most hidden units that a head has, besides its inputs."""
+
+_GIVE = "give a network of your own with surrogate="
+
+
+class Scaled(nn.Module):
+    """Features ``scale * network(x)``.
+
+    Args:
+        network: maps an input to ``(N, C, K)``.
+        scale: by which its outputs are multiplied, so that they begin near the size of the kernel's root.
+    """
+
+    scale: Tensor
+
+    def __init__(self, network: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.network = network
+        dtype = next((p.dtype for p in network.parameters()), torch.get_default_dtype())
+        device = next((p.device for p in network.parameters()), None)
+        self.register_buffer("scale", torch.tensor(scale, dtype=dtype, device=device))
+
+    def forward(self, x: Any) -> Tensor:
+        """The features; `x` is spread over the network's arguments as a model's input is."""
+        args, kwargs = arguments(self.network, x)
+        outputs = outputs_of(self.network(*args, **kwargs))
+        if not isinstance(outputs, Tensor):
+            raise OutputError(
+                f"the surrogate must return a tensor (N, C, K), found {type(outputs).__name__}; unflatten its last "
+                "layer with nn.Unflatten(1, (C, K))"
+            )
+        return self.scale * outputs
+
+
+class WidenedHead(nn.Module):
+    """A layer with K features in the place of each output: linear in its inputs, and in hidden units made of them.
+
+    Args:
+        layer: what it is put in the place of.
+        rank: K.
+        n_hidden: the number of hidden units; none for a linear layer.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int, n_hidden: int = 0) -> None:
+        super().__init__()
+        self.rank = rank
+        kind: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
+        self.hidden = nn.Linear(layer.in_features, n_hidden, **kind) if n_hidden else None
+        self.linear = nn.Linear(layer.in_features + n_hidden, layer.out_features * rank, **kind)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``(N, *T, H) -> (N, C, K)``, the outputs of all positions side by side."""
+        return self.linear(self.inputs(h)).unflatten(-1, (-1, self.rank)).flatten(1, -2)
+
+    def inputs(self, h: Tensor) -> Tensor:
+        """What the features are linear in."""
+        return h if self.hidden is None else torch.cat([h, self.hidden(h).relu()], -1)
+
+
+def widened(model: nn.Module, x: Any, n_outputs: int, rank: int, *, fresh: bool, seed: int) -> nn.Module:
+    """A copy of the model whose last layer has K features in the place of each output.
+
+    Args:
+        model: what is copied; in evaluation mode, whatever mode the model is in.
+        x: an input that the model takes.
+        n_outputs: C.
+        rank: K.
+        fresh: whether all layers are initialised anew, and the head is linear, as published; if not, the rest begins as
+            it is, and the head has hidden units.
+        seed: of what is drawn for that; torch's default generators are left as they are.
+
+    Raises:
+        UnsupportedError: if the model does not end in one linear layer.
+    """
+    names = last_layer(model, x).names
+    last = {id(model.get_parameter(name)) for name in names}  # a tied weight has the name of its first owner
+    found_layers = [
+        (path, module)
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear and id(module.weight) in last
+    ]
+    if len(found_layers) != 1:
+        raise UnsupportedError(
+            "the default surrogate widens the last layer, which must be one nn.Linear, found another use of "
+            f"{names[0]!r}; {_GIVE}"
+        )
+    ((path, layer),) = found_layers
+    with seeded(seed, layer.weight.device):
+        network = _copied(model)
+        if fresh:
+            for module in network.modules():
+                if callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
+        n_hidden = 0 if fresh else min(HIDDEN, 4 * layer.in_features)
+        head = WidenedHead(layer, rank, n_hidden)
+        network = nn.Sequential(head) if not path else network
+        if path:
+            network.set_submodule(path, head)
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    network.eval()
+    with torch.no_grad():
+        args, kwargs = arguments(network, x)
+        found = outputs_of(network(*args, **kwargs))
+    if not isinstance(found, Tensor) or found.shape[1:] != (n_outputs, rank):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UnsupportedError(
+            f"the model does more with the outputs of its last layer {path!r} than return them: widened, it returns "
+            f"{shape}, expected (N, {n_outputs}, {rank}); {_GIVE}"
+        )
+    return network
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedError(f"the model cannot be copied ({reason}); {_GIVE}") from error
+
+
+def head_of(network: nn.Module) -> WidenedHead | None:
+    """The head of a network that `widened` made."""
+    return next((module for module in network.modules() if isinstance(module, WidenedHead)), None)
+
+
+@torch.no_grad()
+def solve_head(
+    network: nn.Module, batches: Iterator[tuple[Any, Float[Tensor, "N C K"]]], ridge: float = 1e-3
+) -> None:
+    """Set the head of a widened network to the ridge regression of features on its inputs.
+
+    Args:
+        network: of `widened`.
+        batches: inputs and the features that are wanted there.
+        ridge: relative to the mean square of the head's inputs.
+    """
+    head = head_of(network)
+    assert head is not None
+    seen: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    width = head.linear.in_features + 1
+    device = head.linear.weight.device
+    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+    cross = torch.zeros(width, head.linear.out_features, dtype=torch.float64, device=device)
+    try:
+        for x, wanted in batches:
+            args, kwargs = arguments(network, x)
+            network(*args, **kwargs)
+            h = head.inputs(seen.pop()).double().reshape(-1, width - 1)
+            h = torch.cat([h, h.new_ones(len(h), 1)], 1)
+            gram += h.mT @ h
+            cross += h.mT @ wanted.double().reshape(len(h), -1)
+    finally:
+        hook.remove()
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    solution = torch.linalg.solve(gram, cross).to(head.linear.weight.dtype)
+    head.linear.weight.copy_(solution[:-1].mT)
+    head.linear.bias.copy_(solution[-1])
+
+
+def checked_features(
+    features: object, n_samples: int, n_outputs: int, rank: int | None, where: str
+) -> Float[Tensor, "N C K"]:
+    """What a surrogate returned, if it has the one shape that it may have.
+
+    Raises:
+        OutputError: if it does not.
+    """
+    if not isinstance(features, Tensor):
+        raise OutputError(
+            f"the surrogate must return a tensor (N, C, K) on {where}, found {type(features).__name__}"
+        )
+    expected = (n_samples, n_outputs)
+    if features.ndim != 3 or features.shape[:2] != expected or rank not in (None, features.shape[2]):
+        K = "K" if rank is None else rank
+        raise OutputError(
+            f"the surrogate must return features of shape (N, C, K) = ({n_samples}, {n_outputs}, {K}) on {where}, "
+            f"found {tuple(features.shape)}; end it in nn.Unflatten(1, ({n_outputs}, {K}))"
+        )
+    return features
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's default generators begin at a seed inside, and are as they were outside."""
+    with random_state_kept(device):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,495 @@
+"""SurrogateMap: kernels by probes and products, the distance in feature space, its optimum, and trainings."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+from torch.utils.data import DataLoader, TensorDataset
+
+from curvlin_nn import Laplace
+from curvlin_nn.errors import (
+    DataError,
+    NotFittedError,
+    OutputError,
+    StaleModelError,
+    StorageError,
+    TrainingDivergedError,
+    UnsupportedError,
+)
+from curvlin_nn.feature_maps import JacobianMap, SurrogateMap, kernel_error, surrogate_training
+from curvlin_nn.feature_maps.jacobian import rows_of_outputs
+from curvlin_nn.feature_maps.kernel_loss import (
+    distance_to_factors,
+    distance_to_gram,
+    least_error,
+    relative_error,
+)
+from curvlin_nn.feature_maps.leading import leading_directions
+from curvlin_nn.feature_maps.pool import Pool
+from curvlin_nn.feature_maps.probes import gram_by_products, probed, tangents
+from curvlin_nn.feature_maps.surrogate_network import WidenedHead, solve_head, widened
+from curvlin_nn.parameters import ParameterSpace
+
+
+def mlp(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).to(dtype)
+
+
+class Unserved(nn.Module):
+    """A parameter that no layer rule covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sinh(torch.cumsum(self.weight, 1) @ x.mT).mT
+
+
+def data(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, 3, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def loader(x: Tensor, batch_size: int = 7) -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size)
+
+
+def jacobian(model: nn.Module, x: Tensor) -> Tensor:
+    """The rows of all outputs ``(N C, P)``, sample by sample."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def of_one(x: Tensor) -> dict[str, Tensor]:
+        return jacrev(lambda p: functional_call(model, p, (x[None],))[0])(parameters)
+
+    rows = vmap(of_one)(x)
+    return torch.cat([rows[name].flatten(2) for name in parameters], 2).flatten(0, 1).detach()
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [mlp(), Unserved()], ids=["layers", "no layer"])
+def test_kernels_by_layers_and_by_products_are_that_of_autodiff(model: nn.Module) -> None:
+    x = data(4)
+    J = jacobian(model, x)
+    exact = J @ J.mT
+    by_layers = JacobianMap(model)(x)[1].gram().flatten(2).flatten(0, 1)
+    by_products = gram_by_products(model, ParameterSpace.of(model), x)
+    torch.testing.assert_close(by_layers, exact, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(by_products, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_products_through_attention_are_those_of_its_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Unflatten(1, (3, 1)),
+        nn.Linear(1, 4),
+        nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(12, 2),
+    ).double()
+    x = data(3)
+    by_layers = JacobianMap(model)(x)[1].gram().flatten(2).flatten(0, 1)
+    by_products = gram_by_products(model, ParameterSpace.of(model), x)
+    torch.testing.assert_close(by_products, by_layers, rtol=1e-9, atol=1e-11)
+
+
+def test_tangents_are_products_with_the_jacobian() -> None:
+    model, x = mlp(), data(4)
+    V = torch.randn(32, 3, dtype=torch.float64, generator=seeded())
+    found = tangents(model, ParameterSpace.of(model), x, V.unbind(1))
+    torch.testing.assert_close(found, jacobian(model, x) @ V, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_one_probe_has_the_mean_and_the_variance_of_the_paper(distribution: str) -> None:
+    """Eqs. 4 to 6: z-scores of the mean and of the mean square deviation, for every pair of rows."""
+    model, x, n = mlp(), data(2), 1500
+    space, J = ParameterSpace.of(model), jacobian(model, data(2))
+    if distribution == "rademacher":
+        Y = probed(model, space, x, n, seeded()) * n**0.5
+    else:
+        draws = torch.randn(n, space.size, dtype=torch.float64, generator=seeded())
+        Y = tangents(model, space, x, draws)
+    estimates = Y.mT[:, :, None] * Y.mT[:, None, :]
+    kernel = J @ J.mT
+    variance = kernel.diagonal()[:, None] * kernel.diagonal() + kernel.square()
+    if distribution == "rademacher":
+        variance = variance - 2 * J.square() @ J.square().mT
+    z = (estimates.mean(0) - kernel) / (variance / n).sqrt()
+    assert z.abs().max() < 4
+    squares = (estimates - kernel).square()
+    z = (squares.mean(0) - variance) / (squares.std(0) / n**0.5)
+    assert z.abs().max() < 4
+
+
+# -- distances ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [(), (6, 4)], ids=["unbiased", "biased"])
+def test_the_distance_in_feature_space_is_that_of_pairs(groups: tuple[int, ...]) -> None:
+    g = seeded()
+    F = torch.randn(10, 3, dtype=torch.float64, generator=g, requires_grad=True)
+    Y = torch.randn(10, 4, dtype=torch.float64, generator=g)
+    mask = torch.block_diag(*(torch.ones(n, n, dtype=torch.float64) for n in groups or (10,)))
+    pairs = ((mask * (Y @ Y.mT)) - F @ F.mT).square().sum()
+    (expected,) = torch.autograd.grad(pairs, F)
+    for found in (distance_to_factors(F, Y, groups), distance_to_gram(F, Y @ Y.mT, groups)):
+        torch.testing.assert_close(found, pairs, rtol=1e-12, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(found, F)[0], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_features_linear_in_the_jacobian_reach_the_optimum_of_eckart_and_young() -> None:
+    model, x, rank = mlp(), data(8), 3
+    J = jacobian(model, x)
+    gram = J @ J.mT
+    W = torch.randn(J.shape[1], rank, dtype=torch.float64, generator=seeded()).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [W], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = distance_to_gram(J @ W, gram) / gram.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert relative_error(J @ W, gram) == pytest.approx(least_error(gram, rank), rel=1e-6)
+
+
+def test_leading_directions_are_the_singular_vectors_of_all_rows() -> None:
+    model, x, rank = mlp(), data(30), 4
+    J = jacobian(model, x)
+    recorded = JacobianMap(model)
+    found = leading_directions(
+        lambda: (rows_of_outputs(recorded.record(part)) for part in x.split(8)),
+        rank,
+        n_passes=10,
+        generator=seeded(),
+    )
+    V = torch.linalg.svd(J).Vh[:rank].mT
+    torch.testing.assert_close(found.V @ found.V.mT, V @ V.mT, rtol=1e-8, atol=1e-8)
+    assert relative_error(J @ found.V, J @ J.mT) == pytest.approx(least_error(J @ J.mT, rank), rel=1e-8)
+
+
+# -- trainings ---------------------------------------------------------------------------------------------------
+
+KINDS = [
+    {"targets": "distilled"},
+    {"targets": "exact", "biased": True},
+    {"targets": "jvp", "n_probes": 3},
+    {"protocol": "published", "lr": 1e-3},
+]
+NAMES = ["distilled", "exact", "jvp", "published"]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=NAMES)
+def test_a_training_that_goes_on_is_the_one_that_was_not_interrupted(
+    options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, path = mlp(), data(40), tmp_path / "training"
+    common: dict[str, object] = {"rank": 3, "n_steps": 12, "evaluate_every": 10, **options}
+    whole = SurrogateMap.fit(model, loader(x), generator=seeded(), **common)  # type: ignore[arg-type]
+
+    evaluate = surrogate_training.SurrogateTraining._evaluate
+
+    def interrupted(self: surrogate_training.SurrogateTraining) -> None:
+        if self.step == 10:
+            raise KeyboardInterrupt
+        evaluate(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(surrogate_training.SurrogateTraining, "_evaluate", interrupted)
+        SurrogateMap.fit(model, loader(x), generator=seeded(), checkpoint=path, every=4, **common)  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match="another rank"):
+        SurrogateMap.fit(model, loader(x), checkpoint=path, **{**common, "rank": 2})  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match="other samples"):
+        SurrogateMap.fit(model, loader(x + 1), checkpoint=path, **common)  # type: ignore[arg-type]
+    with pytest.raises(StaleModelError):
+        SurrogateMap.fit(
+            nn.Sequential(*mlp()[:2], nn.Linear(5, 2).double()), loader(x), checkpoint=path, **common
+        )  # type: ignore[arg-type]
+    resumed = SurrogateMap.fit(model, loader(x), checkpoint=path, **common)  # type: ignore[arg-type]
+    for a, b in zip(whole.tensors().values(), resumed.tensors().values(), strict=True):
+        assert torch.equal(a, b)
+    assert whole.history is not None and resumed.history is not None
+    assert whole.history.errors == resumed.history.errors
+    assert whole.history.steps == resumed.history.steps == [0, 10, 12]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("options", KINDS, ids=NAMES)
+def test_nothing_of_the_caller_changes(options: dict[str, object]) -> None:
+    model, x = mlp(), data(40)
+    model[0].weight.requires_grad_(False)
+    model[0].bias.requires_grad_(False)
+    own = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3))).double()
+    before = copy.deepcopy(model.state_dict()), copy.deepcopy(own.state_dict()), torch.get_rng_state()
+    SurrogateMap.fit(
+        model,
+        [(x, x)],
+        rank=3,
+        n_steps=3,
+        surrogate=own,
+        generator=seeded(),
+        **options,  # type: ignore[arg-type]
+    )(x[:2])
+    assert all(map(torch.equal, before[0].values(), model.state_dict().values()))
+    assert all(map(torch.equal, before[1].values(), own.state_dict().values()))
+    assert torch.equal(before[2], torch.get_rng_state())
+    assert model.training and own.training and not model[0].weight.requires_grad
+    assert all(p.grad is None for p in (*model.parameters(), *own.parameters()))
+
+
+def test_training_brings_the_kernel_nearer_and_keeps_the_best_state() -> None:
+    model, x = mlp(), data(200)
+    fitted = SurrogateMap.fit(model, loader(x), rank=8, n_steps=200, targets="exact", generator=seeded())
+    history = fitted.history
+    assert history is not None
+    assert min(history.errors) < 0.8 * history.errors[0]
+    held_out = Pool.of(loader(x), "train_loader", None)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(_seed()))
+    outputs, Phi = fitted(held_out[order][:20])
+    J = jacobian(model, held_out[order][:20])
+    assert relative_error(Phi.matrix.flatten(0, 1), J @ J.mT) == pytest.approx(min(history.errors), rel=1e-10)
+    torch.testing.assert_close(outputs, model(held_out[order][:20]).detach(), rtol=1e-12, atol=1e-12)
+    assert history.optimum == pytest.approx(least_error(J @ J.mT, 8), rel=1e-8)
+
+
+def test_a_posterior_on_the_features_is_that_of_dense_algebra() -> None:
+    """K x K, with the residual of each sample from the exact kernel alone."""
+    model, x = mlp(), data(40)
+    targets = torch.randn(40, 2, dtype=torch.float64, generator=seeded())
+    fitted = SurrogateMap.fit(model, [(x, targets)], rank=4, n_steps=20, generator=seeded())
+    la = Laplace(model, "regression", feature_map=fitted, prior_precision=2.0, sigma_noise=0.5)
+    la.fit([(x[:25], targets[:25]), (x[25:], targets[25:])])
+    Phi = fitted(x)[1].matrix
+    P = torch.einsum("nck,ncl->kl", Phi, Phi) / 0.25 + 2 * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(la.posterior_precision.to_dense(), P, rtol=1e-10, atol=1e-10)
+    new = data(5) + 1
+    Phi, J = fitted(new)[1].matrix, jacobian(model, new).unflatten(0, (5, 2))
+    left_out = torch.linalg.eigh((J @ J.mT - Phi @ Phi.mT) / 2)
+    residual = (left_out.eigenvectors * left_out.eigenvalues.clamp(min=0)[:, None]) @ left_out.eigenvectors.mT
+    _, covariance = la(new)
+    torch.testing.assert_close(covariance, Phi @ P.inverse() @ Phi.mT + residual, rtol=1e-9, atol=1e-10)
+
+
+def test_the_kernel_error_of_a_map() -> None:
+    model, x = mlp(), data(12)
+    J = jacobian(model, x)
+    exact = kernel_error(JacobianMap(model), x)
+    assert exact.relative < 1e-12 and exact.optimum < 1e-12 and exact.trace == pytest.approx(1)
+    own = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3))).double()
+    F = own(x).detach().flatten(0, 1)
+    found = kernel_error(SurrogateMap(own, model), x)
+    assert found.relative == pytest.approx(relative_error(F, J @ J.mT), rel=1e-10)
+    assert found.optimum == pytest.approx(least_error(J @ J.mT, 3), rel=1e-8)
+    assert found.trace == pytest.approx(float(F.square().sum() / J.square().sum()), rel=1e-10)
+
+
+def _seed() -> int:
+    return int(torch.randint(2**62, (), generator=seeded()))
+
+
+def test_the_published_protocol_begins_at_random_at_the_published_scale() -> None:
+    model, x = mlp(), data(40)
+    fitted = SurrogateMap.fit(model, loader(x), rank=3, n_steps=1, protocol="published", generator=seeded())
+    assert float(fitted.surrogate.scale) == pytest.approx(math.sqrt(32 / 3))
+    first = fitted.surrogate.network[0].weight
+    assert (first - model[0].weight).abs().max() > 0.01
+    ours = SurrogateMap.fit(model, loader(x), rank=3, n_steps=1, lr=1e-12, generator=seeded())
+    torch.testing.assert_close(ours.surrogate.network[0].weight, model[0].weight, rtol=1e-8, atol=1e-8)
+
+
+def test_the_default_surrogate_of_outputs_at_several_positions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(60, 6, dtype=torch.float64)
+    fitted = SurrogateMap.fit(model, loader(x), rank=5, n_steps=3, generator=seeded())
+    _, Phi = fitted(x[:7])
+    assert Phi.shape == (7, 6, 5)
+    _, alone = fitted(x[3:4])
+    torch.testing.assert_close(alone.matrix[0], Phi.matrix[3], rtol=1e-12, atol=1e-12)
+    assert fitted.output_shape == (3, 2)
+    torch.testing.assert_close(fitted.record(x[:7]).outputs, model(x[:7]).detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_the_head_begins_at_the_ridge_regression_of_the_features() -> None:
+    model, x = mlp(), data(40)
+    network = widened(model, x, 2, 3, fresh=False, seed=0)
+    wanted = torch.randn(40, 2, 3, dtype=torch.float64, generator=seeded())
+    solve_head(network, zip(x.split(9), wanted.split(9), strict=True), ridge=0.1)
+    (head,) = (module for module in network.modules() if isinstance(module, WidenedHead))
+    with torch.no_grad():
+        h = model[:2](x)
+        inputs = torch.cat(
+            [h, torch.relu(h @ head.hidden.weight.mT + head.hidden.bias), torch.ones_like(h[:, :1])], 1
+        )
+    gram = inputs.mT @ inputs
+    gram += 0.1 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    expected = inputs @ torch.linalg.solve(gram, inputs.mT @ wanted.flatten(1))
+    torch.testing.assert_close(network(x).flatten(1), expected, rtol=1e-9, atol=1e-10)
+    assert not head._forward_pre_hooks
+
+
+def test_layers_that_cannot_be_captured_are_probed() -> None:
+    model, x = Unserved(), data(60)
+    own = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Unflatten(1, (2, 2))).double()
+    fitted = SurrogateMap.fit(model, loader(x), rank=2, n_steps=3, surrogate=own, generator=seeded())
+    assert fitted.history is not None and fitted.history.targets == "jvp"
+    assert len(fitted.history.errors) == 2
+
+
+def test_context_is_taken_from_where_it_is_given_and_made_within_the_range_of_the_data() -> None:
+    x = data(50)
+    mixed = Pool.of(loader(x), "train_loader").mixed(20, seeded())
+    assert mixed.x.shape == (20, 3)
+    for column in range(3):
+        assert torch.isin(mixed.x[:, column], x[:, column]).all()
+    for context, n_errors in ((None, 2), (loader(x + 3), 2), ([x[:30] - 1], 2)):
+        fitted = SurrogateMap.fit(mlp(), loader(x), context, rank=2, n_steps=1, generator=seeded())
+        assert fitted.history is not None and len(fitted.history.context_errors) == n_errors
+    without = SurrogateMap.fit(mlp(), loader(x), rank=2, n_steps=1, context_size=0, generator=seeded())
+    assert without.history is not None and without.history.context_errors == []
+
+
+def test_the_picture_of_a_training_shows_its_errors_and_the_optimum() -> None:
+    pytest.importorskip("matplotlib")
+    from curvlin_nn.plots import surrogate_training as plot
+
+    fitted = SurrogateMap.fit(
+        mlp(), loader(data(40)), rank=2, n_steps=4, evaluate_every=2, generator=seeded()
+    )
+    history = fitted.history
+    assert history is not None
+    held_out, context, optimum = plot(fitted).lines
+    assert list(held_out.get_xdata()) == [0, 2, 4] and list(held_out.get_ydata()) == history.errors
+    assert list(context.get_ydata()) == history.context_errors
+    assert set(optimum.get_ydata()) == {history.optimum}
+    with pytest.raises(NotFittedError, match="history"):
+        plot(SurrogateMap(fitted.surrogate, mlp()))
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_a_training_that_diverges_says_at_which_step_and_keeps_the_best_state() -> None:
+    model, x = mlp(), data(40)
+    with pytest.raises(TrainingDivergedError, match="step") as caught:
+        SurrogateMap.fit(model, loader(x), rank=3, n_steps=500, lr=1e12, generator=seeded())
+    best = caught.value.best
+    assert isinstance(best, SurrogateMap) and 0 < caught.value.step <= 500
+    assert torch.isfinite(best(x)[1].to_dense()).all()
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "found"),
+    [
+        (nn.Linear(3, 6), r"\(4, 6\)"),
+        (nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (3, 2))), r"\(4, 3, 2\)"),
+        (nn.Sequential(nn.Linear(3, 8), nn.Unflatten(1, (2, 4))), r"\(4, 2, 4\)"),
+    ],
+)
+def test_features_of_another_shape_are_refused(surrogate: nn.Module, found: str) -> None:
+    with pytest.raises(OutputError, match=found):
+        SurrogateMap.fit(
+            mlp(), loader(data(40)), rank=3, n_steps=1, surrogate=surrogate.double(), n_held_out=4
+        )
+
+
+def test_bad_data_is_refused() -> None:
+    model, x = mlp(), data(40)
+    with pytest.raises(DataError, match="train_loader yielded no sample"):
+        SurrogateMap.fit(model, [], rank=2)
+    with pytest.raises(DataError, match="context_loader yielded no sample"):
+        SurrogateMap.fit(model, loader(x), [], rank=2)
+    with pytest.raises(DataError, match="context_loader yields samples of shape"):
+        SurrogateMap.fit(model, loader(x), [x[:, :2]], rank=2)
+    with pytest.raises(DataError, match="rank must be at most 8"):
+        SurrogateMap.fit(model, loader(x[:5]), rank=9)
+    with pytest.raises(DataError, match="train_loader must have at least 2 samples"):
+        SurrogateMap.fit(model, loader(x[:1]), rank=1)
+    with pytest.raises(DataError, match="train_loader must have at least 41 samples"):
+        SurrogateMap.fit(model, loader(x), rank=1, n_held_out=40)
+    with pytest.raises(DataError, match="context_loader must have at least 2 samples"):
+        SurrogateMap.fit(model, loader(x), [x[:1]], rank=1)
+    with pytest.raises(DataError, match="NaN"):
+        SurrogateMap.fit(model, loader(x * math.nan), rank=2)
+    huge = mlp(torch.float32)
+    with torch.no_grad():
+        huge[2].weight *= 1e25
+    with pytest.raises(OutputError, match="kernel"):
+        SurrogateMap.fit(huge, loader(x.float()), rank=2)
+    with torch.no_grad():
+        model[2].bias[0] = math.inf
+    with pytest.raises(OutputError, match="finite"):
+        SurrogateMap.fit(model, loader(x), rank=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"protocol": "theirs"}, UnsupportedError, "'ours', 'published'"),
+        ({"targets": "ntk"}, UnsupportedError, "'distilled', 'exact', 'jvp'"),
+        ({"protocol": "published", "targets": "exact"}, UnsupportedError, "targets='jvp'"),
+        ({"rank": 0}, ValueError, "rank"),
+        ({"lr": -1.0}, ValueError, "lr"),
+        ({"max_seconds": math.nan}, ValueError, "max_seconds"),
+        ({"context_size": -1}, ValueError, "context_size"),
+        ({"every": 0}, ValueError, "every"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, object], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        SurrogateMap.fit(mlp(), loader(data(40)), **{"rank": 2, "n_steps": 1, **options})  # type: ignore[arg-type]
+
+
+def test_models_without_a_linear_layer_at_the_end_need_a_surrogate_of_the_user() -> None:
+    torch.manual_seed(0)
+    convolutional = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten()).double()
+    with pytest.raises(UnsupportedError, match="surrogate="):
+        widened(convolutional, data(4)[:, None], 2, 3, fresh=False, seed=0)
+    squared = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2))).double()
+    with pytest.raises(UnsupportedError, match="surrogate="):
+        widened(squared, data(4), 4, 3, fresh=False, seed=0)
+
+
+def test_operations_without_forward_mode_are_named() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
+    with pytest.raises(UnsupportedError, match="targets='exact'"):
+        SurrogateMap.fit(model, loader(data(40, torch.float32)), rank=2, n_steps=1, targets="jvp")
+
+
+def test_the_head_of_tied_weights_is_widened_and_the_embedding_kept() -> None:
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Embedding(5, 3), nn.Tanh(), nn.Linear(3, 5, bias=False)).double()
+    tied[2].weight = tied[0].weight
+    network = widened(tied, torch.tensor([[0, 1], [2, 3]]), 10, 4, fresh=False, seed=0)
+    assert isinstance(network[2], WidenedHead) and torch.equal(network[0].weight, tied[0].weight)
+
+
+def test_a_trained_network_is_a_map_without_training() -> None:
+    model, x = mlp(), data(4)
+    own = nn.Sequential(nn.Linear(3, 6), nn.Dropout(), nn.Unflatten(1, (2, 3))).double()
+    fitted = SurrogateMap(own, model)
+    with pytest.raises(NotFittedError, match="K is not known"):
+        _ = fitted.size
+    outputs, Phi = fitted(x)
+    assert fitted.size == 3 and not fitted.orthonormal and own.training
+    torch.testing.assert_close(Phi.matrix, own[2](own[0](x)).detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(outputs, model(x).detach(), rtol=1e-12, atol=0)
+    with pytest.raises(OutputError, match=r"\(4, 2, K\)"):
+        SurrogateMap(nn.Linear(3, 6).double(), model)(x)
