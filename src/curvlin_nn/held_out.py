@@ -32,6 +32,7 @@ from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.predictive import Predictive
 from curvlin_nn.predictive.linearised import FEATURE_BUDGET
 from curvlin_nn.scores import Score, new_score
+from curvlin_nn.subnetwork_space import Subnetwork
 
 if TYPE_CHECKING:
     from curvlin_nn.laplace import Laplace
@@ -315,10 +316,20 @@ def folds(la: Laplace, data: Sequence[tuple[Any, Tensor]], n_folds: int) -> list
         seen += n
     if seen < n_folds:
         raise DataError(f"cross-validation with {n_folds} folds needs as many samples, found {seen}")
-    chosen = list(la.parameters.names) if la.feature_map is None else la.feature_map
-    factories = la._summed(continued=True)
+    chosen: Any = la.feature_map
+    if chosen is None:  # the last layer has been found
+        chosen = la._selection if isinstance(la._selection, Subnetwork) else list(la.parameters.names)
+    factories, reduction = la._summed(continued=True), la.feature_reduction
     found = [
-        accumulate(la.model, la.likelihood, samples, chosen, factories, columns=la._columns)
+        accumulate(
+            la.model,
+            la.likelihood,
+            samples,
+            chosen,
+            factories,
+            columns=la._columns,
+            feature_reduction=reduction,
+        )
         for samples in dealt
     ]
     return [(_without(la, found, fold), dealt[fold]) for fold in range(n_folds)]
@@ -330,7 +341,8 @@ def _without(la: Laplace, found: Sequence[Accumulated], fold: int) -> Laplace:
     for other in others[1:]:
         total = total.merged(other)
     held = copy.copy(la)
-    held._fitted = replace(la._fit, accumulated=total, curvature=Curvature.of(total.states[0]))
+    H = Curvature.of(total.states[0], damping=la._damping)
+    held._fitted = replace(la._fit, accumulated=total, curvature=H)
     return held
 
 

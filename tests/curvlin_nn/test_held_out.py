@@ -224,6 +224,32 @@ def test_cross_validation_scores_each_fold_with_the_curvature_of_the_others(like
     assert torch.equal(la.curvature.to_dense(), whole.curvature.to_dense())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subset_of_weights": "subnetwork", "subnetwork_indices": torch.tensor([3, 40, 17, 60, 61])},
+        {"subset_of_weights": "all", "damping": True},
+        {"subset_of_weights": "last_layer"},
+    ],
+    ids=["subnetwork", "damped", "last layer"],
+)
+def test_cross_validation_and_grids_know_of_every_choice(options):
+    p = problem("mlp", "classification", n=11)
+    la = Laplace(p.model, p.likelihood, hessian_structure="kron", **options).fit(ragged(p))
+    found = la.optimize_prior_precision("cv", train_loader=ragged(p), n_folds=3, grid_size=4)
+    expected = torch.zeros(4).double()
+    for fold in range(3):
+        held = torch.arange(11) % 3 == fold
+        others = Laplace(p.model, p.likelihood, hessian_structure="kron", **options)
+        others.fit([(p.x[~held], p.y[~held])])
+        data = [(p.x[held], p.y[held])]
+        scores = float64(nll(others, data, float(d)) for d in found.precisions)
+        by_grid = others.optimize_prior_precision("gridsearch", val_loader=data, grid_size=4)
+        torch.testing.assert_close(by_grid.scores, scores, rtol=1e-9, atol=0)
+        expected += int(held.sum()) * scores
+    torch.testing.assert_close(found.scores, expected / 11, rtol=1e-9, atol=0)
+
+
 def ragged(p):
     return [(p.x[:2], p.y[:2]), (p.x[2:9], p.y[2:9]), (p.x[9:], p.y[9:])]
 
