@@ -2,7 +2,7 @@
 
     python docs/hooks/run_snippets.py [--pictures DIR] FILE...
 
-The blocks of one file are one module and run in order. A block opened with ```py is shown, not run. A line
+The blocks of one file are one module and run in order; each file begins with torch's default dtype. A block opened with ```py is shown, not run. A line
 ``--8<-- "FILE:SECTION"`` stands for a part of a file, as it does in the built pages. With --pictures, the figures that
 a page leaves open are written to DIR, as PAGE-1.png, PAGE-2.png and so on.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import torch
 
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
 _INCLUDE = re.compile(r'^--8<-- "(?P<file>[^":]+):(?P<section>\w+)"$', re.M)
@@ -40,6 +41,7 @@ def _included(match: re.Match[str]) -> str:
 def run(path: Path) -> int:
     """Run one file's blocks; returns how many there were."""
     text, module = path.read_text(), ModuleType("snippet")
+    torch.set_default_dtype(torch.float32)  # whatever the page before has chosen
     sys.modules["snippet"] = module  # where dataclasses and pickle look for what the page defines
     blocks: list[re.Match[str]] = list(_BLOCK.finditer(text))
     for block in blocks:
