@@ -3,7 +3,7 @@
     python docs/hooks/run_snippets.py [--pictures DIR] FILE...
 
 The blocks of one file are one module and run in order; each file begins with torch's default dtype. A block opened
-with ```py is shown, not run. A line ``--8<-- "FILE:SECTION"`` stands for a part of a file, as it does in the built pages.
+with ```py is shown, not run. A line ``--8<-- "FILE:SECTION"`` stands for a part of a file, as in the built pages.
 With --pictures, the figures that a page leaves open are written to DIR, as PAGE-1.png, PAGE-2.png and so on.
 """
 
