@@ -21,11 +21,10 @@ from torch import Tensor
 
 from curvlin import BlockDiag, Dense, Diagonal, KroneckerSum, SpectralKronecker
 from curvlin.index import IndexSet
-from curvlin.numerics.rounding import without_rounding
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.prior import GroupedPrior, Prior
-from curvlin_nn.spectrum import Spectrum, non_negative, spectrum
+from curvlin_nn.spectrum import Spectrum, eigenpairs, spectrum
 from curvlin_nn.structures import StructureChoice
 
 STRUCTURES = ("kron", "kfoc")
@@ -66,9 +65,9 @@ class _Product:
     def of(cls, H: KroneckerSum) -> _Product:
         ((left, right),) = H.terms
         assert left is not None and right is not None
-        (l, QL), (r, QR) = torch.linalg.eigh(left), torch.linalg.eigh(right)
-        l, r = (without_rounding(values, H.resolution) for values in (l, r))
-        return cls(QL, QR, non_negative("KroneckerSum.left", l), non_negative("KroneckerSum.right", r))
+        l, QL = eigenpairs("KroneckerSum.left", left, H.resolution)
+        r, QR = eigenpairs("KroneckerSum.right", right, H.resolution)
+        return cls(QL, QR, l, r)
 
     def damped(self, scale: Float[Tensor, ""], delta: Float[Tensor, ""]) -> SpectralKronecker:
         """P."""

@@ -25,9 +25,8 @@ from curvlin import (
     KroneckerSum,
     SpectralKronecker,
 )
-from curvlin.numerics.rounding import without_rounding
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn.spectrum import non_negative
+from curvlin_nn.spectrum import eigenpairs, non_negative
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def _(H: Diagonal) -> Eigenbasis:
 
 @eigenbasis.register
 def _(H: Dense) -> Eigenbasis:
-    eigenvalues, Q = _eigh("Dense", H.to_dense(), H.resolution)
+    eigenvalues, Q = eigenpairs("Dense", H.to_dense(), H.resolution)
 
     def rotated(Phi: FeatureOperator) -> FeatureOperator:
         rows = Phi.to_dense()
@@ -90,7 +89,7 @@ def _(H: KroneckerSum) -> Eigenbasis | None:
     for name, factor, size in zip(("left", "right"), H.terms[0], H.sizes, strict=True):
         if factor is None:
             factor = torch.eye(size, dtype=H.dtype, device=H.device)
-        sides.append(_eigh(f"KroneckerSum.{name}", factor, H.resolution))
+        sides.append(eigenpairs(f"KroneckerSum.{name}", factor, H.resolution))
     (left, QL), (right, QR) = sides
     eigenvalues = torch.outer(left, right).flatten()
     return _product(eigenvalues if H.shift is None else eigenvalues + H.shift.double(), QL, QR)
@@ -126,8 +125,3 @@ def _product(eigenvalues: Tensor, QL: Tensor, QR: Tensor) -> Eigenbasis:
         return DenseFeatures(matrices.flatten(-2).to(rows.dtype))
 
     return Eigenbasis(eigenvalues, rotated)
-
-
-def _eigh(where: str, matrix: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
-    eigenvalues, Q = torch.linalg.eigh(matrix.double())
-    return non_negative(where, without_rounding(eigenvalues, resolution)), Q

@@ -54,6 +54,11 @@ class Curvature:
         damped = DampedCurvature.of(H) if damping else None
         return cls(H, state.outputs() if isinstance(state, PerOutput) else None, damped)
 
+    @property
+    def n_noise_scales(self) -> int:
+        """How many outputs' curvature is kept apart; zero where one noise scale is of all."""
+        return len(self.outputs or ())
+
     def posterior(
         self, prior: Prior, sigma_noise: Float[Tensor, "*C"], temperature: float | Tensor
     ) -> PrecisionOperator:

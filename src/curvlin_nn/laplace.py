@@ -960,7 +960,7 @@ class Laplace:
         """What sums the curvature: one state, or one for each output where these have noise scales of their own."""
         n_outputs = len(self._sigma_noise) if self._sigma_noise.ndim else 0
         if continued and self._fitted is not None:
-            n_outputs = len(self._fitted.curvature.outputs or ())
+            n_outputs = self._fitted.curvature.n_noise_scales
         return self._by_output(n_outputs)
 
     def _by_output(self, n_outputs: int) -> list[StructureFactory]:

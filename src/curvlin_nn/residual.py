@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from curvlin import FeatureOperator, Isotropic
-from curvlin_nn.capture.inputs import select_samples
+from curvlin_nn.input_parts import in_parts
 from curvlin_nn.predictive import Predictive
+from curvlin_nn.predictive.draws import some_at_a_time
 from curvlin_nn.predictive.linearised import FEATURE_BUDGET
-from curvlin_nn.predictive.parts import DRAW_BUDGET, PROBED, check_rows, count, cut
+from curvlin_nn.predictive.links import draw
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,8 @@ class ResidualPredictive(Predictive):
         rows = []
         for f, Phi, J in self._parts(x):
             functions = f + (Phi.to(coordinates.dtype) @ coordinates.mT).movedim(-1, 0)
-            values, vectors = torch.linalg.eigh(self._residual(Phi, J).covariance)
-            root = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).to(f.dtype)
-            noise = torch.randn((n_samples, *f.shape), dtype=f.dtype, device=f.device, generator=generator)
-            rows.append(functions + (root @ noise.unsqueeze(-1)).squeeze(-1))
+            left_out = self._residual(Phi, J).covariance
+            rows.append(functions + draw(torch.zeros_like(f), left_out, n_samples, generator))
         return torch.cat(rows, dim=1)
 
     def residual(self, x: Any) -> Residual:
@@ -115,10 +113,8 @@ class ResidualPredictive(Predictive):
         """``f + Phi z + J (I - V V^T) w``, with z of the posterior and w of the prior."""
         jacobian = self.feature_map.jacobian
         assert jacobian is not None
-        per_part = max(1, min(n_samples, DRAW_BUDGET // jacobian.size))
         parts = []
-        for start in range(0, n_samples, per_part):
-            some = min(per_part, n_samples - start)
+        for some in some_at_a_time(n_samples, jacobian.size):
             z = self.precision.sample((some,), generator=generator)
             w = torch.randn((some, jacobian.size), dtype=torch.float64, device=z.device, generator=generator)
             w = w.mT / self.prior_precision**0.5
@@ -142,23 +138,15 @@ class ResidualPredictive(Predictive):
         return Residual(positive, clamped)
 
     def _parts(self, x: Any) -> Iterator[tuple[Tensor, FeatureOperator, FeatureOperator]]:
-        """Outputs, features and Jacobian of x, a bounded number of samples at a time; see `Predictive`."""
-        n_samples = count(x, self.feature_map.n_samples)
-        if n_samples <= PROBED:
-            yield self.feature_map.with_jacobian(x)
-            return
-        f, *probe = self.feature_map.with_jacobian(select_samples(x, slice(0, PROBED), n_samples))
-        if len(f) != PROBED:  # samples do not stand along axis 0 of the inputs
-            yield self.feature_map.with_jacobian(x)
-            return
-        entries = sum(t.numel() for part in probe for t, _ in part._tensors())
-        at_once = max(1, FEATURE_BUDGET * PROBED // entries)
-        total = -(-n_samples // at_once)
-        parts = cut(x, n_samples, at_once)
-        for part, expected in tqdm(parts, desc="prediction", total=total, disable=not self.progress_bar):
-            found = self.feature_map.with_jacobian(part)
-            check_rows(found[0], expected)
-            yield found
+        """Outputs, features and Jacobian of x, a bounded number of samples at a time."""
+        return in_parts(
+            x,
+            self.feature_map.with_jacobian,
+            n_samples=self.feature_map.n_samples,
+            entries=lambda found: sum(t.numel() for Phi in found[1:] for t, _ in Phi._tensors()),
+            budget=FEATURE_BUDGET,
+            progress_bar=self.progress_bar,
+        )
 
 
 def _kernel(Phi: FeatureOperator) -> Float[Tensor, "N C C"]:

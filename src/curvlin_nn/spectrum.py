@@ -62,10 +62,6 @@ class Spectrum:
         """How much the data say at each eigenvector, relative to the prior."""
         return (scale / delta) ** self.power * self.eigenvalues
 
-    def posterior(self, scale: Float[Tensor, ""], delta: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-        """The eigenvalues of the posterior precision."""
-        return delta * (1 + self.ratios(scale, delta)).reshape(-1, len(delta)).prod(0)
-
 
 @singledispatch
 def spectrum(H: PrecisionOperator) -> Spectrum | None:
@@ -153,6 +149,18 @@ def _together(eigenvalues: Tensor) -> Spectrum:
     """The coordinates are one block."""
     block = torch.zeros(len(eigenvalues), dtype=torch.long, device=eigenvalues.device)
     return Spectrum(eigenvalues, block, torch.zeros_like(eigenvalues))
+
+
+def eigenpairs(
+    where: str, matrix: Float[Tensor, "D D"], resolution: float
+) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
+    """Eigenvalues, as those of `spectrum`, with eigenvectors.
+
+    Raises:
+        NotPositiveDefiniteError: if an eigenvalue is negative beyond rounding.
+    """
+    eigenvalues, Q = torch.linalg.eigh(matrix.double())
+    return non_negative(where, without_rounding(eigenvalues, resolution)), Q
 
 
 def _eigenvalues(where: str, matrix: Tensor, resolution: float) -> Tensor:

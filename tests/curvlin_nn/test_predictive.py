@@ -78,7 +78,7 @@ def test_chunks_change_nothing(monkeypatch):
 def test_draws_in_parts_have_the_right_number_and_are_reproducible(monkeypatch):
     p = problem("mlp", "regression")
     la = fitted(p)
-    monkeypatch.setattr(predictive.parts, "DRAW_BUDGET", 2 * la.n_params)
+    monkeypatch.setattr(predictive.draws, "DRAW_BUDGET", 2 * la.n_params)
     first = la.functional_samples(p.x_test, 5, generator=generator())
     assert first.shape == (5, 5, 3)
     assert len(first.unique(dim=0)) == 5

@@ -75,7 +75,7 @@ def test_moments_add_up_over_parts_of_any_size():
 def test_draws_in_parts_have_the_same_moments_as_their_samples(monkeypatch):
     p = problem("mlp", "regression")
     la = fitted(p)
-    monkeypatch.setattr(predictive.parts, "DRAW_BUDGET", 3 * la.n_params)
+    monkeypatch.setattr(predictive.draws, "DRAW_BUDGET", 3 * la.n_params)
     draws = la.functional_samples(p.x_test, 8, generator(), pred_type="nn")
     assert len(draws.unique(dim=0)) == 8
     mean, variance = la(p.x_test, "nn", n_samples=8, generator=generator(), diagonal_output=True)

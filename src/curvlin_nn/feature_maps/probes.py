@@ -44,7 +44,7 @@ def probed(
     Raises:
         OutputError: if the outputs or their derivatives are not finite.
     """
-    draws = (_signs(space, generator) for _ in range(n_probes))
+    draws = (signs((space.size,), torch.get_default_dtype(), generator) for _ in range(n_probes))
     return tangents(model, space, x, draws, where) / n_probes**0.5
 
 
@@ -107,9 +107,12 @@ def _forward_mode() -> Iterator[None]:
         ) from error
 
 
-def _signs(space: ParameterSpace, generator: torch.Generator | None) -> Float[Tensor, " P"]:
+def signs(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator | None
+) -> Float[Tensor, " ..."]:
+    """Independent random signs, drawn a byte each on the device of the generator."""
     device = None if generator is None else generator.device
-    return 2.0 * torch.randint(2, (space.size,), dtype=torch.int8, device=device, generator=generator) - 1.0
+    return 2 * torch.randint(2, shape, dtype=torch.int8, device=device, generator=generator).to(dtype) - 1
 
 
 def _finite(rows: Tensor, where: str) -> Tensor:

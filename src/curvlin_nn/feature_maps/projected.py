@@ -15,6 +15,7 @@ from curvlin_nn.feature_maps.directions import Directions
 from curvlin_nn.feature_maps.jacobian import JacobianMap, rows_of_outputs
 from curvlin_nn.feature_maps.recording import FeatureRecording
 from curvlin_nn.inference_mode import outside_inference_mode
+from curvlin_nn.input_parts import in_parts
 
 ROW_BUDGET = 2**23
 """Entries of the factors of a Jacobian held at once, where features are all that is asked for."""
@@ -49,12 +50,17 @@ class ProjectedMap(FeatureMap):
     @outside_inference_mode()
     def __call__(self, x: Any) -> tuple[Float[Tensor, "N C"], DenseFeatures]:
         """See `FeatureMap.__call__`."""
-        if not isinstance(x, Tensor) or x.shape[:1].numel() <= 1:
-            return self._at(x)
-        _, J = self._jacobian(x[:1])
-        chunk = max(1, ROW_BUDGET // sum(t.numel() for t, _ in J._tensors()))
-        parts = [self._at(x[start : start + chunk]) for start in range(0, len(x), chunk)]
-        return torch.cat([f for f, _ in parts]), DenseFeatures(torch.cat([Phi.matrix for _, Phi in parts]))
+        parts = [
+            (f, self._directions.features(J))
+            for f, J in in_parts(
+                x,
+                self._jacobian,
+                n_samples=self.n_samples,
+                entries=lambda found: sum(t.numel() for t, _ in found[1]._tensors()),
+                budget=ROW_BUDGET,
+            )
+        ]
+        return torch.cat([f for f, _ in parts]), DenseFeatures(torch.cat([Phi for _, Phi in parts]))
 
     @outside_inference_mode()
     def with_jacobian(self, x: Any) -> tuple[Float[Tensor, "N C"], FeatureOperator, FeatureOperator]:
@@ -82,7 +88,3 @@ class ProjectedMap(FeatureMap):
         return FeatureRecording(
             recording.outputs, DenseFeatures(self._directions.features(rows_of_outputs(recording)))
         )
-
-    def _at(self, x: Any) -> tuple[Tensor, DenseFeatures]:
-        f, J = self._jacobian(x)
-        return f, DenseFeatures(self._directions.features(J))

@@ -11,6 +11,7 @@ from curvlin_nn.capture.state import device_of
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.feature_maps.directions import FlatDirections
 from curvlin_nn.feature_maps.jacobian import JacobianMap
+from curvlin_nn.feature_maps.probes import signs
 from curvlin_nn.feature_maps.projected import ProjectedMap
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.parameters import Selection
@@ -56,8 +57,7 @@ class SketchMap(ProjectedMap):
 def _drawn(
     distribution: str, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator | None
 ) -> Float[Tensor, "P K"]:
-    device = None if generator is None else generator.device
     if distribution == "gaussian":
+        device = None if generator is None else generator.device
         return torch.randn(shape, dtype=dtype, device=device, generator=generator)
-    signs = torch.randint(2, shape, dtype=torch.int8, device=device, generator=generator)
-    return 2 * signs.to(dtype) - 1
+    return signs(shape, dtype, generator)

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from curvlin import DenseFeatures, FeatureOperator
 from curvlin._check import floating
 from curvlin.numerics.repeats import repeats
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_maps.alignment import aligned
-from curvlin_nn.predictive.parts import PROBED, check_rows, count, cut, deviations
+from curvlin_nn.input_parts import in_parts
+from curvlin_nn.predictive.draws import deviations
 
 FEATURE_BUDGET = 2**23
 """Entries of the tensors of features held at once: 32 MiB in float32."""
@@ -72,33 +71,25 @@ class Predictive:
         return torch.cat(parts)
 
     def _chunks(self, x: Any) -> Iterator[tuple[Tensor, FeatureOperator]]:
-        """Outputs and features of x, a bounded number of samples at a time; the first two measure the size."""
-        n_samples = count(x, self.feature_map.n_samples)
-        if n_samples <= PROBED:
-            yield self._features(x)
-            return
-        f, Phi = self._features(select_samples(x, slice(0, PROBED), n_samples))
-        if len(f) != PROBED:  # samples do not stand along axis 0 of the inputs
-            yield self._features(x)
-            return
-        # What all samples have in common, as the identity of a last layer, is held once.
-        probed = sum(t.numel() for t, own in Phi._tensors() if not repeats(t, -own))
-        at_once = max(1, FEATURE_BUDGET * PROBED // max(1, probed))
-        parts = tqdm(
-            cut(x, n_samples, at_once),
-            desc="prediction",
-            total=-(-n_samples // at_once),
-            disable=not self.progress_bar,
+        """Outputs and features of x, a bounded number of samples at a time."""
+        return in_parts(
+            x,
+            self._features,
+            n_samples=self.feature_map.n_samples,
+            entries=lambda found: _own_entries(found[1]),
+            budget=FEATURE_BUDGET,
+            progress_bar=self.progress_bar,
         )
-        for part, expected in parts:
-            f, Phi = self._features(part)
-            check_rows(f, expected)
-            yield f, Phi
 
     def _features(self, x: Any) -> tuple[Tensor, FeatureOperator]:
         """Outputs, and features cut into the blocks of the precision."""
         f, Phi = self.feature_map(x)
         return f, aligned(Phi, self.precision)
+
+
+def _own_entries(Phi: FeatureOperator) -> int:
+    """What all samples have in common, as the identity of a last layer, is held once."""
+    return sum(t.numel() for t, own in Phi._tensors() if not repeats(t, -own))
 
 
 def functional_covariance(

@@ -18,8 +18,9 @@ from curvlin_nn.capture.checks import checked_outputs
 from curvlin_nn.capture.detours import loops_of_vmap_unannounced
 from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.capture.state import attributes_kept, capturing, device_of, forward, nothing_drawn, prepared
+from curvlin_nn.input_parts import PROBED, check_rows, count, cut
 from curvlin_nn.parameters import ParameterSpace
-from curvlin_nn.predictive.parts import PROBED, check_rows, count, cut, deviations
+from curvlin_nn.predictive.draws import deviations
 
 ACTIVATION_BUDGET = 2**24
 """Entries of the largest intermediate result of all draws and samples that run at once: 64 MiB in float32."""

@@ -83,7 +83,7 @@ def state_of(la: Laplace) -> dict[str, Any]:
         "dict_key_y": la.dict_key_y,
         "model": fit.fingerprint.state_dict(),
         "sums": fit.accumulated.state_dict(),
-        "n_noise_scales": len(fit.curvature.outputs or ()),
+        "n_noise_scales": fit.curvature.n_noise_scales,
     }
 
 

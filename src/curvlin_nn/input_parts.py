@@ -1,20 +1,17 @@
-"""Many inputs or draws, some at a time: what bounds the memory of a prediction."""
+"""An input of many samples, some of them at a time: what bounds the memory of outputs, features and Jacobians."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
-from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.capture.inputs import can_be_cut, select_samples, tensors_of
 from curvlin_nn.errors import OutputError
 
-DRAW_BUDGET = 2**26
-"""Entries of the tensor of posterior draws held at once."""
+FoundT = TypeVar("FoundT", bound="tuple[Any, ...]")
 
 PROBED = 2
 """Samples of the first part, which tells how much memory one takes, and whether samples stand along axis 0: one sample
@@ -55,10 +52,39 @@ def check_rows(outputs: Tensor, expected: int) -> None:
         )
 
 
-def deviations(
-    precision: PrecisionOperator, n_samples: int, generator: torch.Generator | None
-) -> Iterator[Float[Tensor, "s P"]]:
-    """Draws of ``N(0, P^-1)``, some at a time, as many in each part for one number of draws."""
-    at_once = max(1, min(n_samples, DRAW_BUDGET // precision.size))
-    for start in range(0, n_samples, at_once):
-        yield precision.sample((min(at_once, n_samples - start),), generator=generator)
+def in_parts(
+    x: Any,
+    at: Callable[[Any], FoundT],
+    *,
+    n_samples: Callable[[Any], int],
+    entries: Callable[[FoundT], int],
+    budget: int,
+    progress_bar: bool = False,
+) -> Iterator[FoundT]:
+    """What there is at x, of a bounded number of samples at a time; the first two measure the size.
+
+    Args:
+        x: what the model takes.
+        at: gives the outputs at an input first, and whatever else.
+        n_samples: as `by_running` of `count`.
+        entries: the numbers held in what `at` gave for `PROBED` samples.
+        budget: how many may be held at once.
+        progress_bar: whether to show one.
+
+    Raises:
+        OutputError: if a part does not have as many rows of outputs as samples.
+    """
+    total = count(x, n_samples)
+    if total <= PROBED:
+        yield at(x)
+        return
+    probe = at(select_samples(x, slice(0, PROBED), total))
+    if len(probe[0]) != PROBED:  # samples do not stand along axis 0 of the inputs
+        yield at(x)
+        return
+    at_once = max(1, budget * PROBED // max(1, entries(probe)))
+    parts = cut(x, total, at_once)
+    for part, expected in tqdm(parts, "prediction", -(-total // at_once), disable=not progress_bar):
+        found = at(part)
+        check_rows(found[0], expected)
+        yield found
