@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -18,7 +18,6 @@ from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
 from curvlin.projection import Projection
 from curvlin_nn import arguments, likelihoods, posterior, structures
-from curvlin_nn._check import numbers
 from curvlin_nn.batches import Labelled
 from curvlin_nn.capture.reduction import check_reduction
 from curvlin_nn.capture.state import device_of, random_state_kept
@@ -29,16 +28,15 @@ from curvlin_nn.data_subset import random_subset
 from curvlin_nn.errors import (
     NoFiniteOptimumError,
     NotFittedError,
-    OutputError,
-    StaleModelError,
     UnsupportedError,
     one_of,
 )
-from curvlin_nn.evidence import Curvature, Evidence
+from curvlin_nn.evidence import Evidence
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_posterior import FeatureSpace
-from curvlin_nn.fingerprint import Fingerprint
+from curvlin_nn.fitted import Fitted
 from curvlin_nn.held_out import METHODS, Grid, HeldOutOptimum, Scoring, search
+from curvlin_nn.hyperparameters import check_knows_noise, checked_mean, checked_noise, checked_temperature
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.noise_search import maximise_by_output
@@ -81,20 +79,6 @@ from curvlin_nn.summary import Summary, summarise
 
 CURVATURES = {"ggn": "exact", "fisher_mc": "mc", "ef": "empirical", "hessian": "exact"}
 """The curvatures by name, with the kind of columns that each is made of; a Hessian is made of none."""
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """What `fit` leaves: sums over the data, and what is made of them."""
-
-    accumulated: Accumulated
-    mean: Float[Tensor, " P"]
-    curvature: Curvature
-    fingerprint: Fingerprint
-    feature_map: FeatureMap
-    whole_mean: Float[Tensor, " W"]
-    seconds: float = 0.0
-    of_map: Mapping[str, Tensor] = field(default_factory=dict)  # checksums
 
 
 class Laplace:
@@ -214,7 +198,7 @@ class Laplace:
         self.enable_backprop = bool(enable_backprop)
         self.n_subset = None if n_subset is None else positive_integer("n_subset", n_subset)
         self._generator = generator
-        self._fitted: _Fitted | None = None
+        self._fitted: Fitted | None = None
         self._posterior: tuple[tuple[int, ...], PrecisionOperator] | None = None
         self._prior_structure, self._prior_projection = prior_structure, prior_projection
         self.dict_key_y = dict_key_y
@@ -245,7 +229,10 @@ class Laplace:
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
-        self._prior_mean = _checked_mean(value, self._fitted)
+        mean = checked_mean(value)
+        if self._fitted is not None:
+            self._fitted.check_mean(mean)
+        self._prior_mean = mean
 
     @property
     def projected_prior(self) -> Projection:
@@ -266,9 +253,9 @@ class Laplace:
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        noise = self._checked_noise(value)
+        noise = checked_noise(value, self.likelihood, self._columns)
         if self._fitted is not None:
-            _check_noise_length(noise, self._fitted)
+            self._fitted.check_noise(noise)
         self._sigma_noise = noise
         self._posterior = None
 
@@ -279,7 +266,7 @@ class Laplace:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        self._temperature = float(_checked_temperature(value).detach())
+        self._temperature = float(checked_temperature(value).detach())
         self._posterior = None
 
     # -- fitting ---------------------------------------------------------------------------------------------
@@ -352,18 +339,16 @@ class Laplace:
 
     def _finish(self, found: Accumulated, begin: float) -> None:
         """Be fitted with these sums, around the model's present parameters; it took the time since `begin`."""
-        if self._features is None:
-            whole, of_map = found.whole_space.flatten(found.whole_space.tensors(self.model)), {}
-        else:
-            whole, of_map = self._features.weights(self.model), self._features.checksums()
-        mean = whole if found.subnetwork is None else found.subnetwork.of_whole(whole)
-        H = Curvature.of(found.states[0], damping=self._damping)
-        fingerprint = Fingerprint.of(self.model)
-        linearised = found.feature_map(self.enable_backprop)
-        seconds = time.perf_counter() - begin
-        fitted = _Fitted(found, mean, H, fingerprint, linearised, whole, seconds, of_map)
-        _check_mean_length(self._prior_mean, fitted)
-        _check_noise_length(self._sigma_noise, fitted)
+        fitted = Fitted.of(
+            self.model,
+            found,
+            self._features,
+            damping=self._damping,
+            enable_backprop=self.enable_backprop,
+            begin=begin,
+        )
+        fitted.check_mean(self._prior_mean)
+        fitted.check_noise(self._sigma_noise)
         self._prior_of(fitted, self._prior_precision)
         self._fitted, self._posterior = fitted, None
 
@@ -446,7 +431,9 @@ class Laplace:
                 "sample draws weights, and a posterior with a feature_map has none; take functional_samples"
             )
         shape = (positive_integer("n_samples", n_samples),)
-        return self._in_whole(self._fit.mean + self.posterior_precision.sample(shape, generator=generator))
+        return self._fit.in_whole(
+            self._fit.mean + self.posterior_precision.sample(shape, generator=generator)
+        )
 
     # -- storage ---------------------------------------------------------------------------------------------
 
@@ -546,12 +533,12 @@ class Laplace:
             value: one vector or several.
             normalized: whether to count the normaliser; otherwise ``-square_norm(value) / 2``.
         """
-        return posterior.log_prob(self.posterior, self._of_posterior(value), normalized)
+        return posterior.log_prob(self.posterior, self._fit.of_whole(value), normalized)
 
     @outside_inference_mode()
     def square_norm(self, value: Float[Tensor, "*S P"]) -> Float[Tensor, "*S"]:
         """``(value - mean)^T P (value - mean)`` of flat parameter vectors."""
-        return posterior.square_norm(self.posterior, self._of_posterior(value))
+        return posterior.square_norm(self.posterior, self._fit.of_whole(value))
 
     # -- evidence --------------------------------------------------------------------------------------------
 
@@ -604,12 +591,15 @@ class Laplace:
         precision = self._prior_precision if prior_precision is None else prior_precision
         if not isinstance(precision, PrecisionOperator):
             precision = check_precision(precision)
-        noise = self._sigma_noise if sigma_noise is None else self._checked_noise(sigma_noise)
-        _check_noise_length(noise, self._fit)
-        mean = self._prior_mean if prior_mean is None else _checked_mean(prior_mean, self._fit)
+        noise = self._sigma_noise
+        if sigma_noise is not None:
+            noise = checked_noise(sigma_noise, self.likelihood, self._columns)
+        self._fit.check_noise(noise)
+        mean = self._prior_mean if prior_mean is None else checked_mean(prior_mean)
+        self._fit.check_mean(mean)
         evidence = self._evidence()
         if temperature is not None:
-            evidence = replace(evidence, temperature=_checked_temperature(temperature))
+            evidence = replace(evidence, temperature=checked_temperature(temperature))
         return evidence.log_marginal_likelihood(self._prior(precision, mean), noise)
 
     def optimize_prior_precision(
@@ -712,7 +702,8 @@ class Laplace:
             raise UnsupportedError(
                 f"optimize_noise needs a likelihood with noise, found {self.likelihood.name}"
             )
-        self._check_knows_noise(optimize_noise)
+        if optimize_noise:
+            check_knows_noise(self._columns)
         evidence, start, noise = self._evidence(), self._start(prior_structure), self._sigma_noise.detach()
         if noise.ndim:
             optimum = maximise_by_output(evidence, start, noise, optimize_noise, max_steps, progress_bar)
@@ -877,26 +868,7 @@ class Laplace:
     # -- what the above is made of ---------------------------------------------------------------------------
 
     @property
-    def _output_shape(self) -> tuple[int, ...]:
-        """Of one sample's outputs at the input of this prediction; one number counts as an axis of length one.
-
-        Raises:
-            OutputError: if they differ from those in `fit` in more than the length of sequences.
-        """
-        fitted = self._fit.accumulated
-        shape = fitted.recorder.output_shape
-        if shape is None:
-            shape = fitted.output_shape
-        if shape != fitted.output_shape and not fitted.takes(shape, _of_a_term(self.likelihood, shape)):
-            expected, found = (", ".join(("N", *map(str, s))) for s in (fitted.output_shape, shape))
-            raise OutputError(
-                f"model outputs must have shape ({expected}) as in fit, but for the length of sequences, "
-                f"found ({found})"
-            )
-        return shape or (1,)
-
-    @property
-    def _fit(self) -> _Fitted:
+    def _fit(self) -> Fitted:
         if self._fitted is None:
             raise NotFittedError("this Laplace object is not fitted; call fit(train_loader) first")
         return self._fitted
@@ -914,7 +886,7 @@ class Laplace:
             return Sampled(
                 Response(self.likelihood, lambda: shape, sigma_noise), self._weight_space(progress_bar)
             )
-        response = Response(self.likelihood, lambda: self._output_shape, sigma_noise)
+        response = Response(self.likelihood, lambda: self._fit.output_shape(self.likelihood), sigma_noise)
         return Linearised(response, self._predictive(progress_bar))
 
     def _predictive(self, progress_bar: bool = False) -> Predictive:
@@ -923,18 +895,6 @@ class Laplace:
             prior = self._prior(self._prior_precision)
             return self._features.predictive(self.posterior_precision, prior, progress_bar)
         return Predictive(self._fit.feature_map, self.posterior_precision, progress_bar)
-
-    def _in_whole(self, values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch P"]:
-        """Values of the posterior's coordinates, in the flat vector of all parameters."""
-        subnetwork = self._fit.accumulated.subnetwork
-        return values if subnetwork is None else subnetwork.fill(self._fit.whole_mean, values)
-
-    def _of_posterior(self, value: Float[Tensor, "*S P"]) -> Float[Tensor, "*S k"]:
-        """The posterior's coordinates of vectors of all parameters; others are left to be refused."""
-        subnetwork = self._fit.accumulated.subnetwork
-        if subnetwork is None or value.shape[-1:] != (subnetwork.whole.size,):
-            return value
-        return subnetwork.of_whole(value)
 
     def _weight_space(self, progress_bar: bool = False) -> WeightSpace:
         self._check_unchanged()
@@ -945,16 +905,11 @@ class Laplace:
             self.posterior_precision,
             self.enable_backprop,
             progress_bar,
-            self._in_whole,
+            self._fit.in_whole,
         )
 
     def _check_unchanged(self) -> None:
-        """Every parameter and buffer counts, those outside of the posterior included: outputs depend on all."""
-        name = self._fit.fingerprint.difference(self.model)
-        if name is not None:
-            raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")
-        if self._features is not None:
-            self._features.check_unchanged(self._fit.of_map)
+        self._fit.check_unchanged(self.model, self._features)
 
     def _summed(self, continued: bool) -> list[StructureFactory]:
         """What sums the curvature: one state, or one for each output where these have noise scales of their own."""
@@ -985,7 +940,7 @@ class Laplace:
         return self._prior_of(self._fit, precision, mean)
 
     def _prior_of(
-        self, fitted: _Fitted, precision: Tensor | PrecisionOperator, mean: Tensor | None = None
+        self, fitted: Fitted, precision: Tensor | PrecisionOperator, mean: Tensor | None = None
     ) -> Prior:
         """The prior as it enters the posterior."""
         stated = self._stated_prior(fitted, precision, mean)
@@ -995,7 +950,7 @@ class Laplace:
         return closed(stated, fitted.curvature.total, self._prior_projection)
 
     def _stated_prior(
-        self, fitted: _Fitted, precision: Tensor | PrecisionOperator, mean: Tensor | None = None
+        self, fitted: Fitted, precision: Tensor | PrecisionOperator, mean: Tensor | None = None
     ) -> Prior:
         mean = self._prior_mean if mean is None else mean
         deviation = fitted.mean.double() - mean.to(fitted.mean).double()
@@ -1020,80 +975,3 @@ class Laplace:
                 "a prior given as an operator cannot be optimised; set prior_precision to a number first"
             )
         return current.regrouped(self._fit.accumulated.space, prior_structure)
-
-    def _checked_noise(self, value: float | Tensor) -> Float[Tensor, "*C"]:
-        noise = numbers("sigma_noise", value)
-        if noise.numel() == 1:
-            noise = noise.reshape(())
-        elif noise.ndim != 1 or not self.likelihood.has_noise_by_output:
-            expected = (
-                "one number or one for each output" if self.likelihood.has_noise_by_output else "one number"
-            )
-            raise UnsupportedError(
-                f"sigma_noise must be {expected} for {self.likelihood.name}, found shape {tuple(noise.shape)}"
-            )
-        refused = noise[~((noise > 0) & torch.isfinite(noise))].flatten()
-        if refused.numel():
-            raise ValueError(f"sigma_noise must be positive and finite, found {float(refused.detach()[0])}")
-        if not self.likelihood.has_noise and float(noise.detach()) != 1:
-            raise ValueError(
-                f"sigma_noise must be 1 for {self.likelihood.name}, which has no noise, found {float(noise.detach())}"
-            )
-        self._check_knows_noise(bool((noise != 1).any()))
-        return noise
-
-    def _check_knows_noise(self, noise_changes: bool) -> None:
-        """An empirical Fisher matrix is of gradients, which change with the noise in another way than Hessians do."""
-        if noise_changes and self._columns.kind == "empirical":
-            raise UnsupportedError(
-                "sigma_noise must be 1 for curvature='ef', which is of gradients at sigma = 1; take curvature='ggn', "
-                "or divide targets and outputs by it"
-            )
-
-
-def _checked_mean(value: float | Tensor, fitted: _Fitted | None) -> Float[Tensor, "*P"]:
-    mean = numbers("prior_mean", value)
-    if not mean.is_floating_point() or mean.ndim > 1 or not bool(torch.isfinite(mean).all()):
-        raise ValueError(
-            f"prior_mean must be a number or a flat vector, finite, found shape {tuple(mean.shape)} of "
-            f"{mean.dtype}"
-        )
-    if fitted is not None:
-        _check_mean_length(mean, fitted)
-    return mean
-
-
-def _checked_temperature(value: float | Tensor) -> Float[Tensor, ""]:
-    temperature = numbers("temperature", value)
-    if temperature.numel() != 1:
-        raise ValueError(f"temperature must be one number, found shape {tuple(temperature.shape)}")
-    if not 0 < (value := float(temperature.detach())) < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, found {value}")
-    return temperature.reshape(())
-
-
-def _check_mean_length(mean: Tensor, fitted: _Fitted) -> None:
-    if mean.ndim == 1 and mean.shape != fitted.mean.shape:
-        raise ValueError(f"prior_mean must have {len(fitted.mean)} entries, found {len(mean)}")
-
-
-def _of_a_term(likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
-    """How many of the outputs are of one term; 0 where the likelihood does not take them."""
-    try:
-        return likelihood.terms(torch.zeros(1, *output_shape)).shape[-1]
-    except RuntimeError:
-        return 0
-
-
-def _check_noise_length(noise: Float[Tensor, "*C"], fitted: _Fitted) -> None:
-    if noise.ndim == 0:
-        return
-    outputs = fitted.curvature.outputs
-    if outputs is None:
-        raise UnsupportedError(
-            f"sigma_noise has {len(noise)} entries, but the curvature of each output was not kept; set them, then fit"
-        )
-    if not len(noise) == len(outputs) == fitted.accumulated.of_a_term:
-        raise ValueError(
-            f"sigma_noise must have {fitted.accumulated.of_a_term} entries, one for each output, found {len(noise)}"
-        )
