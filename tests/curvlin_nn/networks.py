@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from curvlin_nn import structures
+
+ADDITIVE = {
+    "full": "full",
+    "diag": "diag",
+    "block": "block",
+    "kron": "kron",
+    "reduce": functools.partial(structures.Kronecker, approximation="reduce"),
+    "joint bias": functools.partial(structures.Kronecker, joint_bias=True),
+    "mixed": {"0": "full", "2*": "kron", "*": "diag"},
+}
+"""Structures of `mlp` whose sums over data, or over outputs, add."""
 
 
 @dataclass(frozen=True)

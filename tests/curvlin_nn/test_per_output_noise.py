@@ -4,35 +4,26 @@ import functools
 
 import pytest
 import torch
-from networks import Tied, problem
+from networks import ADDITIVE, Tied, problem
 from scipy.optimize import minimize
 from torch import nn
 
-from curvlin_nn import Laplace, likelihoods, structures
+from curvlin_nn import Laplace, likelihoods
 from curvlin_nn.errors import NoFiniteOptimumError, UnsupportedError
 
 SIGMA = torch.tensor([0.3, 0.8, 1.7], dtype=torch.float64)
-CHOICES = {
-    "full": "full",
-    "diag": "diag",
-    "block": "block",
-    "kron": "kron",
-    "reduce": functools.partial(structures.Kronecker, approximation="reduce"),
-    "joint bias": functools.partial(structures.Kronecker, joint_bias=True),
-    "mixed": {"0": "full", "2*": "kron", "*": "diag"},
-}
 
 
 def fitted(p, choice, likelihood="regression", **options):
     return Laplace(p.model, likelihood, "all", choice, **options).fit(p.batches())
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ADDITIVE)
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_it_is_the_likelihood_with_these_variances(kind, choice):
     """Set after the fit; the other likelihood has the variances in its columns from the start."""
     p = problem(kind, "regression")
-    structure = {"0": "full", "*": "kron"} if (kind, choice) == ("cnn", "mixed") else CHOICES[choice]
+    structure = {"0": "full", "*": "kron"} if (kind, choice) == ("cnn", "mixed") else ADDITIVE[choice]
     options = {"prior_precision": 0.6, "temperature": 0.4}
     la = fitted(p, structure, sigma_noise=torch.ones(3), **options)
     la.sigma_noise = SIGMA

@@ -1,37 +1,26 @@
 """Priors in the form of the curvature: projections with their error, and posteriors as the next prior."""
 
-import functools
 import itertools
 
 import network_oracle as oracle
 import pytest
 import torch
-from networks import problem
+from networks import ADDITIVE, problem
 
 from curvlin import Dense, Diagonal, Isotropic, KroneckerSum, NotClosedError
-from curvlin_nn import Laplace, project_prior, structures
+from curvlin_nn import Laplace, project_prior
 from curvlin_nn.errors import UnsupportedError
-
-MERGED = {
-    "full": "full",
-    "diag": "diag",
-    "block": "block",
-    "kron": "kron",
-    "reduce": functools.partial(structures.Kronecker, approximation="reduce"),
-    "joint bias": functools.partial(structures.Kronecker, joint_bias=True),
-    "mixed": {"0": "full", "2*": "kron", "*": "diag"},
-}
 
 
 def fitted(p, choice, batches=None, **options):
     return Laplace(p.model, p.likelihood, "all", choice, **options).fit(batches or p.batches())
 
 
-@pytest.mark.parametrize("choice", MERGED)
+@pytest.mark.parametrize("choice", ADDITIVE)
 def test_a_fit_that_goes_on_is_one_fit_of_all_data(choice):
     p = problem("mlp", "regression", n=9)
-    whole = fitted(p, MERGED[choice], sigma_noise=0.3)
-    parts = fitted(p, MERGED[choice], p.batches()[:1], sigma_noise=0.3)
+    whole = fitted(p, ADDITIVE[choice], sigma_noise=0.3)
+    parts = fitted(p, ADDITIVE[choice], p.batches()[:1], sigma_noise=0.3)
     parts.fit(p.batches()[1:2], override=False).fit(p.batches()[2:], override=False)
     torch.testing.assert_close(
         parts.posterior_precision.to_dense(), whole.posterior_precision.to_dense(), rtol=1e-12, atol=1e-12
