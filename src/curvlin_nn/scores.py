@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.metrics.regression import gaussian_surprise
 
 Prediction = Tensor | tuple[Tensor, Tensor]
 """What `Laplace` returns: probabilities or rates, or mean and covariance."""
@@ -68,7 +67,9 @@ class NegativeLogLikelihood(Score):
         """See `Score.update`."""
         self._count += len(targets)
         if isinstance(prediction, tuple):
-            self._total += float(_gaussian_nll(*prediction, targets.reshape(len(targets), -1)))
+            mean, covariance = (part.double() for part in prediction)
+            y = targets.double().reshape(len(targets), -1)
+            self._total += float(gaussian_surprise(mean, covariance, y).sum())
             return
         likelihood = self._likelihood
         checked = likelihood.check(outputs, targets, "held-out data")
@@ -131,13 +132,3 @@ def _arity(function: Callable[..., Any]) -> int:
         return 2
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
-
-
-def _gaussian_nll(
-    mean: Float[Tensor, "N C"], covariance: Float[Tensor, "N C C"], targets: Float[Tensor, "N C"]
-) -> Float[Tensor, ""]:
-    """Summed over samples."""
-    L = torch.linalg.cholesky(covariance.double())
-    residual = (targets.double() - mean.double()).unsqueeze(-1)
-    squares = torch.linalg.solve_triangular(L, residual, upper=False).square().sum()
-    return (squares + mean.numel() * math.log(2 * math.pi)) / 2 + L.diagonal(dim1=-2, dim2=-1).log().sum()
