@@ -13,19 +13,16 @@ context from MNIST, ours makes its own of the training images.
 from __future__ import annotations
 
 import argparse
-import gzip
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvlin_nn.feature_maps import JacobianMap, SurrogateMap, surrogate_training
 from curvlin_nn.feature_maps.kernel_loss import least_error, relative_error
+from table1.fashion import images, trained
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "published, lr 5e-5": {"protocol": "published", "lr": 5e-5},
@@ -33,48 +30,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, exact targets": {"targets": "exact"},
 }
-
-
-def images(folder: Path, part: str) -> tuple[Tensor, Tensor]:
-    """Pixels in [0, 1] and labels, from files in the IDX format."""
-
-    def idx(path: Path) -> Tensor:
-        with gzip.open(path) as file:
-            content = file.read()
-        n_dimensions = content[3]
-        shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(n_dimensions)]
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * n_dimensions)
-        return torch.from_numpy(values.reshape(shape).copy())
-
-    pixels = idx(folder / f"{part}-images-idx3-ubyte.gz").float().div(255).unsqueeze(1)
-    return pixels, idx(folder / f"{part}-labels-idx1-ubyte.gz").long()
-
-
-def network() -> nn.Module:
-    """That of the paper's repository."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in ((1, 16), (16, 32), (32, 64)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(576, 200), nn.ReLU(), nn.Linear(200, 10))
-
-
-def trained(x: Tensor, y: Tensor, n_epochs: int, cache: Path) -> nn.Module:
-    """The network after some epochs of the published recipe, from a file if there is one."""
-    torch.manual_seed(1)
-    model = network()
-    if not cache.exists():
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)
-        for _ in range(n_epochs):
-            for start in range(0, len(x), 64):
-                optimizer.zero_grad()
-                F.cross_entropy(model(x[start : start + 64]), y[start : start + 64]).backward()
-                optimizer.step()
-            schedule.step()
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), cache)
-    model.load_state_dict(torch.load(cache, weights_only=True))
-    return model.eval()
 
 
 def main() -> None:
@@ -92,7 +47,7 @@ def main() -> None:
     data = arguments.data_dir
     x, y = images(data / "fashion-mnist", "train")
     context = images(data / "mnist", "train")[0]
-    model = trained(x, y, 9, arguments.cache)
+    model = trained(x, y, 9, 1, arguments.cache)
     jacobian = JacobianMap(model)
     for seed in range(arguments.seeds):
         generator = torch.Generator().manual_seed(seed)

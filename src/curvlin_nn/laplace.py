@@ -43,17 +43,16 @@ from curvlin_nn.noise_search import maximise_by_output
 from curvlin_nn.parameters import ParameterSpace, Selection, check_model
 from curvlin_nn.per_output import PerOutput
 from curvlin_nn.predictive import (
-    Linearised,
-    Prediction,
+    GaussianPredictor,
+    PosteriorPredictive,
     Predictive,
     Predictor,
-    Request,
     Response,
-    Sampled,
+    SampledPredictor,
     WeightSpace,
 )
 from curvlin_nn.predictive.linearised import functional_covariance
-from curvlin_nn.predictive.request import check_draws, check_noise, check_pred_type
+from curvlin_nn.predictive.request import check_pred_type
 from curvlin_nn.prior import (
     GroupedPrior,
     OperatorPrior,
@@ -81,7 +80,7 @@ CURVATURES = {"ggn": "exact", "fisher_mc": "mc", "ef": "empirical", "hessian": "
 """The curvatures by name, with the kind of columns that each is made of; a Hessian is made of none."""
 
 
-class Laplace:
+class Laplace(PosteriorPredictive):
     """The Laplace approximation ``q(theta) = N(theta_MAP, P^-1)`` with ``P = H / (sigma^2 T) + P0``.
 
     H is the generalised Gauss-Newton matrix of the negative log-likelihood, summed over the data, in the
@@ -741,107 +740,6 @@ class Laplace:
     # -- prediction ------------------------------------------------------------------------------------------
 
     @outside_inference_mode()
-    def __call__(
-        self,
-        x: Any,
-        pred_type: str = "glm",
-        link_approx: str = "probit",
-        joint: bool = False,
-        diagonal_output: bool = False,
-        n_samples: int = 100,
-        generator: torch.Generator | None = None,
-        observation_noise: bool = False,
-        progress_bar: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The predictive distribution at x.
-
-        Args:
-            x: what the model takes.
-            pred_type: ``"glm"``, of the network linearised around its parameters; ``"nn"``, of the network itself at
-                `n_samples` draws of its parameters; or ``"gp"``, which is ``"glm"`` of the structure of that name.
-            link_approx: a closed form of the likelihood's expected link, or ``"mc"`` for `n_samples` draws of the
-                outputs. The default is the likelihood's first closed form: ``"probit"`` for classes, ``"exact"`` for
-                counts. Classes have ``"mean_field"``, ``"bridge"`` and ``"bridge_norm"`` too
-                (`likelihoods.expected_softmax`). Regression has no link, and takes the default only; so does
-                ``"nn"``, whose outputs are draws.
-            joint: for regression, the covariance between all samples, sample-major.
-            diagonal_output: variances of the outputs only (for ``"mc"``: outputs drawn independently).
-            n_samples: the number of draws for ``"mc"`` and ``"nn"``.
-            generator: source of randomness for draws; None is torch's default generator.
-            observation_noise: for regression, whether to add the covariance of the noise: ``sigma_noise^2``, or what
-                the model says of it.
-            progress_bar: whether to show one over the parts that `x` is taken in.
-
-        Returns:
-            Where the likelihood has a link, its expectation: probabilities or rates ``(N, C)``, or in the shape of the
-            outputs where these have more axes. For regression and
-            rewards, mean ``(N, C)`` and covariance ``(N, C, C)``, with `diagonal_output` variance ``(N, C)``, with
-            `joint` ``(N C,)`` and ``(N C, N C)``.
-
-        Raises:
-            UnsupportedError: for a combination that is not served.
-            NotFittedError: before `fit`.
-            StaleModelError: if a parameter or buffer of the model changed since `fit`.
-        """
-        request = Request(
-            pred_type, link_approx, joint, diagonal_output, n_samples, generator, observation_noise
-        ).checked(self.likelihood)
-        return self._predictor(pred_type, progress_bar)(x, request)
-
-    @outside_inference_mode()
-    def predict(
-        self,
-        x: Any,
-        pred_type: str = "glm",
-        link_approx: str = "probit",
-        n_samples: int = 100,
-        generator: torch.Generator | None = None,
-        progress_bar: bool = False,
-    ) -> Prediction:
-        """The same as an object: mean and covariance, probabilities, and uncertainty taken apart.
-
-        Args:
-            x: what the model takes.
-            pred_type: as of a call.
-            link_approx: as of a call.
-            n_samples: the number of draws, at least two; of ``"glm"`` they are made when first needed.
-            generator: source of randomness, which decides about the draws now, whenever they are made.
-            progress_bar: as of a call.
-
-        Raises:
-            UnsupportedError, NotFittedError, StaleModelError: as a call does.
-        """
-        check_draws(n_samples, 2)
-        request = Request(pred_type, link_approx, n_samples=n_samples, generator=generator)
-        return self._predictor(pred_type, progress_bar).predict(x, request.checked(self.likelihood))
-
-    @outside_inference_mode()
-    def functional_samples(
-        self, x: Any, n_samples: int = 100, generator: torch.Generator | None = None, pred_type: str = "glm"
-    ) -> Float[Tensor, "S N C"]:
-        """Draws of the outputs, jointly over the samples in x.
-
-        Each is the network, linearised (Gaussian) or for ``pred_type="nn"`` itself, at one draw of its parameters:
-        one generator state gives the same functions at any x, and the same parameters for either.
-        """
-        n_samples = positive_integer("n_samples", n_samples)
-        return self._predictor(pred_type).functional_samples(x, n_samples, generator)
-
-    @outside_inference_mode()
-    def predictive_samples(
-        self,
-        x: Any,
-        n_samples: int = 100,
-        generator: torch.Generator | None = None,
-        observation_noise: bool = False,
-        pred_type: str = "glm",
-    ) -> Float[Tensor, "S N C"]:
-        """Draws of the prediction: probabilities, or for regression outputs (with noise on request)."""
-        check_noise(self.likelihood, observation_noise)
-        n_samples = positive_integer("n_samples", n_samples)
-        return self._predictor(pred_type).predictive_samples(x, n_samples, generator, observation_noise)
-
-    @outside_inference_mode()
     def residual_covariance(self, x: Any) -> Residual:
         """The prior variance that the features of a `feature_map` leave out, as predictions at x add it.
 
@@ -883,11 +781,11 @@ class Laplace:
         sigma_noise = self._sigma_noise.detach()
         if pred_type == "nn":
             shape = self._fit.accumulated.output_shape or (1,)
-            return Sampled(
+            return SampledPredictor(
                 Response(self.likelihood, lambda: shape, sigma_noise), self._weight_space(progress_bar)
             )
         response = Response(self.likelihood, lambda: self._fit.output_shape(self.likelihood), sigma_noise)
-        return Linearised(response, self._predictive(progress_bar))
+        return GaussianPredictor(response, self._predictive(progress_bar))
 
     def _predictive(self, progress_bar: bool = False) -> Predictive:
         self._check_unchanged()

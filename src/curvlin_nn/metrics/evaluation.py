@@ -13,13 +13,13 @@ from tqdm import tqdm
 from curvlin._check import positive_integer
 from curvlin_nn.capture.inputs import split_batch
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError, one_of
-from curvlin_nn.laplace import Laplace
 from curvlin_nn.likelihoods import Bernoulli, Categorical
 from curvlin_nn.metrics import regression
 from curvlin_nn.metrics._check import distributions, gaussians, labels
 from curvlin_nn.metrics.classification import entropy, max_probability
 from curvlin_nn.metrics.ood import aupr, auroc, scikit_learn
 from curvlin_nn.metrics.running import Running, of_classes, of_gaussians
+from curvlin_nn.predictive import PosteriorPredictive
 
 Prediction = Tensor | tuple[Tensor, Tensor]
 """Probabilities with classes along the last axis, or mean and variance."""
@@ -38,7 +38,7 @@ DETECTION = {"auroc": auroc, "aupr": aupr}
 
 
 def evaluate(
-    la: Laplace | Callable[[Any], Prediction],
+    la: PosteriorPredictive | Callable[[Any], Prediction],
     loader: Iterable[Any],
     metrics: Sequence[str] | None = None,
     *,
@@ -55,9 +55,10 @@ def evaluate(
     Kept are sums; only ``"adaptive_ece"`` keeps two numbers for each prediction, ``"auroc"`` and ``"aupr"`` one.
 
     Args:
-        la: a fitted `Laplace` of classes, bits or Gaussian observations, which are predicted with their noise; or a
-            function of inputs that returns probabilities with classes along the last axis, or mean and variance (of
-            outputs, or covariances). ``lambda x: model(x).softmax(-1)`` is the network without its posterior.
+        la: a fitted posterior (`Laplace` or a variational one) of classes, bits or Gaussian observations, which are
+            predicted with their noise; or a function of inputs that returns probabilities with classes along the last
+            axis, or mean and variance (of outputs, or covariances). ``lambda x: model(x).softmax(-1)`` is the network
+            without its posterior.
         loader: batches ``(inputs, targets)``.
         metrics: ``"nll"``, ``"accuracy"``, ``"ece"``, ``"adaptive_ece"`` and ``"brier"`` of probabilities; ``"nll"``,
             ``"rmse"``, ``"crps"``, ``"coverage"`` and ``"sharpness"`` of Gaussians; ``"auroc"`` and ``"aupr"`` with
@@ -69,7 +70,7 @@ def evaluate(
         levels: the nominal levels of ``"coverage"``, reported as ``"coverage_0.95"``.
         ignore_index: the label of targets that do not count; None takes that of the likelihood, if it has one.
         progress_bar: whether to show one.
-        **prediction: options of `Laplace.__call__`, such as ``link_approx="mc"``.
+        **prediction: options of `PosteriorPredictive.__call__`, such as ``link_approx="mc"``.
 
     Returns:
         The metrics by name, each as if computed from all predictions at once. Class weights do not count.
@@ -87,7 +88,11 @@ def evaluate(
         of_gaussians(regression.levels(levels).reshape(-1).tolist()),
     )
     wanted = _wanted(metrics, {name for catalog in catalogs for name in catalog}, ood_loader is not None)
-    if ignore_index is None and isinstance(la, Laplace) and isinstance(la.likelihood, Categorical):
+    if (
+        ignore_index is None
+        and isinstance(la, PosteriorPredictive)
+        and isinstance(la.likelihood, Categorical)
+    ):
         ignore_index = la.likelihood.ignore_index
     question = _Question(la, prediction, ignore_index, SCORES[ood_score], with_covariance="nll" in wanted)
     running: dict[str, Running] = {}
@@ -150,7 +155,7 @@ def _chosen(catalog: Mapping[str, Running], wanted: set[str], *, everything: boo
 class _Question:
     """How predictions are asked for and read."""
 
-    la: Laplace | Callable[[Any], Prediction]
+    la: PosteriorPredictive | Callable[[Any], Prediction]
     options: Mapping[str, Any]
     ignore_index: int | None
     score: Callable[[Tensor], Tensor]
@@ -161,12 +166,14 @@ class _Question:
         for index, batch in enumerate(tqdm(loader, desc="evaluation", disable=not progress_bar)):
             x, targets = split_batch(batch, f"batch {index}")
             with torch.no_grad():
-                found = self._of_laplace(self.la, x) if isinstance(self.la, Laplace) else self._of(self.la, x)
-            if isinstance(self.la, Laplace):
-                targets = _laid_out(targets, found[0] if isinstance(found, tuple) else found[..., 0])
+                if isinstance(self.la, PosteriorPredictive):
+                    found = self._of_posterior(self.la, x)
+                    targets = _laid_out(targets, found[0] if isinstance(found, tuple) else found[..., 0])
+                else:
+                    found = self._of(self.la, x)
             yield found, targets.to((found[0] if isinstance(found, tuple) else found).device)
 
-    def _of_laplace(self, la: Laplace, x: Any) -> Prediction:
+    def _of_posterior(self, la: PosteriorPredictive, x: Any) -> Prediction:
         if isinstance(la.likelihood, (Categorical, Bernoulli)):
             found = la(x, **self.options)
             assert isinstance(found, Tensor)

@@ -21,13 +21,14 @@ from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_maps.alignment import aligned
 from curvlin_nn.input_parts import in_parts
 from curvlin_nn.predictive.draws import deviations
+from curvlin_nn.predictive.output_gaussian import OutputGaussian
 
 FEATURE_BUDGET = 2**23
 """Entries of the tensors of features held at once: 32 MiB in float32."""
 
 
 @dataclass(frozen=True)
-class Predictive:
+class Predictive(OutputGaussian):
     """The linearised posterior over outputs.
 
     Attributes:

@@ -28,8 +28,8 @@ class Prediction:
     (Houlsby et al., 2011; Depeweg et al., 2018). Where they are numbers it is variance (law of total variance).
 
     Attributes:
-        mean: the expected target, as `Laplace.__call__` gives it: probabilities or rates in the shape of the outputs,
-            or the expected mean ``(N, D)``.
+        mean: the expected target, as `PosteriorPredictive.__call__` gives it: probabilities or rates in the shape of
+            the outputs, or the expected mean ``(N, D)``.
         output_mean: of the Gaussian over the model's outputs, ``(N, C)``.
         output_covariance: ``(N, C, C)``; with ``pred_type="nn"`` both are estimated from the draws.
     """

@@ -1,4 +1,4 @@
-"""Answers to requests, of the linearised network or of the network at draws of its weights."""
+"""Answers to requests, from a Gaussian over outputs or from the network at draws of its weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin_nn.predictive.linearised import Predictive
 from curvlin_nn.predictive.links import draw
+from curvlin_nn.predictive.output_gaussian import OutputGaussian
 from curvlin_nn.predictive.prediction import Prediction
 from curvlin_nn.predictive.request import Request, check_noise
 from curvlin_nn.predictive.response import Response
@@ -34,7 +34,7 @@ class Predictor(ABC):
     response: Response
 
     def __call__(self, x: Any, request: Request) -> Answer:
-        """See `Laplace.__call__`."""
+        """See `PosteriorPredictive.__call__`."""
         if self.response.likelihood.has_link:
             return self._expected_link(x, request)
         return self._moments(x, request)
@@ -48,7 +48,7 @@ class Predictor(ABC):
     def predictive_samples(
         self, x: Any, n_samples: int, generator: torch.Generator | None, observation_noise: bool
     ) -> Tensor:
-        """See `Laplace.predictive_samples`."""
+        """See `PosteriorPredictive.predictive_samples`."""
         check_noise(self.response.likelihood, observation_noise)
         outputs = self.functional_samples(x, n_samples, generator)
         return (
@@ -57,7 +57,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def predict(self, x: Any, request: Request) -> Prediction:
-        """See `Laplace.predict`."""
+        """See `PosteriorPredictive.predict`."""
 
     @abstractmethod
     def _expected_link(self, x: Any, request: Request) -> Tensor:
@@ -69,7 +69,7 @@ class Predictor(ABC):
 
 
 @dataclass(frozen=True)
-class Linearised(Predictor):
+class GaussianPredictor(Predictor):
     """From the Gaussian over outputs.
 
     Attributes:
@@ -78,7 +78,7 @@ class Linearised(Predictor):
     """
 
     response: Response
-    predictive: Predictive
+    predictive: OutputGaussian
 
     def functional_samples(
         self, x: Any, n_samples: int, generator: torch.Generator | None
@@ -138,7 +138,7 @@ class Linearised(Predictor):
 
 
 @dataclass(frozen=True)
-class Sampled(Predictor):
+class SampledPredictor(Predictor):
     """From outputs of the network at draws of its weights.
 
     Attributes:

@@ -18,7 +18,7 @@ again, by its name in function space."""
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `Laplace.__call__` but for the inputs."""
+    """The arguments of `PosteriorPredictive.__call__` but for the inputs."""
 
     pred_type: str = "glm"
     link_approx: str = DEFAULT_LINK
