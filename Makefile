@@ -6,17 +6,20 @@ PIP_FLAGS ?=
 # More options for pytest, for example: make test PYTEST_FLAGS='-m "" -k kronecker'
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
+# For table1: where the data sets are, and more options, for example ARGS='--quick'.
+DATA ?=
+ARGS ?=
 WORKERS ?= 2
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep -E '^torch==' constraints.txt)
 
-.PHONY: help setup test test-all lint format types docs pictures demo bench clean
+.PHONY: help setup test test-all lint format types docs pictures demo bench table1 clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # torch goes first and alone, at the pinned version, so that no other package decides which build is taken.
 $(STAMP): pyproject.toml constraints.txt
@@ -60,6 +63,10 @@ demo: $(STAMP)  ## train, fit several posteriors, print a table, write pictures 
 bench: $(STAMP)  ## every script in benchmarks/
 	set -e; for script in benchmarks/*.py; do case $$script in */_*) continue;; esac; \
 	  echo "== $$script"; $(BIN)/python $$script; done
+
+table1: $(STAMP)  ## the results table of the ScaLLA paper: make table1 DATA=DIR [ARGS='--quick']
+	@test -n "$(DATA)" || { echo "table1 needs DATA=DIR, a folder with fashion-mnist/, mnist/ and kmnist/"; exit 2; }
+	$(BIN)/python -W ignore benchmarks/table1/run.py --data-dir $(DATA) $(ARGS)
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) site demo_out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,115 @@
+"""The page of the documentation that shows the results, written anew from the files of the rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from table1 import figures
+from table1.problem import PROTOCOLS
+from table1.record import results
+from table1.report import (
+    COSTS,
+    MAIN,
+    Result,
+    as_csv,
+    by_row,
+    claim_table,
+    columns_table,
+    comparison_table,
+    tolerance_table,
+)
+from table1.rows import ROWS
+
+INTRODUCTION = """\
+# A results table, row by row
+
+Every method of the first table of the ScaLLA paper ([arXiv 2601.21835](https://arxiv.org/abs/2601.21835)) on its network
+and its data, Fashion-MNIST, by
+
+{commands}
+
+This page, the CSV files and the pictures are written by that command from one file for each row and seed.
+
+- **ACC, NLL, ECE, Brier** are of the mean softmax over 2,048 draws of the logits (of fewer for MFVI, which has networks for
+  draws) on the 10,000 test images; ECE has 15 bins. **NLL - MAP** is the difference, image by image, to the network alone.
+- **AUC** is that of telling other data from the test images by the entropy of that mean. The paper's script takes another
+  softmax of it first, where logits are Gaussian or certain; its column is compared with by that rule, and only there.
+- **Gaussian AUC** is by the log-determinant of the covariance of the logits. It stays the same when that covariance is
+  multiplied by a number, so it says nothing without the other columns.
+- Numbers are means over seeds (of network and method), ± the standard error of that mean where there are several.
+"""
+
+OURS = """\
+## Hyperparameters from held-out images
+
+The network is trained on 55,000 images. Prior precisions, and what else is chosen, have the largest likelihood of the
+other 5,000 training images. No image of another data set is seen before the test: what context a surrogate has is made
+of training images.
+"""
+
+PUBLISHED = """\
+## The published protocol
+
+The network is trained on all 60,000 images, with seed 1. The prior precision of LLA has the largest marginal likelihood,
+those of ELLA and ScaLLA are one, and surrogates see training images of MNIST as context. What the paper calls LLLA is
+Kronecker-factored over all weights in its script, and is called LLA here; the row LLLA is that of the last layer. The paper's
+surrogate has a million steps; ours have as many as the time below allows.
+"""
+
+CLAIM = """\
+### The joint claim
+
+One covariance must detect, and cost neither likelihood nor calibration. Differences to MAP are taken seed by seed.
+"""
+
+
+def written(folder: Path, quick: bool) -> str:
+    """Write all that is shown of a folder of results.
+
+    Returns:
+        The tables as text.
+    """
+    found = {protocol: results(folder / "rows", protocol, quick) for protocol in PROTOCOLS}
+    sections = []
+    for protocol, of in found.items():
+        rows = by_row(of, [row.name for row in ROWS])
+        if rows:
+            sections.append(_section(protocol, rows, folder))
+    commands = "\n".join(_command(protocol, of, quick) for protocol, of in found.items() if of)
+    page = "\n".join([INTRODUCTION.format(commands=commands), *sections])
+    folder.with_name(folder.name + ".md").write_text(page)
+    return "\n".join(sections)
+
+
+def _section(protocol: str, rows: dict[str, list[Result]], folder: Path) -> str:
+    (folder / f"{protocol}.csv").write_text(as_csv(rows))
+    pictures = figures.draw(rows, folder, protocol)
+    parts = [OURS if protocol == "ours" else PUBLISHED, _seeds(rows), columns_table(rows, MAIN)]
+    if protocol == "ours":
+        parts += [CLAIM, claim_table(rows)]
+    parts += ["### Beside the paper's numbers", comparison_table(rows)]
+    if protocol == "published":
+        parts += ["Off by, and what is tolerated of a network trained anew:", tolerance_table(rows)]
+    parts += ["### Cost, on one thread", _budgets(rows), columns_table(rows, COSTS)]
+    parts += ["### Pictures", *(f"![{p.stem}]({folder.name}/{p.name})" for p in pictures)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _seeds(rows: dict[str, list[Result]]) -> str:
+    counts = {name: len(of) for name, of in rows.items()}
+    if len(set(counts.values())) == 1:
+        return f"Seeds: {next(iter(counts.values()))}."
+    return "Seeds: " + ", ".join(f"{name} {count}" for name, count in counts.items()) + "."
+
+
+def _budgets(rows: dict[str, list[Result]]) -> str:
+    seconds = sorted({r["options"]["seconds"] for of in rows.values() for r in of})
+    allowed = " or ".join(f"{s:g}" for s in seconds)
+    return f"Seconds are of the processor. Methods that are trained had {allowed} for it."
+
+
+def _command(protocol: str, of: list[dict[str, Any]], quick: bool) -> str:
+    n_seeds = len({r["seed"] for r in of})
+    flags = f"--protocol {protocol} --seeds {n_seeds}" + (" --quick" if quick else "")
+    return f"    make table1 DATA=DIR ARGS='{flags}'"

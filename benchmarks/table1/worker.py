@@ -1,0 +1,113 @@
+"""One row for one seed, in a process of its own: so that its memory and its processor time are its own.
+
+python benchmarks/table1/worker.py '{"row": "MAP", ...}' FILE
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from curvlin_nn.feature_maps import surrogate_training
+from table1 import problem as problems
+from table1.outputs import CertainLogits, Predict, in_batches
+from table1.problem import Problem
+from table1.rows import ROWS
+from table1.scores import Predicted, difference, histograms, scores
+
+
+def problem_of(task: dict[str, Any]) -> Problem:
+    return Problem(
+        Path(task["data_dir"]),
+        task["protocol"],
+        task["seed"],
+        problems.QUICK if task["quick"] else problems.FULL,
+        task["seconds"],
+        Path(task["cache"]),
+    )
+
+
+def evaluated(task: dict[str, Any]) -> dict[str, Any]:
+    """What the file of a row holds; of the row ``"network"``, nothing but that it is trained."""
+    problem = problem_of(task)
+    begin = time.process_time()
+    problem.model  # noqa: B018: trains it, or reads it
+    if task["row"] == "network":
+        return {"seconds": time.process_time() - begin}
+    row = next(row for row in ROWS if row.name == task["row"])
+    problem.data  # noqa: B018: read before the time is taken
+    begin = time.process_time()
+    fit = row.fit(problem)
+    fitted = time.process_time()
+    predicted = {name: _predicted(fit.predict, x) for name, x in problem.test_sets()}
+    n_images = sum(len(of.log_probabilities) for of in predicted.values())
+    seconds = {
+        "fit": fitted - begin + fit.seconds_before,
+        "predict 10,000": 1e4 * (time.process_time() - fitted) / n_images,
+    }
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    test, y = predicted["test"], problem.data.test[1]
+    outside = {name: predicted[name] for name in problem.data.outside}
+    reference = _predicted(_certain(problem), problem.data.test[0])
+    return {
+        "row": row.name,
+        "protocol": problem.protocol,
+        "quick": task["quick"],
+        "seed": problem.seed,
+        "scores": scores(test, y, outside, row.n_softmax_as_published),
+        "NLL minus MAP": difference(test.surprises(y), reference.surprises(y)),
+        "seconds": seconds,
+        "peak memory, MiB": memory,
+        "options": {"seconds": problem.seconds, **fit.options},
+        "versions": _versions(),
+        "histograms": histograms(predicted),
+    }
+
+
+def _predicted(predict: Predict, x: Tensor) -> Predicted:
+    parts = in_batches(predict, x)
+    determinants = [part.log_determinants() for part in parts]
+    return Predicted(
+        torch.cat([part.log_probabilities() for part in parts]),
+        torch.cat(known) if len(known := [d for d in determinants if d is not None]) == len(parts) else None,
+    )
+
+
+def _certain(problem: Problem) -> Predict:
+    @torch.no_grad()
+    def predict(x: Tensor) -> CertainLogits:
+        return CertainLogits(problem.model(x))
+
+    return predict
+
+
+def _versions() -> dict[str, str]:
+    names = ("curvlin", "torch", "gpytorch", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def main() -> None:
+    task, path = json.loads(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    surrogate_training.clock = time.process_time
+    found = evaluated(task)
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+    unfinished.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+if __name__ == "__main__":
+    main()
