@@ -1,4 +1,4 @@
-"""Pictures of the results: entropies within and outside the distribution, and what a row gains against what it costs."""
+"""Pictures of the results: entropies in and out of distribution, and likelihood against detection."""
 
 from __future__ import annotations
 

@@ -24,17 +24,18 @@ from table1.rows import ROWS
 INTRODUCTION = """\
 # A results table, row by row
 
-Every method of the first table of the ScaLLA paper ([arXiv 2601.21835](https://arxiv.org/abs/2601.21835)) on its network
-and its data, Fashion-MNIST, by
+Every method of the first table of the ScaLLA paper ([arXiv 2601.21835](https://arxiv.org/abs/2601.21835)) on its
+network and its data, Fashion-MNIST, by
 
 {commands}
 
 This page, the CSV files and the pictures are written by that command from one file for each row and seed.
 
-- **ACC, NLL, ECE, Brier** are of the mean softmax over 2,048 draws of the logits (of fewer for MFVI, which has networks for
-  draws) on the 10,000 test images; ECE has 15 bins. **NLL - MAP** is the difference, image by image, to the network alone.
-- **AUC** is that of telling other data from the test images by the entropy of that mean. The paper's script takes another
-  softmax of it first, where logits are Gaussian or certain; its column is compared with by that rule, and only there.
+- **ACC, NLL, ECE, Brier** are of the mean softmax over 2,048 draws of the logits (MFVI: over its drawn networks) on the
+  10,000 test images; ECE has 15 bins. **NLL - MAP** is the difference, image by image, to the network alone.
+- **AUC** is that of telling other data from the test images by the entropy of that mean. The paper's script takes
+  another softmax of it first, where logits are Gaussian or certain. Its column is compared with by that rule, and only
+  there.
 - **Gaussian AUC** is by the log-determinant of the covariance of the logits. It stays the same when that covariance is
   multiplied by a number, so it says nothing without the other columns.
 - Numbers are means over seeds (of network and method), ± the standard error of that mean where there are several.
@@ -51,10 +52,10 @@ of training images.
 PUBLISHED = """\
 ## The published protocol
 
-The network is trained on all 60,000 images, with seed 1. The prior precision of LLA has the largest marginal likelihood,
-those of ELLA and ScaLLA are one, and surrogates see training images of MNIST as context. What the paper calls LLLA is
-Kronecker-factored over all weights in its script, and is called LLA here; the row LLLA is that of the last layer. The paper's
-surrogate has a million steps; ours have as many as the time below allows.
+The network is trained on all 60,000 images, with seed 1. The prior precision of LLA and LLLA has the largest marginal
+likelihood, that of ELLA and ScaLLA is one, and surrogates see training images of MNIST as context. What the paper calls
+LLLA is Kronecker-factored over all weights in its script, and is called LLA here; the row LLLA is that of the last
+layer. The paper's surrogate has a million steps; ours has as many as the time below allows.
 """
 
 CLAIM = """\

@@ -2,13 +2,13 @@
 
     python benchmarks/table1/run.py --data-dir DIR [--seeds K] [--protocol ours|published] [--quick] [--jobs J]
 
-DIR holds ``fashion-mnist/``, ``mnist/`` and ``kmnist/`` in the IDX format. Each row and seed has a file in the folder of
-results; what is there is not computed again, so that the same command goes on after an interruption. To have a row
+DIR holds ``fashion-mnist/``, ``mnist/`` and ``kmnist/`` in the IDX format. Each row and seed has a file in the folder
+of results; what is there is not computed again, so that the same command goes on after an interruption. To have a row
 computed anew, delete its file.
 
-Protocol ``published``: the network of seed 1 after all 60,000 training images, prior precisions by evidence (LLA) or one
-(the others), context from MNIST. Protocol ``ours``: the first 55,000 images, hyperparameters by the likelihood of the
-other 5,000, no context but what is made of training images.
+Protocol ``published``: the network of seed 1 after all 60,000 training images, prior precisions by evidence (LLA) or
+one (the others), context from MNIST. Protocol ``ours``: the first 55,000 images, hyperparameters by the likelihood of
+the other 5,000, no context but what is made of training images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from table1 import page
 from table1.problem import FULL, PROTOCOLS, QUICK
-from table1.record import Task, complete
+from table1.record import Execute, Task, complete, in_subprocess
 from table1.rows import ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, execute: Execute = in_subprocess) -> int:
     asked = parsed(arguments)
     folder = asked.results or (OUT / "quick" if asked.quick else ROOT / "docs" / "results" / "table1")
     cache = OUT / "quick" if asked.quick else OUT
@@ -68,10 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
             if (asked.rows is None or row.name in asked.rows)
             and (row.in_published or asked.protocol == "ours")
         ]
-        failed = complete([task("network", seed) for seed in seeds], cache, asked.jobs)
+        failed = complete([task("network", seed) for seed in seeds], cache, asked.jobs, execute)
         broken = {t.seed for t in failed}
         tasks = [task(name, seed) for seed in seeds if seed not in broken for name in names]
-        failed += complete(tasks, folder / "rows", asked.jobs)
+        failed += complete(tasks, folder / "rows", asked.jobs, execute)
     print(page.written(folder, asked.quick))
     return 1 if failed else 0
 
