@@ -56,24 +56,27 @@ class Data:
     context: Tensor
 
     @classmethod
-    def load(cls, folder: Path, n_validation: int, limit: int | None = None) -> Data:
+    def load(
+        cls, folder: Path, n_validation: int, most: int | None = None, most_tests: int | None = None
+    ) -> Data:
         """From folders ``fashion-mnist``, ``mnist`` and ``kmnist``.
 
         Args:
             folder: holds them.
             n_validation: how many of the last training images to hold out.
-            limit: the most images of each part; None takes all.
+            most: the most training images; None takes all.
+            most_tests: the most test images of each data set; None takes all.
         """
         x, y = images(folder / "fashion-mnist", "train")
         n_train = len(x) - n_validation
         test_x, test_y = images(folder / "fashion-mnist", "t10k")
-        outside = {name: images(folder / name, "t10k")[0][:limit] for name in OUT_OF_DISTRIBUTION}
+        outside = {name: images(folder / name, "t10k")[0][:most_tests] for name in OUT_OF_DISTRIBUTION}
         return cls(
-            (x[:n_train][:limit], y[:n_train][:limit]),
+            (x[:n_train][:most], y[:n_train][:most]),
             (x[n_train:], y[n_train:]),
-            (test_x[:limit], test_y[:limit]),
+            (test_x[:most_tests], test_y[:most_tests]),
             outside,
-            images(folder / "mnist", "train")[0][:limit],
+            images(folder / "mnist", "train")[0][:most],
         )
 
 

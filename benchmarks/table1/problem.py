@@ -22,19 +22,21 @@ class Size:
 
     Attributes:
         n_epochs: of the network.
-        limit: the most images of each part.
+        n_train: the most training images, of context as well; None takes all.
+        n_test: the most test images of each data set; None takes all.
         n_validation: held out in protocol ``"ours"``.
         seconds: of processor time that a method which is trained is given, if nothing else is said.
     """
 
     n_epochs: int
-    limit: int | None
+    n_train: int | None
+    n_test: int | None
     n_validation: int
     seconds: float
 
 
-FULL = Size(40, None, 5_000, 1_800)
-QUICK = Size(5, 10_000, 5_000, 20)
+FULL = Size(40, None, None, 5_000, 1_800)
+QUICK = Size(5, 10_000, 2_000, 1_000, 20)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Problem:
 
     @cached_property
     def data(self) -> Data:
-        return Data.load(self.data_dir, 0 if self.published else self.size.n_validation, self.size.limit)
+        n_validation = 0 if self.published else self.size.n_validation
+        return Data.load(self.data_dir, n_validation, self.size.n_train, self.size.n_test)
 
     @cached_property
     def model(self) -> nn.Sequential:
