@@ -101,9 +101,7 @@ def test_columns_against_direct_formulas(n_softmax):
         name: torch.randn(40, dtype=torch.float64, generator=generator) + k for k, name in enumerate(logits)
     }
     y = torch.randint(4, (40,), generator=generator)
-    predicted = {
-        name: scores.Predicted(f.log_softmax(-1), determinants[name]) for name, f in logits.items()
-    }
+    predicted = {name: scores.Predicted(f.log_softmax(-1), determinants[name]) for name, f in logits.items()}
     outside = {name: predicted[name] for name in ("kmnist", "mnist")}
     found = scores.scores(predicted["test"], y, outside, n_softmax)
     p = {name: f.softmax(-1) for name, f in logits.items()}

@@ -86,9 +86,10 @@ def written(folder: Path, quick: bool) -> str:
 def _section(protocol: str, rows: dict[str, list[Result]], folder: Path) -> str:
     (folder / f"{protocol}.csv").write_text(as_csv(rows))
     pictures = figures.draw(rows, folder, protocol)
-    parts = [OURS if protocol == "ours" else PUBLISHED, _seeds(rows), columns_table(rows, MAIN)]
+    introduction = OURS if protocol == "ours" else PUBLISHED
+    parts = [introduction.rstrip(), _seeds(rows), columns_table(rows, MAIN)]
     if protocol == "ours":
-        parts += [CLAIM, claim_table(rows)]
+        parts += [CLAIM.rstrip(), claim_table(rows)]
     parts += ["### Beside the paper's numbers", comparison_table(rows)]
     if protocol == "published":
         parts += ["Off by, and what is tolerated of a network trained anew:", tolerance_table(rows)]
@@ -105,9 +106,10 @@ def _seeds(rows: dict[str, list[Result]]) -> str:
 
 
 def _budgets(rows: dict[str, list[Result]]) -> str:
-    seconds = sorted({r["options"]["seconds"] for of in rows.values() for r in of})
-    allowed = " or ".join(f"{s:g}" for s in seconds)
-    return f"Seconds are of the processor. Methods that are trained had {allowed} for it."
+    seconds = {r["options"]["seconds"] for of in rows.values() for r in of if "seconds" in r["options"]}
+    allowed = " or ".join(f"{s:,g}" for s in sorted(seconds))
+    trained = f" Methods that are trained were allowed {allowed}." if seconds else ""
+    return "Seconds are of the processor; those of prediction include the draws." + trained
 
 
 def _command(protocol: str, of: list[dict[str, Any]], quick: bool) -> str:

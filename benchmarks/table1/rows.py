@@ -118,7 +118,12 @@ def _surrogate(problem: Problem, biased: bool) -> tuple[SurrogateMap, dict[str, 
     history = features.history
     assert history is not None
     seconds = surrogate_training.clock() - begin
-    options = {"K": 100, "steps": history.steps[-1], "kernel error": min(history.errors)}
+    options = {
+        "seconds": problem.seconds,
+        "K": 100,
+        "steps": history.steps[-1],
+        "kernel error": min(history.errors),
+    }
     found = {"surrogate": features.surrogate, "options": options, "seconds": seconds}
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     torch.save(found, unfinished)
@@ -151,21 +156,21 @@ def _variational(posterior: Any, problem: Problem, **options: Any) -> Fit:
     batches = DataLoader(TensorDataset(*problem.data.train), 100, shuffle=True, generator=problem.generator())
     validation = problem.validation_loader()
     posterior.fit(batches, validation_loader=validation, max_seconds=problem.seconds, **options)
-    return Fit(_gaussian(posterior), options)
+    return Fit(_gaussian(posterior), {"seconds": problem.seconds} | options)
 
 
 def mfvi(problem: Problem) -> Fit:
     from table1.mfvi import fit
 
     draw = fit(problem.model, *problem.data.train, **_training(problem))
-    return Fit(lambda x: DrawnLogits(draw(x)))
+    return Fit(lambda x: DrawnLogits(draw(x)), {"seconds": problem.seconds})
 
 
 def sngp(problem: Problem) -> Fit:
     from table1.sngp import fit
 
     moments = fit(*problem.data.train, **_training(problem))
-    return Fit(lambda x: GaussianLogits(*moments(x)))
+    return Fit(lambda x: GaussianLogits(*moments(x)), {"seconds": problem.seconds})
 
 
 def _training(problem: Problem) -> dict[str, Any]:

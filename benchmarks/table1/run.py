@@ -33,7 +33,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-dir", type=Path, required=True, help="where the data sets are")
+    parser.add_argument("--data-dir", type=Path, help="where the data sets are")
     parser.add_argument("--seeds", type=int, default=1, help="how many (default 1)")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="ours")
     parser.add_argument("--quick", action="store_true", help="10,000 images and little training: 10 minutes")
@@ -46,7 +46,14 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="rows at once, one thread each (default 2)")
     parser.add_argument("--results", type=Path, help="folder of results (default docs/results/table1)")
     parser.add_argument("--report", action="store_true", help="compute nothing, show what is there")
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    if asked.data_dir is None and not asked.report:
+        parser.error("--data-dir is needed, but for --report")
+    if asked.seeds < 1 or asked.jobs < 1:
+        parser.error(f"--seeds and --jobs must be at least 1, found {asked.seeds} and {asked.jobs}")
+    if asked.seconds is not None and not asked.seconds > 0:
+        parser.error(f"--seconds must be positive, found {asked.seconds:g}")
+    return asked
 
 
 def main(arguments: list[str] | None = None, execute: Execute = in_subprocess) -> int:

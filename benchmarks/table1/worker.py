@@ -70,7 +70,7 @@ def evaluated(task: dict[str, Any]) -> dict[str, Any]:
         "NLL minus MAP": difference(test.surprises(y), alone.surprises(y)),
         "seconds": seconds,
         "peak memory, MiB": memory,
-        "options": {"seconds": problem.seconds, **fit.options},
+        "options": fit.options,
         "versions": _versions(),
         "histograms": histograms(predicted),
     }
