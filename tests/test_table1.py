@@ -323,7 +323,7 @@ def data_dir(tmp_path):
 
 @pytest.mark.parametrize("protocol", ["ours", "published"])
 def test_rows_from_images_to_files(data_dir, tmp_path, monkeypatch, protocol):
-    monkeypatch.setattr(problem, "FULL", problem.Size(1, None, None, 20, 1.0))
+    monkeypatch.setattr(problem, "FULL", problem.Size(1, None, None, 20, 40, 1.0))
 
     def execute(task, path):
         path.write_text(json.dumps(worker.evaluated(asdict(task))))
