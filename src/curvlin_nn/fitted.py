@@ -32,6 +32,8 @@ class Fitted:
         whole_mean: all parameters, flat.
         seconds: how long the fit took.
         of_map: checksums of what features depend on besides the model.
+        known_unchanged: whether the model has been compared, as by a search before it predicts many times; then it is
+            not compared again.
     """
 
     accumulated: Accumulated
@@ -42,6 +44,7 @@ class Fitted:
     whole_mean: Float[Tensor, " W"]
     seconds: float = 0.0
     of_map: Mapping[str, Tensor] = field(default_factory=dict)
+    known_unchanged: bool = False
 
     @classmethod
     def of(
@@ -74,6 +77,8 @@ class Fitted:
         Raises:
             StaleModelError: if the model, or what features depend on, is not what it was.
         """
+        if self.known_unchanged:
+            return
         name = self.fingerprint.difference(model)
         if name is not None:
             raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")

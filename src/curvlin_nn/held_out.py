@@ -18,19 +18,14 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from tqdm import tqdm
 
-from curvlin import Diagonal, FeatureOperator
 from curvlin._check import positive_integer
-from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.batches import batches
 from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.curvature import Accumulated, accumulate
-from curvlin_nn.eigenbasis import Eigenbasis, eigenbasis
 from curvlin_nn.errors import DataError, UnsupportedError
 from curvlin_nn.evidence import Curvature
-from curvlin_nn.feature_maps import FeatureMap
-from curvlin_nn.predictive import Predictive
-from curvlin_nn.predictive.linearised import FEATURE_BUDGET
+from curvlin_nn.kept_features import Kept, View
 from curvlin_nn.scores import Score, new_score
 from curvlin_nn.subnetwork_space import Subnetwork
 
@@ -130,10 +125,10 @@ class HeldOut:
         self._request, self._progress_bar = request, progress_bar
         self._parts: list[_Part] = []
         for la, data in pairs:
-            # What a feature map leaves out of the prior is not among the kept features.
-            linear = request.pred_type == "glm" and la.feature_map is None
-            view = _View.of(la) if linear else None
-            self._parts += [_Part(copy.copy(la), view, x, targets) for x, targets in data]
+            asked = copy.copy(la)
+            asked._fitted = replace(la._fit, known_unchanged=True)  # `search` has compared the model
+            view = None if request.pred_type == "nn" else View.of(asked)
+            self._parts += [_Part(asked, view, x, targets) for x, targets in data]
 
     def scores(self, precisions: Float[Tensor, " G"]) -> Float[Tensor, " G"]:
         """The score at each precision."""
@@ -169,18 +164,18 @@ class HeldOut:
 class _Part:
     """One batch; its outputs and features are kept where there is room."""
 
-    def __init__(self, la: Laplace, view: _View | None, x: Any, targets: Tensor) -> None:
+    def __init__(self, la: Laplace, view: View | None, x: Any, targets: Tensor) -> None:
         self._la, self._view, self._x, self._targets = la, view, x, targets
-        self._kept: list[_Kept] | None = None
+        self._kept: list[Kept] | None = None
         self.kept_entries = 0
 
     def keep(self, room: int) -> None:
         """Compute what fits into `room` entries, unless it is there already."""
         if self._kept is not None or self._view is None:
             return
-        kept: list[_Kept] = []
+        kept: list[Kept] = []
         for piece in self._view.pieces(self._x):
-            self.kept_entries += sum(t.numel() for t, _ in piece.features._tensors())
+            self.kept_entries += piece.entries
             if self.kept_entries > room:
                 self.kept_entries = 0
                 return
@@ -200,77 +195,6 @@ class _Part:
             outputs = piece.outputs.reshape(-1, *self._la._fit.accumulated.output_shape)
             yield self._view.la, piece, outputs, self._targets[start:stop]
             start = stop
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Outputs and features of some samples; stands for an input where a `_Held` is the feature map."""
-
-    outputs: Float[Tensor, "N C"]
-    features: FeatureOperator
-
-
-class _Held(FeatureMap):
-    """Gives back what was kept, over so many coordinates."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    def __call__(self, x: _Kept) -> tuple[Float[Tensor, "N C"], FeatureOperator]:
-        return x.outputs, x.features
-
-
-@dataclass(frozen=True)
-class _Scaled(Curvature):
-    """A curvature in which noise and temperature are contained already."""
-
-    def scaled(self, sigma_noise: Float[Tensor, "*C"], temperature: float | Tensor) -> PrecisionOperator:
-        return self.total
-
-
-@dataclass(frozen=True)
-class _View:
-    """A posterior in the eigenbasis of its curvature, where there is one.
-
-    Attributes:
-        la: the same posterior over other coordinates.
-        source: the linearisation over the parameters.
-        basis: from these to those; None if they are the same.
-    """
-
-    la: Laplace
-    source: Predictive
-    basis: Eigenbasis | None
-
-    @classmethod
-    def of(cls, la: Laplace) -> _View:
-        fit = la._fit
-        H = fit.curvature.scaled(la.sigma_noise.detach(), la.temperature)
-        damped = fit.curvature.damped is not None  # then the basis depends on the prior
-        basis = None if damped else eigenbasis(H)
-        seen = copy.copy(la)
-        seen._prior_projection = None
-        curvature = fit.curvature
-        if not damped:
-            curvature = _Scaled(H if basis is None else Diagonal(basis.eigenvalues))
-        seen._fitted = replace(fit, curvature=curvature, feature_map=_Held(H.size))
-        return cls(seen, Predictive(fit.feature_map, H), basis)
-
-    def pieces(self, x: Any) -> Iterator[_Kept]:
-        """Outputs and features over the coordinates of `la`, a bounded number of samples at a time."""
-        self.la._check_unchanged()
-        for f, Phi in self.source._chunks(x):
-            if self.basis is None:
-                yield _Kept(f, Phi)
-                continue
-            at_once = max(1, FEATURE_BUDGET // max(1, self.basis.dense * f.shape[1]))
-            for start in range(0, len(f), at_once):
-                some = slice(start, start + at_once)
-                yield _Kept(f[some], self.basis.rotated(Phi[some]))
 
 
 def held_out_data(la: Laplace, loader: Iterable[Any] | None, name: str) -> list[tuple[Any, Tensor]]:

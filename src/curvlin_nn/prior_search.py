@@ -138,7 +138,8 @@ def maximise(
         progress_bar: whether to show one; a search ends long before `max_steps`.
 
     Raises:
-        UnsupportedError: if the prior cuts through blocks of a curvature that is not dense.
+        UnsupportedError: if the prior cuts through blocks of a curvature that is not dense, or these have no known
+            eigenvalues.
         NoFiniteOptimumError: if log Z increases without end towards zero or infinity in some hyperparameter.
         ConvergenceError: if `max_steps` do not suffice.
         NotPositiveDefiniteError: if the prior precision at the maximum is lost in the rounding of the curvature.
@@ -188,7 +189,8 @@ def climb(
         The prior precisions and the noise scale.
 
     Raises:
-        UnsupportedError: if the prior cuts through blocks of a curvature that is not dense.
+        UnsupportedError: if the prior cuts through blocks of a curvature that is not dense, or these have no known
+            eigenvalues.
     """
     objective = _Objective.of(evidence, prior, optimize_noise)
     t = prior.precision.detach().double().log()
@@ -254,15 +256,12 @@ class _Objective:
         """The function, with what does not depend on t and tau computed.
 
         Raises:
-            UnsupportedError: if the prior cuts through blocks of a curvature that is not dense.
+            UnsupportedError: if the prior cuts through blocks of a curvature that is not dense, or these have no known
+            eigenvalues.
         """
         spectrum = evidence.relevant_spectrum(prior)
         if spectrum is None and not isinstance(evidence.curvature.total, Dense):
-            raise UnsupportedError(
-                "this prior structure cuts through blocks of the curvature (a "
-                f"{type(evidence.curvature.total).__name__}), expected one that does not; use "
-                "prior_structure='scalar' or 'layerwise', or hessian_structure='full'"
-            )
+            raise UnsupportedError(_refusal(evidence))
         eigenvalues = None if spectrum is None else _eigenvalues(evidence, spectrum, prior)
         return cls(evidence, prior, eigenvalues, prior.squares, with_noise)
 
@@ -317,6 +316,26 @@ def _eigenvalues(
         return DampedEigenvalues(spectrum, prior.groups)
     shared = evidence.curvature.eigenvalues if n_groups == 1 else None
     return shared or GroupedEigenvalues.of(spectrum, prior.groups, n_groups)
+
+
+def _refusal(evidence: Evidence) -> str:
+    """Why log Z is no function of eigenvalues here, and with which prior it would be."""
+    kind, known = type(evidence.curvature.total).__name__, evidence.curvature.spectrum
+    if known is None:
+        return (
+            f"the eigenvalues of the curvature (a {kind}) are not known, which a search needs; use "
+            "hessian_structure='full', or method='gridsearch'"
+        )
+    if bool((known.block == known.block[0]).all()):
+        return (
+            f"this prior structure cuts through blocks of the curvature (a {kind}), which is one block of all "
+            "parameters; use prior_structure='scalar', or hessian_structure='full'"
+        )
+    return (
+        f"this prior structure cuts through blocks of the curvature (a {kind}), expected one that does not; use "
+        "prior_structure='scalar', 'modulewise' or 'layerwise', whichever gives each block one precision, or "
+        "hessian_structure='full'"
+    )
 
 
 def _check_optimum_exists(objective: _Objective) -> None:

@@ -108,6 +108,19 @@ def test_the_prior_precision_is_optimised_to_the_same_maximum():
     torch.testing.assert_close(*(optimum.prior_precision for optimum in found), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("prior_structure", ["layerwise", "modulewise", "diag"])
+def test_a_search_over_several_precisions_is_refused_with_a_mend_that_works(prior_structure):
+    p = problem("mlp", "classification")
+    la = fitted(p, "gp")
+    with pytest.raises(UnsupportedError, match="one block of all parameters") as refused:
+        la.optimize_prior_precision(prior_structure=prior_structure)
+    assert "use prior_structure='scalar', or hessian_structure='full'" in str(refused.value)
+    assert all(name not in str(refused.value) for name in ("'layerwise'", "'modulewise'", "'diag'"))
+    la.optimize_prior_precision(prior_structure="scalar")
+    if prior_structure != "diag":  # of which there is no maximum: a coordinate has no curvature
+        fitted(p, "full").optimize_prior_precision(prior_structure=prior_structure)
+
+
 def test_rows_stay_factored():
     p = problem("mlp", "classification")
     H = fitted(p, "gp").posterior_precision

@@ -13,8 +13,10 @@ from torch import nn
 from torch.distributions import Categorical, MultivariateNormal
 from torchmetrics import Accuracy, MeanSquaredError, Metric
 
-from curvlin_nn import Laplace, held_out, likelihoods
+from curvlin_nn import Laplace, held_out, kept_features, likelihoods
 from curvlin_nn.errors import DataError, NoFiniteOptimumError, StaleModelError, UnsupportedError
+from curvlin_nn.feature_maps import JacobianMap, NystromMap, SketchMap
+from curvlin_nn.fingerprint import Fingerprint
 
 STRUCTURES = ("full", "kron", "diag", "block", "ekfac", "lowrank")
 
@@ -198,12 +200,93 @@ def test_jacobians_are_computed_once_for_all_precisions(monkeypatch):
     p = problem("mlp", "classification")
     la, data = fitted(p), validation(p)
     calls = []
-    original = held_out._View.pieces
-    monkeypatch.setattr(held_out._View, "pieces", lambda self, x: calls.append(1) or original(self, x))
+    original = kept_features.View.pieces
+    monkeypatch.setattr(kept_features.View, "pieces", lambda self, x: calls.append(1) or original(self, x))
     la.optimize_prior_precision("gridsearch", val_loader=data, grid_size=20)
     assert len(calls) == len(data)
     la.optimize_prior_precision("brent", val_loader=data, tolerance=1.0)
     assert len(calls) == 2 * len(data)
+
+
+MAPS = {
+    "orthonormal": lambda p: {"feature_map": NystromMap(p.model, p.x, rank=6, outputs="all")},
+    "learned": lambda p: {"feature_map": SketchMap(p.model, 6, generator=torch.Generator().manual_seed(1))},
+    "no residual": lambda p: {"feature_map": NystromMap(p.model, p.x, rank=6), "residual": False},
+    "parameters": lambda p: {"feature_map": JacobianMap(p.model)},
+}
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "link_approx"),
+    [("classification", "probit"), ("classification", "mc"), ("regression", "probit")],
+)
+@pytest.mark.parametrize("features", MAPS)
+@pytest.mark.parametrize("budget", [0, 2**20])
+def test_features_and_their_residual_are_computed_once(
+    features, likelihood, link_approx, budget, monkeypatch
+):
+    """The curve is that of predictions one by one; a budget too small computes again, to the same numbers."""
+    p = problem("mlp", likelihood)
+    options = MAPS[features](p) | {"temperature": 0.7, "prior_mean": 0.1}
+    if likelihood == "regression":
+        options["sigma_noise"] = 0.6
+    la, data = Laplace(p.model, likelihood, **options).fit(p.batches()), validation(p)
+    calls = calls_of(type(la.feature_map), monkeypatch)
+    monkeypatch.setattr(held_out, "KEPT_BUDGET", budget)
+    search = {"val_loader": data, "link_approx": link_approx, "n_samples": 8}
+    few, many = (
+        la.optimize_prior_precision(
+            "gridsearch", grid_size=size, generator=torch.Generator().manual_seed(5), **search
+        )
+        for size in (3, 5)
+    )
+    counts = len(calls)
+    torch.testing.assert_close(few.scores, many.scores[::2], rtol=1e-12, atol=0)
+    la.prior_precision = 3.0
+    la.optimize_prior_precision("gridsearch", grid_size=25, **search)
+    assert 2 * (len(calls) - counts) == counts > 0  # as many for 25 precisions as for three or five
+    expected = float64(one_by_one(la, data, float(delta), link_approx) for delta in many.precisions)
+    torch.testing.assert_close(many.scores, expected, rtol=1e-10, atol=0)
+
+
+def calls_of(kind, monkeypatch):
+    """Grows by one whenever features of this kind are computed."""
+    calls = []
+
+    def counted(method):
+        return lambda self, x: calls.append(method) or method(self, x)
+
+    for name in ("__call__", "with_jacobian"):
+        monkeypatch.setattr(kind, name, counted(getattr(kind, name)))
+    return calls
+
+
+def one_by_one(la, data, precision, link_approx):
+    """`nll` with the draws of a search, the same for every precision."""
+    if link_approx != "mc":
+        return nll(la, data, precision)
+    la, total, generator = copy.copy(la), 0.0, torch.Generator().manual_seed(5)
+    la.prior_precision = precision
+    for x, y in data:
+        drawn = la(x, link_approx="mc", n_samples=8, generator=generator)
+        total -= float(drawn.log().gather(1, y[:, None]).sum())
+    return total / sum(len(y) for _, y in data)
+
+
+@pytest.mark.parametrize("pred_type", ["glm", "nn"])
+def test_a_model_is_compared_once_for_all_precisions(pred_type, monkeypatch):
+    p = problem("mlp", "classification")
+    la, data = fitted(p), validation(p)
+    compared, difference = [], Fingerprint.difference
+    monkeypatch.setattr(
+        Fingerprint, "difference", lambda self, model: compared.append(1) or difference(self, model)
+    )
+    la.optimize_prior_precision("gridsearch", val_loader=data, grid_size=5, pred_type=pred_type, n_samples=2)
+    assert len(compared) == 1
+    with torch.no_grad():
+        p.model[0].bias.add_(1)
+    with pytest.raises(StaleModelError):  # the object itself goes on comparing
+        la(data[0][0])
 
 
 @pytest.mark.parametrize("structure", ["full", "diag", "kron", "block"])
