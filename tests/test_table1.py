@@ -129,7 +129,7 @@ def test_columns_against_direct_formulas(n_softmax):
 
 
 def test_a_method_without_covariance_has_no_gaussian_column():
-    of = scores.Predicted(torch.randn(20, 3).log_softmax(-1), None)
+    of = scores.Predicted(torch.randn(20, 3, dtype=torch.float64).log_softmax(-1), None)
     y = torch.arange(20) % 3
     assert scores.scores(of, y, {"kmnist": of}, 1)["Gaussian AUC kmnist"] is None
     assert "Gaussian entropy" not in scores.histograms({"test": of})

@@ -156,7 +156,7 @@ def _variational(posterior: Any, problem: Problem, **options: Any) -> Fit:
     training.clock = time.process_time
     batches = DataLoader(TensorDataset(*problem.data.train), 100, shuffle=True, generator=problem.generator())
     validation = problem.validation_loader()
-    posterior.fit(batches, validation_loader=validation, max_seconds=problem.seconds, **options)
+    posterior.fit(batches, validation_loader=validation, every=500, max_seconds=problem.seconds, **options)
     return Fit(_gaussian(posterior), {"seconds": problem.seconds} | options)
 
 
