@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .budget import anneal, minibatches
+from .training import anneal, channels_last, minibatches
 
 INITIAL_LOG_STD = (-6.0, -5.0)
 """Range of the logarithms of the standard deviations before training, as published."""
@@ -88,10 +88,12 @@ class WeightDraws:
     weights: tuple[dict[str, Tensor], ...]
 
     @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "N ..."], batch_size: int = 1000) -> Float[Tensor, "S N C"]:
+    def __call__(self, x: Float[Tensor, "N ..."], batch_size: int = 250) -> Float[Tensor, "S N C"]:
         """Logits under every draw; the same draws for all inputs and all calls."""
-        parts = x.split(batch_size)
-        return torch.stack([torch.cat([functional_call(self.model, w, p) for p in parts]) for w in self.weights])
+        parts = [channels_last(part) for part in x.split(batch_size)]
+        return torch.stack(
+            [torch.cat([functional_call(self.model, w, p) for p in parts]) for w in self.weights]
+        )
 
 
 def fit(
@@ -147,7 +149,10 @@ def fit(
     optimizer = torch.optim.Adam(
         [
             {"params": [p for layer in layers.values() for p in layer.mean.parameters()], "lr": lr_mean},
-            {"params": [p for layer in layers.values() for p in layer.log_std.parameters()], "lr": lr_log_std},
+            {
+                "params": [p for layer in layers.values() for p in layer.log_std.parameters()],
+                "lr": lr_log_std,
+            },
         ]
     )
 
@@ -164,7 +169,7 @@ def fit(
         anneal(optimizer, spent)
         optimizer.zero_grad()
         kl = torch.stack([layer.kl(prior_precision) for layer in layers.values()]).sum()
-        (F.cross_entropy(variational(x[batch]), y[batch]) + kl / len(x)).backward()
+        (F.cross_entropy(variational(channels_last(x[batch])), y[batch]) + kl / len(x)).backward()
         optimizer.step()
 
     last = posterior()
@@ -178,7 +183,9 @@ def _variational(module: nn.Module, generator: torch.Generator) -> nn.Module:
     if isinstance(module, nn.Linear | nn.Conv2d):
         return Flipout(module, generator)
     if next(module.parameters(recurse=False), None) is not None:
-        raise ValueError(f"model: a {type(module).__name__} has parameters, expected linear layers and Conv2d only")
+        raise ValueError(
+            f"model: a {type(module).__name__} has parameters, expected linear layers and Conv2d only"
+        )
     for name, child in module.named_children():
         setattr(module, name, _variational(child, generator))
     return module

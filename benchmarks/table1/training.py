@@ -1,4 +1,4 @@
-"""Steps of stochastic optimisation that a budget allows."""
+"""What the trained baselines share: the steps that a budget allows, and the layout of images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -42,3 +42,8 @@ def anneal(optimizer: torch.optim.Optimizer, spent: float) -> None:
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group["lr"] = group["initial_lr"] * (1 + math.cos(math.pi * spent)) / 2
+
+
+def channels_last(x: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
+    """Images with channels last in memory, which convolutions on a CPU are twice as fast with; others as they are."""
+    return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
