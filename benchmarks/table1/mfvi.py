@@ -1,9 +1,9 @@
 """Mean-field variational inference, fine-tuned from the trained network with flipout (arXiv 1803.04386).
 
-A comparison, written here because no library serves it as it is meant (looked at in November 2026). `bayesian_torch` 0.5
-draws flipout's signs for every pixel instead of every channel, which makes outputs at two places of one image independent
-where weights shared by them make them correlated, and averages the divergence over weights instead of summing it.
-`torch_uncertainty` 0.13 and `lightning_uq_box` 0.4 need torchvision, and the former has no flipout.
+A comparison, written here because no library serves it as it is meant (November 2026). `bayesian_torch` 0.5
+draws flipout's signs for every pixel instead of every channel, so that two places of an image seem independent, though
+they share weights, and averages the divergence over weights instead of summing it. `torch_uncertainty` 0.13 and
+`lightning_uq_box` 0.4 need torchvision, and the former has no flipout.
 """
 
 from __future__ import annotations

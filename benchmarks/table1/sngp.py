@@ -1,9 +1,8 @@
 """Spectral-normalised neural Gaussian process (arXiv 2006.10108, JMLR 24:42), trained from scratch.
 
-A comparison, written here because no library serves it as it is meant (looked at in November 2026):
-`torch.nn.utils.parametrizations.spectral_norm` fixes the norm of a matrix, where the method bounds that of the operator,
-which for a convolution is neither; `lightning_uq_box` 0.4 has the bound, but needs torchvision, and sums the precision
-while the weights still move.
+A comparison, written here because no library serves it as it is meant (November 2026). `lightning_uq_box` 0.4 needs
+torchvision, and sums the precision while the weights still move. `torch.nn.utils.parametrizations.spectral_norm` sets
+the norm of the weight as a matrix, where the method bounds that of the layer as an operator.
 
 The precision of the output weights is the paper's, class by class: the prior's plus the curvature of the softmax
 likelihood, its covariances between classes left out. It is computed once, over all training data, after training.
@@ -23,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .training import anneal, channels_last, minibatches
 from .fashion import network
+from .training import anneal, channels_last, minibatches
 
 PRIOR_PRECISIONS = torch.logspace(-3, 3, 25).tolist()
 """Those from which held-out data choose."""
