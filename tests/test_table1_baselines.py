@@ -170,6 +170,12 @@ class TestMFVI:
 
         assert nll(kept) < nll(last)
 
+    def test_keeps_the_last_without_held_out_data(self):
+        x, y = classes()
+        settings = {"seed": 0, "n_steps": 30, "n_samples": 2}
+        found = mfvi.fit(network(), x, y, x_val=x[:0], y_val=y[:0], **settings)
+        assert torch.equal(found(x), mfvi.fit(network(), x, y, **settings)(x))
+
     def test_refuses_other_layers(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
         with pytest.raises(ValueError, match="BatchNorm1d has parameters"):
@@ -292,6 +298,10 @@ class TestSNGP:
         x, y = classes(image=True)
         settings = {"seed": 0, "trunk": trunk(), "n_classes": 3, "n_features": 16, "n_epochs": 1}
         found = sngp.fit(x, y, x_val=x, y_val=y, **settings)
+        assert torch.equal(
+            sngp.fit(x, y, x_val=x[:0], y_val=y[:0], **settings).precision,
+            sngp.fit(x, y, **settings).precision,
+        )
         chosen = (found.precision - sngp.fit(x, y, **settings, prior_precision=1.0).precision).diagonal(
             0, 1, 2
         ) + 1

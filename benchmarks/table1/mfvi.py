@@ -125,8 +125,8 @@ def fit(
         y: their classes.
         seed: of all that is random.
         seconds: CPU time after which to stop.
-        x_val: inputs held out. With them the state of the smallest negative log-likelihood among `n_checks` on the way
-            is kept, the last one without.
+        x_val: inputs held out, perhaps none. With them the draws of the smallest negative log-likelihood among
+            `n_checks` on the way are kept, the last ones without.
         y_val: their classes.
         n_samples: draws that predict.
         prior_precision: of every weight and bias, prior mean zero.
@@ -134,7 +134,7 @@ def fit(
         batch_size: examples per step.
         lr_mean: learning rate of means at first; it falls to zero along a cosine.
         lr_log_std: that of the log standard deviations.
-        n_checks: on the held-out data.
+        n_checks: on the held-out data, at equal distances, the last one at the end.
 
     Returns:
         Answers inputs with logits ``(n_samples, N, C)``.
@@ -159,9 +159,10 @@ def fit(
     def posterior() -> WeightDraws:
         return WeightDraws(plain, tuple(_draw(layers) for _ in range(n_samples)))
 
+    has_held_out = x_val is not None and len(x_val) > 0
     best, smallest, next_check = None, math.inf, 1 / n_checks
     for spent, batch in minibatches(len(x), batch_size, n_steps, seconds, generator):
-        if x_val is not None and y_val is not None and spent >= next_check:
+        if has_held_out and spent >= next_check:
             next_check += 1 / n_checks
             candidate = posterior()
             if (nll := _nll(candidate(x_val), y_val)) < smallest:
@@ -173,9 +174,7 @@ def fit(
         optimizer.step()
 
     last = posterior()
-    if x_val is None or y_val is None or best is None or _nll(last(x_val), y_val) < smallest:
-        return last
-    return best
+    return last if best is None or _nll(last(x_val), y_val) < smallest else best
 
 
 def _variational(module: nn.Module, generator: torch.Generator) -> nn.Module:

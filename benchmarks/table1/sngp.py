@@ -30,7 +30,7 @@ PRIOR_PRECISIONS = torch.logspace(-3, 3, 25).tolist()
 
 
 class BoundedNorm(nn.Module):
-    """A parametrisation: divides a weight such that the norm of its layer as an operator is at most a bound.
+    """A parametrisation: scales a weight down where the norm of its layer as an operator is above a bound.
 
     The largest singular vector is followed by one step of power iteration whenever the weight is asked for in training
     mode, with the layer itself and its transpose on inputs of the actual size.
@@ -64,14 +64,16 @@ class BoundedNorm(nn.Module):
 
     @torch.no_grad()
     def converge(self, weight: Tensor, most_steps: int = 10_000) -> None:
-        """Power iteration until the norm grows by less than rounding."""
-        tolerance = torch.finfo(weight.dtype).eps
+        """Power iteration in float64 until the norm grows by less than rounding."""
+        dtype, weight = weight.dtype, weight.double()
+        self.right = self.right.double()
         norm = self._norm(weight)
         for _ in range(most_steps):
             self._step(weight)
             before, norm = norm, self._norm(weight)
-            if norm <= before * (1 + tolerance):
-                return
+            if norm <= before * (1 + torch.finfo(torch.float64).eps):
+                break
+        self.right = self.right.to(dtype)
 
     def _norm(self, weight: Tensor) -> Tensor:
         """Of the image of the singular vector; its gradient is that of the singular value."""
@@ -192,8 +194,8 @@ def fit(
         y: their classes.
         seed: of all that is random.
         seconds: CPU time after which to stop training.
-        x_val: inputs held out. With them, the precision that predicts takes the prior precision of the smallest
-            negative log-likelihood among `PRIOR_PRECISIONS`, as every other row may.
+        x_val: inputs held out, perhaps none. With them, the precision that predicts takes the prior precision of the
+            smallest negative log-likelihood among `PRIOR_PRECISIONS`.
         y_val: their classes.
         trunk: up to the last hidden features, untrained; a copy is trained. None is that of the table.
         n_classes: number of logits.
@@ -232,7 +234,7 @@ def fit(
     curvature = curvature_of_outputs(features, weights, x)
     eigenvalues, directions = torch.linalg.eigh(curvature)
     eigenvalues, directions = eigenvalues.clamp(min=0), directions.to(x)
-    if x_val is not None and y_val is not None:
+    if x_val is not None and y_val is not None and len(x_val):
         log_p = partial(_log_likelihoods, features, weights, directions, eigenvalues, generator=generator)
         scores = torch.stack([log_p(*part) for part in zip(x_val.split(250), y_val.split(250), strict=True)])
         prior_precision = PRIOR_PRECISIONS[int(scores.sum(0).argmax())]
