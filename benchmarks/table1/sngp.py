@@ -4,8 +4,10 @@ A comparison, written here because no library serves it as it is meant (November
 torchvision, and sums the precision while the weights still move. `torch.nn.utils.parametrizations.spectral_norm` sets
 the norm of the weight as a matrix, where the method bounds that of the layer as an operator.
 
-The precision of the output weights is the paper's, class by class: the prior's plus the curvature of the softmax
-likelihood, its covariances between classes left out. It is computed once, over all training data, after training.
+The precision of the output weights is that of the authors' code, shared by the classes: ``s I + Σ_n φ_n φ_nᵀ``, with
+one for every ``p (1 - p)`` of the softmax. With the latter, class by class, variance is least next to the boundaries
+between classes and largest where the network is sure, whether or not there are data. The sum is taken once, over all
+training data, after training.
 """
 
 from __future__ import annotations
@@ -139,33 +141,36 @@ class FourierFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class OutputGaussian:
-    """A Gaussian over the output weights of a network, independent between classes. Nothing in it changes with use.
+    """A Gaussian over the output weights of a network, of equal precision for every class and independent between them.
+
+    Nothing in it changes with use.
 
     Attributes:
         features: from inputs to ``(N, D)``, trained.
         weights: mean of the output weights.
-        precision: of the output weights of every class, float64.
+        precision: of the output weights of each class, float64.
         directions: its eigenvectors, in the columns.
         variances: the reciprocals of its eigenvalues.
     """
 
     features: nn.Module
     weights: Float[Tensor, "C D"]
-    precision: Float[Tensor, "C D D"]
-    directions: Float[Tensor, "C D D"]
-    variances: Float[Tensor, "C D"]
+    precision: Float[Tensor, "D D"]
+    directions: Float[Tensor, "D D"]
+    variances: Float[Tensor, " D"]
 
     @torch.no_grad()
     def __call__(
         self, x: Float[Tensor, "N ..."], batch_size: int = 250
     ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C C"]]:
-        """Mean and covariance of the logits; the covariance is diagonal."""
+        """Mean and covariance of the logits; the covariance is a multiple of the identity."""
         means, variances = [], []
         for part in x.split(batch_size):
             phi = self.features(channels_last(part))
             means.append(phi @ self.weights.mT)
             variances.append(_variances(phi, self.directions, self.variances))
-        return torch.cat(means), torch.cat(variances).diag_embed()
+        identity = torch.eye(len(self.weights)).to(x)
+        return torch.cat(means), torch.cat(variances)[:, None, None] * identity
 
 
 def fit(
@@ -231,7 +236,7 @@ def fit(
     features.requires_grad_(False)
 
     weights = output.weight.detach()
-    curvature = curvature_of_outputs(features, weights, x)
+    curvature = gram(features, x)
     eigenvalues, directions = torch.linalg.eigh(curvature)
     eigenvalues, directions = eigenvalues.clamp(min=0), directions.to(x)
     if x_val is not None and y_val is not None and len(x_val):
@@ -244,43 +249,35 @@ def fit(
 
 
 @torch.no_grad()
-def curvature_of_outputs(
-    features: nn.Module, weights: Float[Tensor, "C D"], x: Float[Tensor, "N ..."], batch_size: int = 250
-) -> Float[Tensor, "C D D"]:
-    """``Σ_n p_nc (1 - p_nc) φ_n φ_nᵀ`` of every class, in one pass and in float64."""
-    n_classes, n_features = weights.shape
-    total = torch.zeros(n_classes, n_features, n_features, dtype=torch.float64)
-    for part in x.split(batch_size):
-        phi = features(channels_last(part)).double()
-        p = (phi @ weights.mT.double()).softmax(-1)
-        for of_class, share in zip(total, (p * (1 - p)).mT, strict=True):
-            of_class.addmm_(share * phi.mT, phi)
-    return total
+def gram(features: nn.Module, x: Float[Tensor, "N ..."], batch_size: int = 250) -> Float[Tensor, "D D"]:
+    """``Σ_n φ_n φ_nᵀ``, in one pass and in float64."""
+    parts = (features(channels_last(part)).double() for part in x.split(batch_size))
+    return sum(phi.mT @ phi for phi in parts)
 
 
 @torch.no_grad()
 def _log_likelihoods(
     features: nn.Module,
     weights: Float[Tensor, "C D"],
-    directions: Float[Tensor, "C D D"],
-    eigenvalues: Float[Tensor, "C D"],
+    directions: Float[Tensor, "D D"],
+    eigenvalues: Float[Tensor, " D"],
     x: Float[Tensor, "N ..."],
     y: Int[Tensor, " N"],
     generator: torch.Generator,
     n_samples: int = 100,
 ) -> Float[Tensor, " S"]:
     """Of the classes under every one of `PRIOR_PRECISIONS`, by draws of the logits that are the same for all."""
-    candidates = torch.tensor(PRIOR_PRECISIONS, dtype=eigenvalues.dtype)[:, None, None]
+    candidates = torch.tensor(PRIOR_PRECISIONS, dtype=eigenvalues.dtype)[:, None]
     phi = features(channels_last(x))
+    mean = phi @ weights.mT
     std = _variances(phi, directions, (eigenvalues + candidates).reciprocal().to(phi)).sqrt()
-    noise = torch.randn(n_samples, 1, *std.shape[1:], generator=generator, dtype=phi.dtype)
-    log_p = (phi @ weights.mT + noise * std).log_softmax(-1).logsumexp(0) - math.log(n_samples)
+    noise = torch.randn(n_samples, 1, *mean.shape, generator=generator, dtype=phi.dtype)
+    log_p = (mean + noise * std.unsqueeze(-1)).log_softmax(-1).logsumexp(0) - math.log(n_samples)
     return log_p[:, torch.arange(len(y)), y].sum(-1)
 
 
 def _variances(
-    phi: Float[Tensor, "N D"], directions: Float[Tensor, "C D D"], variances: Float[Tensor, "*S C D"]
-) -> Float[Tensor, "*S N C"]:
-    """Of the logits, from those of the output weights along their directions."""
-    squares = torch.einsum("nd,cde->nce", phi, directions).square_()
-    return torch.einsum("nce,...ce->...nc", squares, variances)
+    phi: Float[Tensor, "N D"], directions: Float[Tensor, "D D"], variances: Float[Tensor, "*S D"]
+) -> Float[Tensor, "*S N"]:
+    """Of a logit, from those of its output weights along their directions."""
+    return variances @ (phi @ directions).square().mT
