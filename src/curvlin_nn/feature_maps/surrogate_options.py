@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from numbers import Real
 from typing import Any
 
 from curvlin._check import positive_integer
@@ -65,7 +64,7 @@ class SurrogateOptions:
             raise UnsupportedError("biased=True needs context, found context_size=0; leave one of them")
         for name in ("max_seconds", "context_weight", "lr"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, Real) and math.isfinite(value) and value > 0):
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, found {value!r}")
         n_steps = self.n_steps
         if n_steps is None and self.max_seconds is None:
