@@ -64,7 +64,9 @@ class SurrogateOptions:
             raise UnsupportedError("biased=True needs context, found context_size=0; leave one of them")
         for name in ("max_seconds", "context_weight", "lr"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            if value is not None and not (
+                isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+            ):
                 raise ValueError(f"{name} must be a positive number, found {value!r}")
         n_steps = self.n_steps
         if n_steps is None and self.max_seconds is None:
