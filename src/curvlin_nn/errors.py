@@ -98,7 +98,13 @@ class IndefiniteHessianError(NotPositiveDefiniteError):
 
 
 class OutputError(ValueError):
-    """Model outputs of the wrong shape, or not finite."""
+    """Model outputs of the wrong shape, or not finite.
+
+    Attributes:
+        best: in a surrogate's training, the `SurrogateMap` with the least held-out error before it; None elsewhere.
+    """
+
+    best: object = None
 
 
 class NoFiniteOptimumError(ValueError):

@@ -410,6 +410,91 @@ def test_features_of_another_shape_are_refused(surrogate: nn.Module, found: str)
         )
 
 
+class Partial(nn.Module):
+    """A network whose derivative is not finite on some samples, or whose outputs are not."""
+
+    def __init__(self, outputs: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.outputs = nn.Linear(3, 2).double(), outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, good = self.layer(x), x[:, :1] < 1.5
+        return h + torch.where(good, 0.0, math.inf) if self.outputs else (h * good).square().sqrt()
+
+
+@pytest.mark.parametrize("outputs", [True, False], ids=["outputs", "derivatives"])
+@pytest.mark.parametrize("targets", ["distilled", "exact", "jvp"])
+def test_targets_that_are_not_finite_are_named_and_the_best_state_is_kept(
+    targets: str, outputs: bool
+) -> None:
+    good, bad = data(40).clamp(max=1), data(40).clone()
+    bad[:, 0] = torch.where(torch.arange(40) == 39, 2.0, bad[:, 0].clamp(max=1))
+    own = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3))).double()
+    common: dict[str, object] = {
+        "rank": 3,
+        "n_held_out": 2,
+        "context_size": 0,
+        "surrogate": own,
+        "n_steps": 200,
+    }
+    SurrogateMap.fit(Partial(outputs), loader(good), targets=targets, **{**common, "n_steps": 1})  # type: ignore[arg-type]
+    with pytest.raises(OutputError, match="must be finite, found NaN or Inf") as caught:
+        SurrogateMap.fit(Partial(outputs), loader(bad), targets=targets, generator=seeded(), **common)  # type: ignore[arg-type]
+    if targets == "distilled":  # seen before anything is trained
+        assert caught.value.best is None
+    else:
+        assert "on the batch of step" in str(caught.value)
+        best = caught.value.best
+        assert isinstance(best, SurrogateMap) and best.history is not None
+        x = data(5)
+        torch.testing.assert_close(best.surrogate.network(x), own(x), rtol=1e-12, atol=0)  # that of step 0
+        assert not best.surrogate.training
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "message"),
+    [
+        (
+            nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3))),
+            "in the model's dtype; on the held-out samples",
+        ),
+        (nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))).double(), "must take what the model takes"),
+        (torch.tanh, "surrogate must be a torch.nn.Module, found builtin_function_or_method"),
+        (nn.Unflatten(1, (3, 1)), "has no parameter that requires a gradient"),
+    ],
+    ids=["dtype", "input", "function", "no parameter"],
+)
+def test_surrogates_that_cannot_be_trained_are_refused(surrogate: nn.Module, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        SurrogateMap.fit(mlp(), loader(data(40)), rank=3, n_steps=1, surrogate=surrogate)
+    assert "\n" not in str(caught.value)
+
+
+class Empty(nn.Module):
+    """Features of which there are none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), 2, 0)
+
+
+def test_a_map_of_a_network_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"must be a torch\.nn\.Module, found function"):
+        SurrogateMap(lambda x: x, mlp())  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="must take what the model takes"):
+        SurrogateMap(nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3))), mlp())(data(4))
+    with pytest.raises(OutputError, match=r"found \(4, 2, 0\)"):
+        SurrogateMap(Empty(), mlp())(data(4))
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    x = data(40)
+    with pytest.raises(UnsupportedError, match="context_loader is given, and context_size=0 leaves it out"):
+        SurrogateMap.fit(mlp(), loader(x), loader(x), rank=2, context_size=0)
+    with pytest.raises(UnsupportedError, match="biased=True needs context"):
+        SurrogateMap.fit(mlp(), loader(x), rank=2, context_size=0, biased=True)
+
+
 def test_bad_data_is_refused() -> None:
     model, x = mlp(), data(40)
     with pytest.raises(DataError, match="train_loader yielded no sample"):
@@ -418,6 +503,20 @@ def test_bad_data_is_refused() -> None:
         SurrogateMap.fit(model, loader(x), [], rank=2)
     with pytest.raises(DataError, match="context_loader yields samples of shape"):
         SurrogateMap.fit(model, loader(x), [x[:, :2]], rank=2)
+    with pytest.raises(DataError, match="context_loader yielded no sample"):
+        SurrogateMap.fit(model, loader(x), [x[:0]], rank=2)
+    with pytest.raises(DataError, match=r"yields samples of shape \(3,\) of torch.float32, expected shape"):
+        SurrogateMap.fit(model, loader(x), [x.float()], rank=2)
+    with pytest.raises(
+        DataError, match=r"yields \{'a': a tensor\} as inputs, expected a tensor as train_loader does"
+    ):
+        SurrogateMap.fit(model, loader(x), [{"a": x, "labels": x}], rank=2)
+    with pytest.raises(DataError, match="train_loader must yield batches of inputs, found a tensor"):
+        SurrogateMap.fit(model, x, rank=2)
+    with pytest.raises(DataError, match="held-out samples of context_loader must hold numbers, found NaN"):
+        SurrogateMap.fit(model, loader(x), [x * math.nan], rank=2)
+    with pytest.raises(DataError, match="rank must be at most 32"):
+        SurrogateMap.fit(model, loader(x), rank=33)
     with pytest.raises(DataError, match="rank must be at most 8"):
         SurrogateMap.fit(model, loader(x[:5]), rank=9)
     with pytest.raises(DataError, match="train_loader must have at least 2 samples"):
@@ -447,6 +546,7 @@ def test_bad_data_is_refused() -> None:
         ({"protocol": "published", "targets": "exact"}, UnsupportedError, "targets='jvp'"),
         ({"rank": 0}, ValueError, "rank"),
         ({"lr": -1.0}, ValueError, "lr"),
+        ({"lr": "large"}, ValueError, "lr must be a positive number, found 'large'"),
         ({"max_seconds": math.nan}, ValueError, "max_seconds"),
         ({"context_size": -1}, ValueError, "context_size"),
         ({"every": 0}, ValueError, "every"),
@@ -465,6 +565,8 @@ def test_models_without_a_linear_layer_at_the_end_need_a_surrogate_of_the_user()
     squared = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2))).double()
     with pytest.raises(UnsupportedError, match="surrogate="):
         widened(squared, data(4), 4, 3, fresh=False, seed=0)
+    with pytest.raises(UnsupportedError, match=r"its last layer 'layer'.*widened, it fails"):
+        widened(Partial(outputs=False), data(4), 2, 3, fresh=False, seed=0)
 
 
 def test_operations_without_forward_mode_are_named() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,8 @@ class Pool:
         """
         parts: list[tuple[Any, int]] = []
         size = 0
+        if isinstance(loader, Tensor):
+            raise DataError(f"{name} must yield batches of inputs, found a tensor; give [x]")
         for index, batch in enumerate(loader):
             where = f"batch {index} of {name}"
             x = batch if isinstance(batch, Tensor) else _inputs(batch, where)
@@ -93,8 +95,11 @@ class Pool:
         """Whether samples of another pool are what these are.
 
         Raises:
-            DataError: if shapes or dtypes differ.
+            DataError: if they are nested otherwise, or shapes or dtypes differ.
         """
+        nested, wanted = _nesting(self.x), _nesting(other.x)
+        if nested != wanted:
+            raise DataError(f"{name} yields {nested} as inputs, expected {wanted} as {other_name} does")
         mine, theirs = self._kinds(), other._kinds()
         if mine != theirs:
             raise DataError(
@@ -113,6 +118,17 @@ def _inputs(batch: Any, where: str) -> Any:
     if isinstance(batch, (tuple, list)) and len(batch) == 1 and isinstance(batch[0], Tensor):
         return batch[0]  # a TensorDataset of inputs alone
     return split_batch(batch, where)[0]
+
+
+def _nesting(x: Any) -> str:
+    """How tensors are nested in an input."""
+    if isinstance(x, Tensor):
+        return "a tensor"
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_nesting(value)}" for key, value in x.items()) + "}"
+    if isinstance(x, (tuple, list)):
+        return "(" + ", ".join(map(_nesting, x)) + ")"
+    return type(x).__name__
 
 
 def _n_samples(x: Any, where: str) -> int:

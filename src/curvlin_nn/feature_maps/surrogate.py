@@ -21,13 +21,14 @@ from curvlin_nn.errors import (
     NotFittedError,
     OutputError,
     TrainingDivergedError,
+    UnsupportedError,
     UnsupportedUseError,
 )
 from curvlin_nn.feature_maps.base import FeatureMap
 from curvlin_nn.feature_maps.jacobian import JacobianMap
 from curvlin_nn.feature_maps.pool import Pool
 from curvlin_nn.feature_maps.recording import FeatureRecording
-from curvlin_nn.feature_maps.surrogate_network import Scaled, checked_features, widened
+from curvlin_nn.feature_maps.surrogate_network import Scaled, check_surrogate, features_of, widened
 from curvlin_nn.feature_maps.surrogate_options import SurrogateOptions
 from curvlin_nn.feature_maps.surrogate_training import (
     SurrogateHistory,
@@ -54,6 +55,7 @@ class SurrogateMap(FeatureMap):
     """
 
     def __init__(self, surrogate: nn.Module, model: nn.Module) -> None:
+        check_surrogate(surrogate)
         self.surrogate, self._model = surrogate, model
         self._jacobian = JacobianMap(model)
         self._size: int | None = None
@@ -141,8 +143,9 @@ class SurrogateMap(FeatureMap):
             DataError: if a loader yields nothing, context samples are of another kind, or the samples do not support
                 K features.
             OutputError: if the surrogate's outputs do not have shape ``(N, C, K)``, or outputs or their derivatives are
-                not finite.
-            UnsupportedError: if an option is unknown, or the default surrogate cannot be made of the model.
+                not finite; from a step of the training on it holds the best map so far.
+            UnsupportedError: if an option is unknown or contradicts another, the surrogate does not take the samples,
+                or the default one cannot be made of the model.
             TrainingDivergedError: if the training diverged; it holds the best map so far.
             StorageError: if the checkpoint is that of another training, or cannot be written.
         """
@@ -174,8 +177,8 @@ class SurrogateMap(FeatureMap):
         fitted._size, fitted.history = rank, training.history
         try:
             training.run(progress_bar, checkpoint, every)
-        except TrainingDivergedError as error:
-            error.best = fitted
+        except (TrainingDivergedError, OutputError) as error:
+            error.best = fitted if training.restore_best() else None
             raise
         finally:
             fitted.surrogate.eval()
@@ -218,9 +221,7 @@ class SurrogateMap(FeatureMap):
         with capturing(self._model, ()), torch.no_grad():
             outputs = checked_outputs(forward(self._model, {}, x, where), where)
         with evaluation_mode(self.surrogate):
-            features = self.surrogate(x)
-        n_samples, n_outputs = len(outputs), outputs[0].numel()
-        features = checked_features(features, n_samples, n_outputs, self._size, where)
+            features = features_of(self.surrogate, x, len(outputs), outputs[0].numel(), self._size, where)
         if not bool(torch.isfinite(features).all()):
             raise OutputError(f"features of the surrogate on {where} must be finite, found NaN or Inf")
         self._size, self._output_shape = features.shape[2], tuple(outputs.shape[1:])
@@ -242,6 +243,10 @@ def _prepared(
 ) -> SurrogateTraining:
     """A training at its beginning; what it draws comes from the seed of a stored one."""
     options = asked.resolved()
+    if surrogate is not None:
+        check_surrogate(surrogate)
+    if context_loader is not None and options.context_size == 0:
+        raise UnsupportedError("context_loader is given, and context_size=0 leaves it out; give one of them")
     pool = Pool.of(train_loader, "train_loader", options.pool_size)
     device = None if generator is None else generator.device
     seed = (

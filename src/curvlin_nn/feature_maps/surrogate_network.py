@@ -118,16 +118,24 @@ def widened(model: nn.Module, x: Any, n_outputs: int, rank: int, *, fresh: bool,
     for parameter in network.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     network.eval()
-    with torch.no_grad():
-        args, kwargs = arguments(network, x)
-        found = outputs_of(network(*args, **kwargs))
+    args, kwargs = arguments(network, x)
+    try:
+        with torch.no_grad():
+            found = outputs_of(network(*args, **kwargs))
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise _not_the_last(path, f"fails ({reason})", n_outputs, rank) from error
     if not isinstance(found, Tensor) or found.shape[1:] != (n_outputs, rank):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise UnsupportedError(
-            f"the model does more with the outputs of its last layer {path!r} than return them: widened, it returns "
-            f"{shape}, expected (N, {n_outputs}, {rank}); {_GIVE}"
-        )
+        raise _not_the_last(path, f"returns {shape}", n_outputs, rank)
     return network
+
+
+def _not_the_last(path: str, found: str, n_outputs: int, rank: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"the model does more with the outputs of its last layer {path!r} than return them: widened, it {found}, "
+        f"expected to return (N, {n_outputs}, {rank}); {_GIVE}"
+    )
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -178,21 +186,49 @@ def solve_head(
     head.linear.bias.copy_(solution[-1])
 
 
-def checked_features(
-    features: object, n_samples: int, n_outputs: int, rank: int | None, where: str
-) -> Float[Tensor, "N C K"]:
-    """What a surrogate returned, if it has the one shape that it may have.
+def check_surrogate(surrogate: object) -> None:
+    """Whether this can be called as a network is.
 
     Raises:
-        OutputError: if it does not.
+        UnsupportedError: if it is no module.
     """
+    if not isinstance(surrogate, nn.Module):
+        raise UnsupportedError(f"surrogate must be a torch.nn.Module, found {type(surrogate).__name__}")
+
+
+def features_of(
+    surrogate: nn.Module, x: Any, n_samples: int, n_outputs: int, rank: int | None, where: str
+) -> Float[Tensor, "N C K"]:
+    """What a surrogate returns, if it has the one shape that it may have.
+
+    Args:
+        surrogate: the network.
+        x: what it is called on.
+        n_samples: N.
+        n_outputs: C.
+        rank: K; None for any.
+        where: what to call x in messages.
+
+    Raises:
+        OutputError: if the features have another shape.
+        UnsupportedError: if the network fails on x.
+    """
+    try:
+        features = surrogate(x)
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedError(
+            f"the surrogate must take what the model takes, in the model's dtype; on {where} it says: {reason}"
+        ) from error
     if not isinstance(features, Tensor):
         raise OutputError(
             f"the surrogate must return a tensor (N, C, K) on {where}, found {type(features).__name__}"
         )
-    expected = (n_samples, n_outputs)
-    if features.ndim != 3 or features.shape[:2] != expected or rank not in (None, features.shape[2]):
-        K = "K" if rank is None else rank
+    K = "K" if rank is None else rank
+    fits = features.ndim == 3 and features.shape[:2] == (n_samples, n_outputs) and features.shape[2] > 0
+    if not fits or rank not in (None, features.shape[2]):
         raise OutputError(
             f"the surrogate must return features of shape (N, C, K) = ({n_samples}, {n_outputs}, {K}) on {where}, "
             f"found {tuple(features.shape)}; end it in nn.Unflatten(1, ({n_outputs}, {K}))"

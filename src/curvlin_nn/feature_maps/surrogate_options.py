@@ -37,7 +37,7 @@ class SurrogateOptions:
         """With the defaults of the protocol.
 
         Raises:
-            UnsupportedError: if a name is unknown.
+            UnsupportedError: if a name is unknown, or two options contradict each other.
             TypeError: if a number is no integer.
             ValueError: if a number is out of its range.
         """
@@ -60,9 +60,13 @@ class SurrogateOptions:
                 positive_integer(name, getattr(self, name))
         if self.context_size is not None and self.context_size != 0:
             positive_integer("context_size", self.context_size)
+        if self.biased and self.context_size == 0:
+            raise UnsupportedError("biased=True needs context, found context_size=0; leave one of them")
         for name in ("max_seconds", "context_weight", "lr"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is not None and not (
+                isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+            ):
                 raise ValueError(f"{name} must be a positive number, found {value!r}")
         n_steps = self.n_steps
         if n_steps is None and self.max_seconds is None:

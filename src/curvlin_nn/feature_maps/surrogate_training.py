@@ -18,7 +18,7 @@ from curvlin_nn.errors import OutputError, StorageError, TrainingDivergedError, 
 from curvlin_nn.feature_maps.jacobian import JacobianMap
 from curvlin_nn.feature_maps.kernel_loss import least_error, relative_error
 from curvlin_nn.feature_maps.pool import Pool
-from curvlin_nn.feature_maps.surrogate_network import Scaled, checked_features, head_of, solve_head
+from curvlin_nn.feature_maps.surrogate_network import Scaled, features_of, head_of, solve_head
 from curvlin_nn.feature_maps.surrogate_options import SurrogateOptions
 from curvlin_nn.feature_maps.surrogate_targets import (
     DistilledTargets,
@@ -189,9 +189,15 @@ class SurrogateTraining:
                     write(checkpoint, KIND, self.state_dict())
         if self.history.steps[-1] != self.step:
             self._evaluate()
-        self.surrogate.load_state_dict(self.best)
+        self.restore_best()
         if checkpoint is not None:
             remove(checkpoint)
+
+    def restore_best(self) -> bool:
+        """Set the surrogate to its best state; False if there has been none."""
+        if self.best:
+            self.surrogate.load_state_dict(self.best)
+        return bool(self.best)
 
     def _at_end(self) -> bool:
         options = self._options
@@ -239,8 +245,8 @@ class SurrogateTraining:
         self._adam.step()
 
     def _features(self, x: Any, n_samples: int, where: str) -> Float[Tensor, "N C K"]:
-        features = self.surrogate(prepared(self._model, x, where))
-        return checked_features(features, n_samples, self.n_outputs, self._options.rank, where)
+        x = prepared(self._model, x, where)
+        return features_of(self.surrogate, x, n_samples, self.n_outputs, self._options.rank, where)
 
     # -- evaluation ------------------------------------------------------------------------------------------
 
@@ -274,8 +280,6 @@ class SurrogateTraining:
         return relative_error(torch.cat(parts), held_out.gram)
 
     def _diverged(self, found: str) -> None:
-        if self.best:
-            self.surrogate.load_state_dict(self.best)
         raise TrainingDivergedError(self.step, found)
 
     # -- storage ---------------------------------------------------------------------------------------------
