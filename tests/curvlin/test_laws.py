@@ -241,6 +241,22 @@ def test_factors_for_another_dtype_are_those_before_rounding(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_draws_in_another_dtype_have_its_accuracy(kind: str) -> None:
+    """Products of an orthogonal root are made in that dtype, from factors that are not rounded to it."""
+    case = make_case(kind, Spec(size=12, log10cond=9.0, seed=11))
+    P, kept = case.operator, case.operator.factor(torch.float32)
+    z = torch.randn(5, 12, generator=torch.Generator().manual_seed(2))
+    exact, drawn = P.unwhiten(z.double()), kept.unwhiten(z)
+    gap = torch.linalg.vector_norm(drawn.double() - exact, dim=-1)
+    unit = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(exact, dim=-1)
+    assert bool((gap < 16 * unit).all())
+    assert torch.equal(kept.sample((5,), torch.Generator().manual_seed(2)), drawn)
+    for exponent in (-9, 4):
+        scaled = (P * 4.0**exponent).factor(torch.float32)
+        assert torch.equal(scaled.unwhiten(z), drawn / 2.0**exponent)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_factored_equals_unfactored(kind: str) -> None:
     case = make_case(kind, Spec(size=12, log10cond=5.0, seed=11))
     P, kept = case.operator, case.operator.factor()

@@ -1,16 +1,18 @@
 """`Laplace.predict`: means as of a call, and uncertainty taken apart as defined."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from networks import Problem, problem
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, MultivariateNormal
+from torch.distributions import Bernoulli, Categorical, MultivariateNormal, Poisson
 
-from curvlin_nn import Laplace
+from curvlin_nn import Laplace, likelihoods
 from curvlin_nn.errors import NotFittedError, UnsupportedError
 from curvlin_nn.likelihoods import Custom
+from curvlin_nn.predictive import counts
 
 
 def generator(seed: int = 3) -> torch.Generator:
@@ -153,6 +155,55 @@ def test_counts_obey_the_law_of_total_variance():
 
 
 @pytest.mark.parametrize("pred_type", KINDS)
+@pytest.mark.parametrize("shift", [0.0, 6.0])
+def test_counts_have_the_entropies_of_sums_over_them(pred_type, shift):
+    """Rates near one and 400; the sum goes on to where any probability is zero in float64."""
+    la, x = family("poisson", 2, torch.randint(4, (6, 2)).double())
+    with torch.no_grad():
+        la.model[-1].bias.add_(shift)
+    la.fit([(x, torch.randint(4, (6, 2)).double())])
+    la.prior_precision = 100.0
+    found = la.predict(x, pred_type, n_samples=30, generator=generator())
+    rates = found.samples
+    every = torch.arange(int(3 * rates.max()) + 400).double()
+    p = Poisson(rates[..., None], validate_args=False).log_prob(every).exp()
+    total, expected = torch.special.entr(p.mean(0)).sum(-1), torch.special.entr(p).sum(-1).mean(0)
+    torch.testing.assert_close(found.entropy, total, rtol=1e-10, atol=0)
+    gap = found.mutual_information - (total - expected)
+    assert float((gap.abs() / total).max()) < 1e-10
+    assert bool((found.mutual_information >= 0).all()) and found.entropy.shape == (6, 2)
+    assert torch.equal(found.epistemic, found.variance)
+
+
+def test_counts_with_one_rate_have_its_entropy_and_teach_nothing():
+    """``lambda (1 - log lambda) + exp(-lambda) sum lambda^k log k! / k!``."""
+    likelihood = likelihoods.Poisson()
+    for rate in (1e-3, 0.7, 5.0):
+        terms = torch.tensor(rate, dtype=torch.float64).log().expand(7, 1, 1)
+        of_mean, mean_of = counts.entropies(likelihood, terms)
+        series = sum(rate**k * math.lgamma(k + 1) / math.factorial(k) for k in range(100))
+        expected = rate * (1 - math.log(rate)) + math.exp(-rate) * series
+        assert float(of_mean) == pytest.approx(expected, rel=1e-12)
+        assert float(mean_of) == pytest.approx(expected, rel=1e-12)
+    small = torch.tensor([1e-13, 2e-13, 6e-13], dtype=torch.float64)
+    of_mean, mean_of = counts.entropies(likelihood, small.log()[:, None, None])
+    assert float(of_mean) == pytest.approx(3e-13 * (1 - math.log(3e-13)), rel=1e-11, abs=0)
+    assert float(mean_of) == pytest.approx(float((small * (1 - small.log())).mean()), rel=1e-11, abs=0)
+    large = counts.entropies(likelihood, torch.tensor(1e5).double().log().expand(2, 1, 1))[0]
+    # Log-probabilities are differences of numbers of the size of a million, whose rounding is what is left.
+    assert float(large) == pytest.approx(math.log(2 * math.pi * math.e * 1e5) / 2 - 1 / 12e5, rel=1e-9)
+    with pytest.raises(UnsupportedError, match="entropy sums over at most 1048576 counts"):
+        counts.entropies(likelihood, torch.full((2, 1, 1), 20.0).double())
+
+
+def test_counts_are_summed_the_same_some_at_a_time(monkeypatch):
+    terms = torch.randn(5, 6, 1, generator=generator()).double() * 2
+    whole = counts.entropies(likelihoods.Poisson(), terms)
+    monkeypatch.setattr(counts, "SUMMED", 5 * 6 * 7)
+    torch.testing.assert_close(counts.entropies(likelihoods.Poisson(), terms), whole, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("pred_type", KINDS)
 def test_predicted_noise_is_the_aleatoric_part(pred_type):
     la, x = family("heteroscedastic", 4, torch.randn(6, 2).double())
     la.prior_precision = 30.0
@@ -199,9 +250,6 @@ def test_what_a_family_does_not_say_is_refused():
         UnsupportedError, match="probabilities needs a likelihood of classes, found regression; use"
     ):
         _ = fitted(p).predict(p.x_test).probabilities
-    la, x = family("poisson", 1, torch.ones(4, 1).double())
-    with pytest.raises(UnsupportedError, match="entropy is not supported for poisson"):
-        _ = la.predict(x).mutual_information
     custom = Custom(lambda f, y: -(f - y).square(), event_ndim=0, link=lambda f: 2 * f)
     found = Laplace(p.model, custom, "all", "full").fit(p.batches()).predict(p.x_test, link_approx="mc")
     with pytest.raises(UnsupportedError, match="aleatoric uncertainty is not supported for custom"):

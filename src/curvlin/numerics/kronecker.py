@@ -29,6 +29,20 @@ def congruence(left: Tensor | None, V: Tensor, right: Tensor | None) -> Tensor:
     return V
 
 
+def in_basis(left: Tensor | None, values: Tensor, right: Tensor | None, X: Tensor) -> Tensor:
+    """``Q diag(values) Q^T X`` with an orthogonal ``Q = L (x) R``, in the dtype of X.
+
+    Args:
+        left: L, ``(..., a, a)``.
+        values: ``(..., a, b)``.
+        right: R, ``(..., b, b)``.
+        X: ``(..., a b, K)``.
+    """
+    left, right = (None if Q is None else Q.to(X.dtype) for Q in (left, right))
+    V = congruence(left, X.mT.unflatten(-1, values.shape[-2:]), right)
+    return rotate(left, V * values.to(X.dtype).unsqueeze(-3), right).flatten(-2).mT
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """The Kronecker product itself, ``(..., ab, ab)``; only for ways out to dense matrices."""
     grid = left[..., :, None, :, None] * right[..., None, :, None, :]

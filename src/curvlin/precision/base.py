@@ -237,7 +237,9 @@ class PrecisionOperator(Tree, ABC):
 
     def unwhiten(self, z: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """``R^-T z``: turns standard normal noise into a draw of N(0, P^-1)."""
-        return self._apply_root("z", z, lambda P, X, factors: P._unwhiten(X, factors))
+        Z, restore = self._vectors("z", z, torch.promote_types(self.dtype, torch.float32))
+        P, factors = self._factored()
+        return restore(P._draw(Z, factors)).to(self.dtype)
 
     def root_matvec(self, z: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """``R z``: turns standard normal noise into a draw of N(0, P)."""
@@ -496,14 +498,16 @@ class PrecisionOperator(Tree, ABC):
         broadcastable(name, X.shape[:-2], self.batch_shape)
         return X
 
-    def _vectors(self, name: str, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Vectors ``(*sample, *batch, D)`` as float64 columns ``(*batch, D, K)``, and the way back."""
+    def _vectors(
+        self, name: str, x: Tensor, dtype: torch.dtype = torch.float64
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Vectors ``(*sample, *batch, D)`` as columns ``(*batch, D, K)`` of a dtype, and the way back."""
         self._check_right_hand_side(name, x)
         if x.ndim == 0 or x.shape[-1] != self.size:
             raise ValueError(f"{name} must have shape (..., {self.size}), found {tuple(x.shape)}")
         batch = self.batch_shape
         full = broadcastable(name, x.shape[:-1], batch)
-        x = x.double().expand(*full, x.shape[-1])
+        x = x.to(dtype).expand(*full, x.shape[-1])
         n_sample = len(full) - len(batch)
         sample, batch = full[:n_sample], full[n_sample:]
         # (*sample, *batch, D) -> (*batch, D, prod(sample)): samples become columns, as every hook takes them.
@@ -573,6 +577,14 @@ class PrecisionOperator(Tree, ABC):
     @abstractmethod
     def _unwhiten(self, Z: Tensor, factors: Any) -> Tensor:
         """``R^-T Z``."""
+
+    def _draw(self, Z: Tensor, factors: Any) -> Tensor:
+        """`_unwhiten` of noise in the caller's dtype, float32 at least, and in that dtype.
+
+        Overridden where the root is an orthogonal basis and a scale for each direction: products of these in the dtype
+        of the draws keep its accuracy, and cost half of what they do in float64.
+        """
+        return self._unwhiten(Z.double(), factors).to(Z.dtype)
 
     @abstractmethod
     def _root_matvec(self, Z: Tensor, factors: Any) -> Tensor:

@@ -112,6 +112,9 @@ class BlockDiag(PrecisionOperator):
     def _unwhiten(self, Z: Tensor, factors: tuple[Any, ...]) -> Tensor:
         return self._columnwise(lambda block, part, f: block._unwhiten(part, f), Z, factors)
 
+    def _draw(self, Z: Tensor, factors: tuple[Any, ...]) -> Tensor:
+        return self._columnwise(lambda block, part, f: block._draw(part, f), Z, factors)
+
     def _root_matvec(self, Z: Tensor, factors: tuple[Any, ...]) -> Tensor:
         return self._columnwise(lambda block, part, f: block._root_matvec(part, f), Z, factors)
 

@@ -21,7 +21,7 @@ from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.numerics import frozen_basis
 from curvlin.numerics.frozen_basis import FrozenBasis, OffDiagonal, stacked
 from curvlin.numerics.implicit import graft
-from curvlin.numerics.kronecker import congruence, product, rotate
+from curvlin.numerics.kronecker import congruence, in_basis, product, rotate
 from curvlin.numerics.pencil import Side, diagonalise
 from curvlin.numerics.rotation import rotated_diagonal, rotated_rest
 from curvlin.precision.implicit import ImplicitOperator
@@ -45,6 +45,10 @@ class KroneckerFactors(Tree):
     @property
     def sides(self) -> tuple[Side, Side]:
         return self.left, self.right
+
+    def function(self, values: Tensor, X: Tensor) -> Tensor:
+        """``Q diag(values) Q^T X`` with the orthogonal bases of the sides, in the dtype of X."""
+        return in_basis(self.left.orthogonal, values, self.right.orthogonal, X)
 
 
 @dataclass(eq=False, repr=False, init=False)
@@ -350,6 +354,11 @@ class KroneckerSum(ImplicitOperator):
 
     def _unwhiten(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
         return self._frame(factors).unwhiten(Z)
+
+    def _draw(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
+        if not self.orthogonal or self._needs_grad():
+            return super()._draw(Z, factors)
+        return self._unwhiten(Z, factors)
 
     def _root_matvec(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
         return self._frame(factors).root_matvec(Z)

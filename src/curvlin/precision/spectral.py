@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlin._check import broadcastable, floating, square
 from curvlin._tree import is_concrete, tensor_field
-from curvlin.numerics.kronecker import congruence, product, rotate
+from curvlin.numerics.kronecker import congruence, in_basis, product, rotate
 from curvlin.precision.eigenbasis import EigenbasisOperator
 
 
@@ -89,6 +89,11 @@ class SpectralKronecker(EigenbasisOperator):
     def _diagonal_of(self, values: Tensor) -> Tensor:
         grid = values.unflatten(-1, self.sizes).unsqueeze(-3)
         return rotate(self.QL.square(), grid, self.QR.square()).squeeze(-3).flatten(-2)
+
+    def _draw(self, Z: Tensor, factors: None) -> Tensor:
+        if self._needs_grad():
+            return super()._draw(Z, factors)
+        return in_basis(self.QL, self.eigenvalues.rsqrt(), self.QR, Z)
 
     def _scale(self, c: Tensor) -> SpectralKronecker:
         return self._with(eigenvalues=self.eigenvalues * c[..., None, None])

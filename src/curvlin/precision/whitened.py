@@ -80,13 +80,13 @@ class WhitenedFrame:
     def _inverse_root(self, Z: Tensor) -> Tensor:
         """``K^{-1/2} Z``."""
         if self.inner is None:
-            return _in_basis(Z, 1 / self.factors.eigenvalues.sqrt(), self.factors)
+            return self.factors.function(1 / self.factors.eigenvalues.sqrt(), Z)
         return inverse_root(self.inner, Z, self.factors)
 
     def _root(self, Z: Tensor) -> Tensor:
         """``K^{1/2} Z``."""
         if self.inner is None:
-            return _in_basis(Z, self.factors.eigenvalues.sqrt(), self.factors)
+            return self.factors.function(self.factors.eigenvalues.sqrt(), Z)
         return self.inner._matmul(self._inverse_root(Z))
 
 
@@ -114,7 +114,7 @@ class CommutingSum(KroneckerSum):
         return KroneckerFactors(sides[0], sides[1], self._combine(sides[0].spectra, sides[1].spectra))
 
     def _inverse_root_value(self, Z: Tensor, factors: KroneckerFactors) -> Tensor:
-        return _in_basis(Z, 1 / factors.eigenvalues.sqrt(), factors)
+        return factors.function(1 / factors.eigenvalues.sqrt(), Z)
 
     def _quadrature(
         self, factors: KroneckerFactors
@@ -127,13 +127,6 @@ class CommutingSum(KroneckerSum):
             shifted = self._with(shift=nodes if self.shift is None else self.shift + nodes)
             moved = KroneckerFactors(factors.left, factors.right, d + nodes[..., None, None])
             yield shifted, moved, weights[..., None, None]
-
-
-def _in_basis(Z: Tensor, values: Tensor, factors: KroneckerFactors) -> Tensor:
-    """``Q diag(values) Q^T Z`` in the orthogonal basis ``Q = Q_l (x) Q_r``."""
-    left, right = (side.orthogonal for side in factors.sides)
-    V = congruence(left, Z.mT.unflatten(-1, values.shape[-2:]), right) * values.unsqueeze(-3)
-    return rotate(left, V, right).flatten(-2).mT
 
 
 def _solve_both_sides(lower: Tensor, M: Tensor | None) -> Tensor:

@@ -41,6 +41,7 @@ class Likelihood(ABC):
         has_link: whether predictions are expectations of `link`; otherwise its mean and covariance are reported.
         is_linear: whether the link is the identity, so that these are the moments of the outputs.
         has_classes: whether targets are classes, of which `log_probabilities` gives the distribution.
+        has_counts: whether targets are 0, 1, 2, ..., of which `largest_count` tells where to stop summing.
         link_approximations: closed forms of the expected link by name, the default first.
         covariance_links: those that need covariances within a term.
         event_ndim: 1 where the last axis of the outputs holds the E numbers of a term, 0 where every output is a
@@ -54,6 +55,7 @@ class Likelihood(ABC):
     has_link: bool = True
     is_linear: ClassVar[bool] = True
     has_classes: ClassVar[bool] = False
+    has_counts: ClassVar[bool] = False
     link_approximations: Mapping[str, LinkApproximation] = {}
     covariance_links: Mapping[str, CovarianceLink] = {}
     event_ndim: int = 1
@@ -180,6 +182,14 @@ class Likelihood(ABC):
             UnsupportedError: if targets are no classes.
         """
         raise UnsupportedError(f"log_probabilities needs targets that are classes, found {self.name}")
+
+    def largest_count(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+        """For targets 0, 1, 2, ...: one above which ``-p log p`` sums to less than 1e-30.
+
+        Raises:
+            UnsupportedError: if targets are no counts.
+        """
+        raise UnsupportedError(f"largest_count needs targets that are counts, found {self.name}")
 
     def target_variance(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The variance of targets around the link, where there is one and targets are numbers.

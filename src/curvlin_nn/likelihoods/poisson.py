@@ -26,6 +26,7 @@ class Poisson(Likelihood):
     """Every output is the logarithm of the rate of a count: ``Lambda = exp(f)``, Hessian and Fisher information."""
 
     name = "poisson"
+    has_counts = True
     link_approximations: Mapping[str, LinkApproximation] = {"exact": log_normal_mean}
     event_ndim = 0
 
@@ -66,6 +67,13 @@ class Poisson(Likelihood):
         """``y f - exp(f) - log y!``."""
         f, y = terms.squeeze(-1), targets.to(terms)
         return y * f - f.exp() - torch.lgamma(y + 1)
+
+    def largest_count(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+        """``k = 2 rate + 60``: ``P(y > k) < exp(k - rate - k log(k / rate)) < 1e-32`` at this rate or a lower one.
+
+        The bound is Chernoff's; beyond k probabilities at least halve from count to count.
+        """
+        return torch.ceil(2 * terms.squeeze(-1).exp() + 60)
 
     def target_variance(self, terms: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """The rate."""

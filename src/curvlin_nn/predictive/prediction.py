@@ -14,6 +14,7 @@ from torch import Tensor
 from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.predictive.counts import entropies
 from curvlin_nn.predictive.response import Response
 from curvlin_nn.predictive.running import RunningMoments
 
@@ -25,7 +26,8 @@ class Prediction:
     Uncertainty has two parts: what the likelihood leaves open at known outputs (aleatoric), and what the posterior
     leaves open about the outputs (epistemic). Where targets are classes the measure is entropy in nats, and the
     parts add up to that of the mean prediction; the second is the mutual information between target and parameters
-    (Houlsby et al., 2011; Depeweg et al., 2018). Where they are numbers it is variance (law of total variance).
+    (Houlsby et al., 2011; Depeweg et al., 2018). Where they are numbers it is variance (law of total variance);
+    `entropy` and `mutual_information` are there as well for counts and for Gaussian noise of known scale.
 
     Attributes:
         mean: the expected target, as `PosteriorPredictive.__call__` gives it: probabilities or rates in the shape of
@@ -123,7 +125,8 @@ class Prediction:
     def entropy(self) -> Tensor:
         """Of the target, in nats: of its mean distribution over the draws, ``(N, *terms)``.
 
-        For Gaussian noise, the differential entropy of all targets of an input together, ``(N,)``.
+        For counts, summed over all of them; see `counts.entropies`. For Gaussian noise, the differential entropy of all
+        targets of an input together, ``(N,)``.
 
         Raises:
             UnsupportedError: for other likelihoods.
@@ -131,6 +134,8 @@ class Prediction:
         if self._likelihood.has_classes:
             log_p = self._log_probabilities
             return self._by_term(_entropy(torch.logsumexp(log_p, 0) - math.log(len(log_p))))
+        if self._likelihood.has_counts:
+            return self._by_term(self._entropies_of_counts[0])
         return _gaussian_entropy(self.covariance + self._gaussian_noise)
 
     @cached_property
@@ -143,6 +148,9 @@ class Prediction:
         """
         if self._likelihood.has_classes:
             return self.epistemic
+        if self._likelihood.has_counts:
+            of_mean, mean_of = self._entropies_of_counts
+            return self._by_term((of_mean - mean_of).clamp(min=0))
         return self.entropy - _gaussian_entropy(self._gaussian_noise)
 
     @cached_property
@@ -151,6 +159,14 @@ class Prediction:
         """Of the classes of each term at each draw."""
         log_p = self._likelihood.log_probabilities(self._response.terms(self.outputs))
         return log_p.reshape(len(self.outputs), -1, log_p.shape[-1])
+
+    @cached_property
+    @outside_inference_mode()
+    def _entropies_of_counts(self) -> tuple[Float[Tensor, " NR"], Float[Tensor, " NR"]]:
+        """Of the mean distribution of each term, and their mean over the draws."""
+        terms = self._response.terms(self.outputs)
+        found = entropies(self._likelihood, terms.reshape(len(self.outputs), -1, terms.shape[-1]))
+        return found[0].to(self.mean), found[1].to(self.mean)
 
     def _by_term(self, values: Float[Tensor, " NR"]) -> Tensor:
         by_sample = values.reshape(len(self), -1)
