@@ -6,6 +6,7 @@ kernel. With G groups the weight is G contiguous blocks that see different chann
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -90,21 +91,16 @@ def patches(
     image: Float[Tensor, "N C *input"], kernel: Sizes, stride: Sizes, dilation: Sizes
 ) -> Float[Tensor, "N *output CK"]:
     """Where the kernel fits into the image, what lies under it; channels vary slowest."""
+    windows = image
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        windows = windows.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
     ndim = len(kernel)
-    if ndim == 2:  # the one case that torch has a kernel for
-        columns = F.unfold(image, kernel, dilation=dilation, stride=stride)
-        return columns.mT.reshape(len(image), *_places(image.shape[2:], kernel, stride, dilation), -1)
-    windows = image.as_strided(
-        (*image.shape[:1], *_places(image.shape[2:], kernel, stride, dilation), image.shape[1], *kernel),
-        (
-            image.stride(0),
-            *(image.stride(2 + i) * stride[i] for i in range(ndim)),
-            image.stride(1),
-            *(image.stride(2 + i) * dilation[i] for i in range(ndim)),
-        ),
-        image.storage_offset(),
+    places = windows.shape[2 : 2 + ndim]
+    # One copy, in runs of the image's own rows: several times as fast as torch's im2col.
+    columns = windows.permute(0, 1, *range(2 + ndim, 2 + 2 * ndim), *range(2, 2 + ndim))
+    return columns.reshape(len(image), image.shape[1] * math.prod(kernel), math.prod(places)).mT.unflatten(
+        1, places
     )
-    return windows.flatten(1 + ndim)
 
 
 def check_batched(input: Tensor, weight: Tensor) -> int:
@@ -125,13 +121,6 @@ def sizes(value: int | Sequence[int], ndim: int) -> Sizes:
     if isinstance(value, int):
         return (value,) * ndim
     return tuple(value) * (ndim // len(value))
-
-
-def _places(image: Sequence[int], kernel: Sizes, stride: Sizes, dilation: Sizes) -> Sizes:
-    return tuple(
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, s, d in zip(image, kernel, stride, dilation, strict=True)
-    )
 
 
 def _padded(image: Tensor, kernel: Sizes, padding: str | Sizes, dilation: Sizes) -> Tensor:
