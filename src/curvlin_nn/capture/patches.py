@@ -17,7 +17,11 @@ Sizes = tuple[int, ...]
 """One number for each spatial axis."""
 
 GRAM_BUDGET = 2**18
-"""Entries of the rows that are converted and multiplied at once, which stay in cache."""
+"""Entries of the rows that are converted and multiplied at once, which stay in cache; one image at least."""
+
+
+LEAST_INNER = 32
+"""Entries of a patch along all axes but the first spatial one, from which on products run fast enough."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,13 @@ class Patches:
 
     @property
     def shares_products(self) -> bool:
-        """Whether `gram` multiplies less than the patches written out would."""
-        inner = self.size // self.kernel[0]
-        return self.kernel[0] > 1 and self.stride[0] == 1 and inner >= 32
+        """Whether `gram` takes less time than to multiply the patches written out.
+
+        Not where few rows of the image meet several rows of the kernel, nor where its products are small ones, nor for
+        fewer patches than they are long: a sum over batches takes these together (`GramSum`).
+        """
+        overlap = self.stride[0] == 1 and 1 < self.kernel[0] <= self.places[0]
+        return overlap and self.size >= LEAST_INNER * self.kernel[0] and self.count >= self.size
 
     def gram(self, dtype: torch.dtype) -> Float[Tensor, "size size"]:
         """``sum patch (x) patch``, float64, from products in `dtype`.
