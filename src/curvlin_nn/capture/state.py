@@ -196,11 +196,7 @@ def prepared(model: nn.Module, x: Any, where: str) -> Any:
         if tensor.shape[:1] == (0,):
             raise DataError(f"{where} must hold at least one sample, found shape {tuple(tensor.shape)}")
         # Inf may stand in an additive mask. A sum is NaN where a term is, at the cost of one pass and no mask.
-        if (
-            tensor.is_floating_point()
-            and bool(torch.isnan(tensor.sum()))
-            and bool(torch.isnan(tensor).any())
-        ):
+        if tensor.is_floating_point() and bool(torch.isnan(tensor.sum())) and bool(torch.isnan(tensor).any()):
             raise DataError(f"{where} must hold numbers, found NaN among the inputs")
     return map_tensors(lambda tensor: tensor.to(device), x)
 
