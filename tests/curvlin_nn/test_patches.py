@@ -30,15 +30,12 @@ def by_index(p: Patches) -> torch.Tensor:
         range(0, n - d * (k - 1), s)
         for n, k, s, d in zip(padded.shape[2:], p.kernel, p.stride, p.dilation, strict=True)
     ]
-    rows = [
-        padded[
-            (slice(None), slice(None))
-            + tuple(
-                slice(o, o + d * (k - 1) + 1, d) for o, k, d in zip(corner, p.kernel, p.dilation, strict=True)
-            )
-        ].flatten(1)
-        for corner in itertools.product(*spans)
-    ]
+    rows = []
+    for corner in itertools.product(*spans):
+        under = [
+            slice(o, o + d * (k - 1) + 1, d) for o, k, d in zip(corner, p.kernel, p.dilation, strict=True)
+        ]
+        rows.append(padded[(slice(None), slice(None), *under)].flatten(1))
     return torch.stack(rows, dim=1)
 
 
