@@ -1,14 +1,15 @@
 """What forbids a faster curvature: arithmetic at the rates that this machine reaches, in seconds for one batch.
 
 The matrix products that a structure cannot do without, half of a symmetric one, at the rate of a large product; the
-forward pass, and a backward pass to the layers' outputs for each column, as torch runs them; patches of convolutions
-written and read at the rate of a copy. No checks, conversions or sums, and a cache that never misses: no program
-reaches it.
+forward pass, and a backward pass to the layers' outputs for each column, as torch runs them; for a diagonal, patches of
+convolutions written and read at the rate of a copy. No checks, conversions or sums, and a cache that never misses: no
+program reaches it.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,19 +21,24 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear map from `inputs` to `out` numbers at each of S positions of N samples."""
+    """A linear map from `inputs` to `out` numbers at each of S positions of N samples.
+
+    Of `pairs` of inputs the product must be known at each position: of a convolution, whose inputs are those of its
+    neighbours, one for each distance between two pixels of a patch.
+    """
 
     N: int
     S: int
     inputs: int
     out: int
+    pairs: int
 
 
 def kfac(model: nn.Module, x: Tensor, n_columns: int, dtype: torch.dtype) -> float:
     """Both factors of each layer, from products in `dtype`."""
     layers, passes = _passes(model, x, n_columns)
-    products = sum(a.N * a.S * (a.inputs**2 + n_columns * a.out**2) for a in layers)
-    return passes + products / gemm_rate(dtype) + _patches(layers)
+    products = sum(a.N * a.S * (a.pairs + n_columns * a.out**2) for a in layers)
+    return passes + products / gemm_rate(dtype)
 
 
 def diagonal(model: nn.Module, x: Tensor, n_columns: int) -> float:
@@ -59,12 +65,19 @@ def _passes(model: nn.Module, x: Tensor, n_columns: int) -> tuple[list[Layer], f
     for handle in handles:
         handle.remove()
     layers = [
-        Layer(len(x), output[0, 0].numel(), module.weight[0].numel(), output.shape[1])  # type: ignore[index]
+        Layer(len(x), output[0, 0].numel(), module.weight[0].numel(), output.shape[1], _pairs(module))  # type: ignore[index]
         for module, output in seen
     ]
     edges, ones = [output for _, output in seen], torch.ones_like(outputs)
     backward = _seconds(lambda: torch.autograd.grad(outputs, edges, ones, retain_graph=True))
     return layers, _seconds(lambda: model(x)) + n_columns * backward
+
+
+def _pairs(module: nn.Module) -> int:
+    """For a kernel of k pixels along an axis, 2 k - 1 distances; a stride of one is taken for granted."""
+    channels = module.weight.shape[1]  # type: ignore[index,union-attr]
+    kernel = module.weight.shape[2:]  # type: ignore[index,union-attr]
+    return channels**2 * math.prod(2 * k - 1 for k in kernel)
 
 
 def _patches(layers: list[Layer]) -> float:

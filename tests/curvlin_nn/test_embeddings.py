@@ -47,7 +47,7 @@ def tokens_of(n: int, seed: int) -> Captures:
     generator = torch.Generator().manual_seed(seed)
     left = torch.randn(n, 2, 4, 3, dtype=torch.float64, generator=generator)
     index = torch.randint(-1, 5, (n, 4), generator=generator)
-    return Captures(n, (Block("w", 0, left, None, transposed=True, one_hot=OneHot(index, 5)),))
+    return Captures(n, (Block("w", 0, left, None, transposed=True, compact=OneHot(index, 5)),))
 
 
 @pytest.mark.parametrize("structure", ["full", "diag", "ekfac", "kfoc", "kron", "kron-lowrank"])
@@ -87,9 +87,9 @@ def test_several_uses_and_samples_stand_side_by_side():
     rows = a.rows() + b.rows()
     torch.testing.assert_close(merged("w", 0, [a, b]).rows(), rows)
     torch.testing.assert_close(merged("w", 0, [a, b.dense()]).rows(), rows)
-    shorter = replace(b, left=b.left[:, :, :2], one_hot=OneHot(b.one_hot.index[:, :2], 5))
+    shorter = replace(b, left=b.left[:, :, :2], compact=OneHot(b.compact.index[:, :2], 5))
     (both,) = joined("w", [[a.of_samples(slice(0, 1))], [shorter.of_samples(slice(1, 2))]])
-    assert both.one_hot is not None
+    assert both.compact is not None
     torch.testing.assert_close(both.rows(), torch.cat([a.rows()[:1], shorter.rows()[1:2]]))
 
 

@@ -7,6 +7,7 @@ from curvlin_nn.capture import conv, conv_transpose, elementwise, embedding, lin
 from curvlin_nn.capture.blocks import Block, Captures, JointBlock, Place, partition
 from curvlin_nn.capture.last_layer import last_layer
 from curvlin_nn.capture.one_hot import OneHot
+from curvlin_nn.capture.patches import Patches
 from curvlin_nn.capture.recorder import Recorder, Recording
 from curvlin_nn.capture.rules import RULES, Call, LayerRule, Piece, register
 
@@ -18,6 +19,7 @@ __all__ = [
     "JointBlock",
     "LayerRule",
     "OneHot",
+    "Patches",
     "Piece",
     "Place",
     "Recorder",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from curvlin.index import IndexSet
 from curvlin_nn.capture.one_hot import OneHot
+from curvlin_nn.capture.patches import Patches
 from curvlin_nn.errors import UnsupportedUseError
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Block:
         transposed: whether the part stands in the flat vector as (in, out), instead of as (out, in).
         uses: where a parameter is used both as it is and transposed (an embedding tied to the output layer), the rows
             of either kind of use; empty otherwise. The block itself holds the sum of their rows.
-        one_hot: ``(N, S)``; stands in the place of right where that is unit vectors, in `Captures.parts` only.
+        compact: ``(N, S)`` vectors; stands in the place of right where that is unit vectors or patches of images, in
+            `Captures.parts` only.
     """
 
     parameter: str
@@ -42,7 +44,7 @@ class Block:
     right: Float[Tensor, "N S in"] | None
     transposed: bool = False
     uses: tuple[Block, ...] = ()
-    one_hot: OneHot | None = None
+    compact: OneHot | Patches | None = None
 
     @property
     def size(self) -> int:
@@ -52,8 +54,8 @@ class Block:
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)``."""
-        if self.one_hot is not None:
-            return self.left.shape[-1], self.one_hot.size
+        if self.compact is not None:
+            return self.left.shape[-1], self.compact.size
         return self.left.shape[-1], 1 if self.right is None else self.right.shape[-1]
 
     @property
@@ -69,15 +71,19 @@ class Block:
     def of_samples(self, samples: slice | Int[Tensor, " n"]) -> Block:
         """The rows of some samples."""
         right = None if self.right is None else self.right[samples]
-        one_hot = None if self.one_hot is None else self.one_hot.of_samples(samples)
+        compact = None if self.compact is None else self.compact.of_samples(samples)
         uses = tuple(use.of_samples(samples) for use in self.uses)
-        return replace(self, left=self.left[samples], right=right, uses=uses, one_hot=one_hot)
+        return replace(self, left=self.left[samples], right=right, uses=uses, compact=compact)
 
     def dense(self) -> Block:
-        """The same rows with unit vectors written out."""
-        if self.one_hot is None:
+        """The same rows with unit vectors and patches written out."""
+        if self.compact is None:
             return self
-        return replace(self, right=self.one_hot.dense(self.left), one_hot=None)
+        return replace(self, right=self.compact.dense(self.left), compact=None)
+
+    def without_patches(self) -> Block:
+        """The same rows with patches written out; unit vectors stay as they are."""
+        return self.dense() if isinstance(self.compact, Patches) else self
 
     def moved(self, by: int) -> Block:
         """The same part of a parameter that begins elsewhere in the flat vector."""
@@ -85,7 +91,7 @@ class Block:
 
     def rows(self) -> Float[Tensor, "N V size"]:
         """The rows multiplied out, in the order (out, in)."""
-        if self.one_hot is not None:
+        if self.compact is not None:
             return self.dense().rows()
         if self.right is None:
             return self.left.squeeze(2)
@@ -180,8 +186,8 @@ class Captures:
 
     Attributes:
         n_samples: N, the samples of the batch.
-        parts: the parts of all chosen parameters in flat order, without gaps, as they were captured: the inputs of an
-            embedding are not written out.
+        parts: the parts of all chosen parameters in flat order, without gaps, as they were captured: the inputs of
+            embeddings and convolutions are not written out.
         first: whether these are the first columns of the batch; what depends on inputs alone counts only then.
         kept: which terms of the log-likelihood count (those not ignored), or None where all do.
         output_curvature: what stands in the place of columns, of which the blocks then have none: those of a linear
@@ -215,7 +221,8 @@ def merged(parameter: str, start: int, uses: Iterable[Block]) -> Block:
     uses = list(uses)
     if len(uses) == 1:
         return uses[0]
-    if len({(use.one_hot is None, use.transposed) for use in uses}) > 1:
+    uses = [use.without_patches() for use in uses]
+    if len({(use.compact is None, use.transposed) for use in uses}) > 1:
         uses = [use.dense() for use in uses]
     kinds = [[use for use in uses if use.transposed == transposed] for transposed in (False, True)]
     oriented = [_side_by_side(parameter, start, kind) for kind in kinds if kind]
@@ -235,6 +242,7 @@ def joined(parameter: str, by_sample: Sequence[Sequence[Block]]) -> list[Block]:
     Samples may differ in their number of positions. Where they cut the parameter into different blocks, its rows are
     multiplied out.
     """
+    by_sample = [[block.without_patches() for block in blocks] for blocks in by_sample]
     if any(
         [_form(block) for block in blocks] != [_form(block) for block in by_sample[0]] for blocks in by_sample
     ):
@@ -246,7 +254,7 @@ def joined(parameter: str, by_sample: Sequence[Sequence[Block]]) -> list[Block]:
 
 
 def _form(block: Block) -> tuple[Place, bool, bool, bool, int]:
-    return (block.place, block.right is None, block.one_hot is None, block.transposed, len(block.uses))
+    return (block.place, block.right is None, block.compact is None, block.transposed, len(block.uses))
 
 
 def stacked(blocks: Sequence[Block]) -> Block:
@@ -258,13 +266,13 @@ def stacked(blocks: Sequence[Block]) -> Block:
 
     left = torch.cat([of(block.left) for block in blocks])
     rights = [of(block.right) for block in blocks if block.right is not None]
-    inputs = [block.one_hot.padded(longest).index for block in blocks if block.one_hot is not None]
+    inputs = [block.compact.padded(longest).index for block in blocks if isinstance(block.compact, OneHot)]
     uses = tuple(stacked(uses) for uses in zip(*(block.uses for block in blocks), strict=True))
     return replace(
         blocks[0],
         left=left,
         right=torch.cat(rights) if rights else None,
-        one_hot=OneHot(torch.cat(inputs), blocks[0].shape[1]) if inputs else None,
+        compact=OneHot(torch.cat(inputs), blocks[0].shape[1]) if inputs else None,
         uses=uses,
     )
 
@@ -275,9 +283,9 @@ def _side_by_side(parameter: str, start: int, uses: list[Block]) -> Block:
     if len(uses) == 1:
         return uses[0]
     left = torch.cat([use.left for use in uses], dim=2)
-    inputs = [use.one_hot.index for use in uses if use.one_hot is not None]
+    inputs = [use.compact.index for use in uses if isinstance(use.compact, OneHot)]
     if inputs:
-        return replace(uses[0], left=left, one_hot=OneHot(torch.cat(inputs, dim=1), uses[0].shape[1]))
+        return replace(uses[0], left=left, compact=OneHot(torch.cat(inputs, dim=1), uses[0].shape[1]))
     if uses[0].right is None:
         return replace(uses[0], left=torch.stack([use.left for use in uses]).sum(0))
     rights = [use.right for use in uses if use.right is not None]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvlin_nn.capture.graph import Graph, named_pieces
+from curvlin_nn.capture.one_hot import OneHot
 from curvlin_nn.capture.rules import Piece
 
 
@@ -24,7 +25,7 @@ class _Part:
 
     @classmethod
     def of(cls, piece: Piece) -> _Part:
-        factored = piece.right is not None or piece.one_hot is not None
+        factored = piece.right is not None or piece.compact is not None
         return cls(piece.start, (piece.left.shape[-1], piece.inputs), factored, piece.transposed)
 
     @property
@@ -60,6 +61,7 @@ def incomplete(graph: Graph, originals: Mapping[str, Tensor], unserved: Containe
             for name, piece in named_pieces(use, gradient):
                 if name in unserved:
                     continue
+                piece = piece.without_patches()
                 total = _total(piece)
                 parts[name].add(_Part.of(piece))
                 captured[name][piece.start : piece.start + len(total)] += total
@@ -107,8 +109,8 @@ def _agree(part: _Part, other: _Part) -> bool:
 def _total(piece: Piece) -> Tensor:
     """One column's outer products summed over all positions: a part of the parameter's gradient."""
     left = piece.left[0].reshape(-1, piece.left.shape[-1])
-    if piece.one_hot is not None:
-        total = piece.one_hot.summed(piece.left[0]).mT
+    if isinstance(piece.compact, OneHot):
+        total = piece.compact.summed(piece.left[0]).mT
         return total.mT.flatten() if piece.transposed else total.flatten()
     if piece.right is None:
         return left.sum(0)

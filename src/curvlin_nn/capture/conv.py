@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
+from curvlin_nn.capture.patches import Patches, Sizes
 from curvlin_nn.capture.rules import Call, LayerRule, NotServable, Piece, named, register
-
-Sizes = tuple[int, ...]
-"""One number for each spatial axis."""
 
 
 @register
@@ -64,47 +61,28 @@ class ConvRule(LayerRule):
         g = self.by_position(call, gradient)
         groups = call.options["groups"]
         out = g.shape[-1] // groups
-        if "weight" in call.roles:
-            for group, patch in enumerate(self._patches(call).chunk(groups, dim=-1)):
+        if "weight" in call.roles and groups == 1 and not torch.is_grad_enabled():
+            yield Piece("weight", 0, g, None, compact=self._patches(call))
+        elif "weight" in call.roles:
+            for group, patch in enumerate(self._patches(call).written_out.chunk(groups, dim=-1)):
                 left = g[..., group * out : (group + 1) * out]
                 yield Piece("weight", group * out * patch.shape[-1], left, patch)
         if "bias" in call.roles:
             yield Piece("bias", 0, g, None)
 
-    def _patches(self, call: Call) -> Float[Tensor, "N *output K"]:
-        """What each output pixel sees, in the order of the flattened weight; groups stand side by side."""
+    def _patches(self, call: Call) -> Patches:
+        """What each output pixel sees; groups stand side by side."""
         if torch.is_grad_enabled():  # with a graph that must not outlive this call
-            return self._unfolded(call)
+            return self._of_input(call, call.input)
         if "patches" not in call.memo:
-            call.memo["patches"] = self._unfolded(call)
+            call.memo["patches"] = self._of_input(call, call.input.detach())
         return call.memo["patches"]
 
-    def _unfolded(self, call: Call) -> Float[Tensor, "N *output K"]:
+    def _of_input(self, call: Call, images: Tensor) -> Patches:
         kernel, stride, padding, dilation = (
             call.options[key] for key in ("kernel", "stride", "padding", "dilation")
         )
-        return patches(_padded(call.input, kernel, padding, dilation), kernel, stride, dilation)
-
-
-def patches(
-    image: Float[Tensor, "N C *input"], kernel: Sizes, stride: Sizes, dilation: Sizes
-) -> Float[Tensor, "N *output CK"]:
-    """Where the kernel fits into the image, what lies under it; channels vary slowest."""
-    ndim = len(kernel)
-    if ndim == 2:  # the one case that torch has a kernel for
-        columns = F.unfold(image, kernel, dilation=dilation, stride=stride)
-        return columns.mT.reshape(len(image), *_places(image.shape[2:], kernel, stride, dilation), -1)
-    windows = image.as_strided(
-        (*image.shape[:1], *_places(image.shape[2:], kernel, stride, dilation), image.shape[1], *kernel),
-        (
-            image.stride(0),
-            *(image.stride(2 + i) * stride[i] for i in range(ndim)),
-            image.stride(1),
-            *(image.stride(2 + i) * dilation[i] for i in range(ndim)),
-        ),
-        image.storage_offset(),
-    )
-    return windows.flatten(1 + ndim)
+        return Patches(images, kernel, stride, dilation, _pairs(padding, kernel, dilation))
 
 
 def check_batched(input: Tensor, weight: Tensor) -> int:
@@ -127,19 +105,11 @@ def sizes(value: int | Sequence[int], ndim: int) -> Sizes:
     return tuple(value) * (ndim // len(value))
 
 
-def _places(image: Sequence[int], kernel: Sizes, stride: Sizes, dilation: Sizes) -> Sizes:
-    return tuple(
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, s, d in zip(image, kernel, stride, dilation, strict=True)
-    )
-
-
-def _padded(image: Tensor, kernel: Sizes, padding: str | Sizes, dilation: Sizes) -> Tensor:
+def _pairs(padding: str | Sizes, kernel: Sizes, dilation: Sizes) -> tuple[tuple[int, int], ...]:
+    """Zeros before and behind the image along each axis."""
     if padding == "valid":
-        return image
+        return ((0, 0),) * len(kernel)
     if padding == "same":  # an odd total puts the larger half after the image, as torch does
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        pairs = [(total // 2, total - total // 2) for total in totals]
-    else:
-        pairs = [(int(size), int(size)) for size in padding]
-    return F.pad(image, [size for pair in reversed(pairs) for size in pair])
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((int(size), int(size)) for size in padding)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin_nn.capture.conv import Sizes, check_batched, patches, sizes
+from curvlin_nn.capture.conv import check_batched, sizes
+from curvlin_nn.capture.patches import Sizes, cut_out
 from curvlin_nn.capture.rules import Call, LayerRule, Piece, named, register
 
 
@@ -80,4 +81,4 @@ class ConvTransposeRule(LayerRule):
             for before, total, size in zip(padding, reached, gradient.shape[3:], strict=True)
         ]
         padded = F.pad(gradient.flatten(0, 1), [size for pair in reversed(pairs) for size in pair])
-        return patches(padded, kernel, stride, dilation).unflatten(0, gradient.shape[:2])
+        return cut_out(padded, kernel, stride, dilation).unflatten(0, gradient.shape[:2])

@@ -55,4 +55,4 @@ class EmbeddingRule(LayerRule):
         if constant is not None:
             tokens = torch.where(tokens == constant, -1, tokens)
         inputs = OneHot(tokens, call.options["tokens"])
-        yield Piece("weight", 0, gradient, None, transposed=True, one_hot=inputs)
+        yield Piece("weight", 0, gradient, None, transposed=True, compact=inputs)

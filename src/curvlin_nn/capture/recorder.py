@@ -35,6 +35,7 @@ from curvlin_nn.capture.intercept import Interceptor
 from curvlin_nn.capture.layout import SINGLE, Layout
 from curvlin_nn.capture.linear import Matrix
 from curvlin_nn.capture.one_hot import OneHot
+from curvlin_nn.capture.patches import Patches
 from curvlin_nn.capture.reduction import reduced
 from curvlin_nn.capture.second_order import check_differentiable
 from curvlin_nn.capture.state import capturing, device_of, forward, nothing_drawn, prepared
@@ -106,15 +107,21 @@ class Recording:
             check_finite("gradient", gradient, use, self._where)
             for name, piece in named_pieces(use, gradient):
                 left = _occupied(layout.split(piece.left, n_samples, 1).movedim(0, 1))
-                one_hot = None if piece.one_hot is None else _by_sample(piece.one_hot, layout, n_samples)
+                if isinstance(piece.compact, Patches) and (
+                    layout != SINGLE or len(piece.compact.images) != n_samples
+                ):
+                    piece = piece.without_patches()
+                compact = piece.compact
+                if isinstance(compact, OneHot):
+                    compact = _by_sample(compact, layout, n_samples)
                 right = piece.right
                 if right is not None:
                     right = _occupied(layout.split(right, n_samples, 0))
                     right = right if self._differentiable else right.detach()
-                elif one_hot is None and left.shape[2] > 1:
+                elif compact is None and left.shape[2] > 1:
                     left = left.sum(2, keepdim=True)
                 start = self._space.spans[name].start + piece.start
-                parts[name].append(Block(name, start, left, right, piece.transposed, one_hot=one_hot))
+                parts[name].append(Block(name, start, left, right, piece.transposed, compact=compact))
         return parts
 
     def _blocks(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlin_nn.capture.one_hot import OneHot
+from curvlin_nn.capture.patches import Patches
 
 
 class NotCovered(Exception):
@@ -50,7 +51,7 @@ class Call:
     input: Tensor
     roles: Mapping[str, Tensor]
     options: Mapping[str, Any] = field(default_factory=dict)
-    memo: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Piece:
         right: ``(*positions, in)``; None stands for the number one (``in = 1``).
         transposed: whether the part is flattened as (in, out), as where a weight multiplies from the right, instead of
             as (out, in).
-        one_hot: stands in the place of right where that is unit vectors.
+        compact: stands in the place of right where that is unit vectors, or patches of images.
     """
 
     role: str
@@ -72,14 +73,20 @@ class Piece:
     left: Float[Tensor, "V *positions out"]
     right: Float[Tensor, "*positions in"] | None
     transposed: bool = False
-    one_hot: OneHot | None = None
+    compact: OneHot | Patches | None = None
 
     @property
     def inputs(self) -> int:
         """The length of right; 1 where it stands for the number one."""
-        if self.one_hot is not None:
-            return self.one_hot.size
+        if self.compact is not None:
+            return self.compact.size
         return 1 if self.right is None else self.right.shape[-1]
+
+    def without_patches(self) -> Piece:
+        """The same with patches written out as vectors."""
+        if not isinstance(self.compact, Patches):
+            return self
+        return replace(self, right=self.compact.written_out, compact=None)
 
 
 class LayerRule(ABC):

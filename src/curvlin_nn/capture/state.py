@@ -195,8 +195,8 @@ def prepared(model: nn.Module, x: Any, where: str) -> Any:
     for tensor in tensors_of(x):
         if tensor.shape[:1] == (0,):
             raise DataError(f"{where} must hold at least one sample, found shape {tuple(tensor.shape)}")
-        # Inf may stand in an additive mask.
-        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+        # Inf may stand in an additive mask. A sum is NaN where a term is, at the cost of one pass and no mask.
+        if tensor.is_floating_point() and bool(torch.isnan(tensor.sum())) and bool(torch.isnan(tensor).any()):
             raise DataError(f"{where} must hold numbers, found NaN among the inputs")
     return map_tensors(lambda tensor: tensor.to(device), x)
 

@@ -71,9 +71,10 @@ def _of_last_layer(block: Block, diagonal: Float[Tensor, "NR out"]) -> Float[Ten
 
 def squares(block: Block) -> Float[Tensor, " size"]:
     """``sum_nv row_nv^2``, in the order (out, in)."""
+    if isinstance(block.compact, OneHot):
+        return _squares_of_tokens(block.left, block.compact).mT.flatten()
+    block = block.dense()
     left, right = block.left, block.right
-    if block.one_hot is not None:
-        return _squares_of_tokens(left, block.one_hot).mT.flatten()
     if right is None:
         return left.square().sum((0, 1, 2))
     if left.shape[2] == 1:  # one outer product per row: the columns fold before anything of size out x in

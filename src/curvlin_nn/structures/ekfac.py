@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvlin import BlockDiag, SpectralKronecker
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn.capture import Block, Captures, partition
+from curvlin_nn.capture import Block, Captures, OneHot, partition
 from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.structures.diagonal import squares
 from curvlin_nn.structures.kronecker import Kronecker
@@ -105,9 +105,10 @@ def _eigenbases(product: tuple[Tensor, Tensor] | None) -> _Bases | None:
 def _rotated(block: Block, bases: _Bases) -> Block:
     """The rows in an eigenbasis: ``sum_s (QB^T left_s) (x) (QA^T right_s)``, float64."""
     QB, QA = bases
-    if block.one_hot is not None:
-        right = block.one_hot.times(QA)
+    if isinstance(block.compact, OneHot):
+        right = block.compact.times(QA)
     else:
+        block = block.without_patches()
         assert block.right is not None
         right = block.right.double() @ QA
-    return replace(block, left=block.left.double() @ QB, right=right, one_hot=None, uses=())
+    return replace(block, left=block.left.double() @ QB, right=right, compact=None, uses=())

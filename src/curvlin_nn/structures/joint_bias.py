@@ -26,7 +26,7 @@ def joint(blocks: Sequence[Block]) -> tuple[Block, ...]:
             calls, or in a transposed convolution, where those of the weight are input pixels.
     """
     by_name: dict[str, list[Block]] = {}
-    for block in blocks:
+    for block in map(Block.without_patches, blocks):
         by_name.setdefault(block.parameter, []).append(block)
     joined: dict[str, list[Block]] = {}
     for name, weights in by_name.items():

@@ -34,7 +34,7 @@ from torch import Tensor
 from curvlin import BlockDiag, Dense, KroneckerSum
 from curvlin.precision.base import PrecisionOperator
 from curvlin.projection import project
-from curvlin_nn.capture import Block, Captures, OneHot, Place, partition
+from curvlin_nn.capture import Block, Captures, OneHot, Patches, Place, partition
 from curvlin_nn.errors import UnsupportedError, one_of
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.base import Structure
@@ -169,16 +169,21 @@ def _see_the_same(block: Block, other: Block) -> bool:
 
 def _is_dense(block: Block) -> bool:
     """Whether a block's rows have no factors."""
-    return block.right is None and block.one_hot is None
+    return block.right is None and block.compact is None
 
 
 def _add_inputs(total: GramSum, block: Block, kept: Bool[Tensor, "N R"] | None, *, reduce: bool) -> int:
     """Add the inputs of one batch, and say how many they were."""
-    if block.one_hot is not None:
-        index = block.one_hot.index
+    if isinstance(block.compact, OneHot):
+        index = block.compact.index
         tokens = index[kept] if kept is not None and kept.shape == index.shape else index
-        total.add_units(OneHot(tokens, block.one_hot.size))
+        total.add_units(OneHot(tokens, block.compact.size))
         return tokens.numel()
+    if isinstance(block.compact, Patches):
+        if block.compact.shares_products and (kept is None or kept.shape != block.left.shape[:3:2]):
+            total.add_product(block.compact.gram(total.dtype))
+            return block.compact.count
+        block = block.dense()
     assert block.right is not None
     a = _inputs(block.right, kept, reduce=reduce)
     total.add(a)
@@ -247,9 +252,9 @@ class Kronecker(Structure):
                 many tokens.
         """
         for part in captures.parts:
-            if part.one_hot is not None and part.one_hot.size > self._max_block:
+            if isinstance(part.compact, OneHot) and part.compact.size > self._max_block:
                 raise UnsupportedError(
-                    f"parameter {part.parameter!r} has a Kronecker factor of {part.one_hot.size} tokens, "
+                    f"parameter {part.parameter!r} has a Kronecker factor of {part.compact.size} tokens, "
                     f"expected at most max_block={self._max_block}; raise max_block, or give it 'diag' by name"
                 )
         blocks = self._of(captures)
