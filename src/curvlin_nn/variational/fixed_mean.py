@@ -1,0 +1,74 @@
+"""The Gaussian over outputs whose mean is the network's and whose covariance is a sparse Gaussian process's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from curvlin_nn.predictive.draws import some_at_a_time
+from curvlin_nn.predictive.output_gaussian import OutputGaussian
+from curvlin_nn.variational.fixed_mean_gp import Core
+
+BUDGET = 2**22
+"""Entries of the covariances with inducing variables that are held at once: 32 MiB."""
+
+
+@dataclass(frozen=True)
+class FixedMean(OutputGaussian):
+    """Mean and covariance; the first as the model returns it, for all samples at once.
+
+    Attributes:
+        network: gives outputs ``(N, C)``, and points in float64.
+        core: the covariance, without gradients.
+        progress_bar: whether to show one over parts of the samples.
+    """
+
+    network: Callable[[Any], tuple[Float[Tensor, "N C"], Float[Tensor, "N D"]]]
+    core: Core
+    progress_bar: bool = False
+
+    def mean_and_covariance(self, x: Any) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C C"]]:
+        """See `OutputGaussian.mean_and_covariance`."""
+        return self._with_spread(x, self.core.covariance)
+
+    def mean_and_variance(self, x: Any) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C"]]:
+        """See `OutputGaussian.mean_and_variance`."""
+        return self._with_spread(x, self.core.variance)
+
+    @torch.no_grad()
+    def joint(self, x: Any) -> tuple[Float[Tensor, " NC"], Float[Tensor, "NC NC"]]:
+        """See `OutputGaussian.joint`."""
+        f, points = self.network(x)
+        return f.flatten(), self.core.joint(points).to(f.dtype)
+
+    @torch.no_grad()
+    def samples(
+        self, x: Any, n_samples: int, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "S N C"]:
+        """Draws, jointly Gaussian over the inputs of this call; another call draws other functions.
+
+        A universal kernel has no finite number of coordinates that draws could be kept by.
+        """
+        f, points = self.network(x)
+        size = (len(points) + len(self.core.points)) * f.shape[1]
+        parts = [
+            self.core.samples(points, some, generator).to(f.dtype)
+            for some in some_at_a_time(n_samples, size)
+        ]
+        return f + torch.cat(parts)
+
+    @torch.no_grad()
+    def _with_spread(self, x: Any, of: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        f, points = self.network(x)
+        parts = [of(some, self.core.cross(some)) for some in self._parts(points, f.shape[1])]
+        return f, torch.cat(parts).to(f.dtype)
+
+    def _parts(self, points: Float[Tensor, "N D"], n_outputs: int) -> Iterator[Tensor]:
+        at_once = max(1, BUDGET // (n_outputs * max(n_outputs, len(self.core.points))))
+        yield from tqdm(points.split(at_once), "prediction", disable=not self.progress_bar)
