@@ -38,7 +38,8 @@ from curvlin_nn.variational import inducing as places
 from curvlin_nn.variational import kernels
 from curvlin_nn.variational.fixed_mean import FixedMean
 from curvlin_nn.variational.fixed_mean_gp import Core, FixedMeanGP
-from curvlin_nn.variational.objective import ExpectedProbability, check_served
+from curvlin_nn.variational.fixed_mean_objective import FixedMeanObjective
+from curvlin_nn.variational.objective import check_served
 from curvlin_nn.variational.points import Points, Seen
 from curvlin_nn.variational.training import TrainingHistory, TrainingOptions, positive, train
 
@@ -150,7 +151,7 @@ class FMGP(PosteriorPredictive):
         with random_state_kept(device):
             gp, first, n_data = self._begun(train_loader, optimize_noise and self.likelihood.has_noise)
             shape = tuple(first.outputs.shape[1:]) or (1,)
-            task = _Task(self._points, gp, self.likelihood, shape, n_data)
+            task = FixedMeanObjective(self._points, gp, self.likelihood, shape, n_data)
             trained = [p for p in gp.parameters() if p.requires_grad]
             result = copy.copy(self)
             fingerprint = Fingerprint.of(self.model)
@@ -303,51 +304,3 @@ class _Fitted:
     n_data: int
     fingerprint: Fingerprint
     history: TrainingHistory
-
-
-@dataclass(frozen=True)
-class _Task:
-    """The objective of a training, and its held-out score."""
-
-    points: Points
-    gp: FixedMeanGP
-    likelihood: Likelihood
-    output_shape: tuple[int, ...]
-    n_data: int
-
-    @property
-    def _expected(self) -> ExpectedProbability:
-        return ExpectedProbability(
-            Response(self.likelihood, lambda: self.output_shape, self.gp.sigma_noise)
-        )
-
-    def loss(self, x: Any, targets: Tensor, where: str) -> Float[Tensor, ""]:
-        """Minus the two bounds, those of the network's and of the companion's mean, for each sample of the data."""
-        seen = self.points(x, where)
-        targets = self.likelihood.check(seen.outputs, targets, where)
-        core, expected = self.gp.core(), self._expected
-        cross = core.cross(seen.points)
-        spread = self._spread(core, seen.points, cross)
-        a = self.gp.companion
-        fits = [expected(mean, spread, targets) for mean in (seen.rows.double(), cross @ a)]
-        penalty = 2 * core.divergence() + a @ core.K_Z @ a / 2 - self.gp.log_prior()
-        return penalty / self.n_data - sum(fits) / len(targets)
-
-    @torch.no_grad()
-    def score(self, loader: Iterable[Any], device: torch.device) -> float:
-        """The mean negative log-likelihood around the network's mean."""
-        core, expected = self.gp.core(), self._expected
-        total, n_data = 0.0, 0
-        for index, (x, targets) in enumerate(batches(loader, device)):
-            where = f"batch {index} of validation_loader"
-            seen = self.points(x, where)
-            checked = self.likelihood.check(seen.outputs, targets, where)
-            spread = self._spread(core, seen.points, core.cross(seen.points))
-            total -= float(expected(seen.rows.double(), spread, checked))
-            n_data += len(targets)
-        if n_data == 0:
-            raise DataError("validation_loader yielded no batch, expected at least one (inputs, targets)")
-        return total / n_data
-
-    def _spread(self, core: Core, points: Tensor, cross: Tensor) -> Tensor:
-        return core.covariance(points, cross) if self._expected.needs_covariance else core.variance(points, cross)

@@ -3,8 +3,9 @@
     k((x, c), (x', c')) = k(x, x') B_cc'
 
 rbf                 ``exp(-|(x - x') / l|^2 / 2)``, one lengthscale l for each entry of a flat input
-rbf_x_last_layer    the same times ``h . h' + 1``: with ``B = I`` the tangent kernel of the last layer, faded out with the
-                    distance of the inputs
+rbf_x_last_layer    the same times ``(h . h' + 1) / delta``: with ``B = I`` the kernel of a last layer linear in h whose
+                    weights have the prior precision delta, faded out with the distance of the inputs; delta is such that
+                    ``k(x, x)`` is 1 on average
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def made(kernel: str | Kernel, points: Float[Tensor, "N D"], n_inputs: int) -> K
     if kernel == "rbf":
         return rbf
     last_layer = LinearKernel(active_dims=tuple(range(n_inputs, points.shape[1]))).to(points)
-    last_layer.variance = 1.0
-    last_layer.requires_grad_(False)  # the covariance of the outputs has a scale already
+    last_layer.variance = 1 / float(points[:, n_inputs:].square().sum(1).mean())
+    last_layer.requires_grad_(False)  # the covariance of the outputs has a scale that is learned
     return rbf * last_layer
 
 
