@@ -49,5 +49,9 @@ class Dual:
 
     def explained(self, cross: Float[Tensor, "*batch M"]) -> Float[Tensor, "*batch M"]:
         """E with ``k_xZ L H^-1 L^T k_Zx' = E E^T``, from ``k_xZ``."""
-        along = (cross.flatten(0, -2) @ self.root).mT
-        return torch.linalg.solve_triangular(self._lower, along, upper=False).mT.reshape(cross.shape)
+        return self.whitened(cross @ self.root)
+
+    def whitened(self, along: Float[Tensor, "*batch M"]) -> Float[Tensor, "*batch M"]:
+        """W with ``U H^-1 U'^T = W W'^T``, from rows U."""
+        rows = along.reshape(-1, along.shape[-1])
+        return torch.linalg.solve_triangular(self._lower, rows.mT, upper=False).mT.reshape(along.shape)

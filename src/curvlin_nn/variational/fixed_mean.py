@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from curvlin_nn.predictive.draws import some_at_a_time
 from curvlin_nn.predictive.output_gaussian import OutputGaussian
-from curvlin_nn.variational.fixed_mean_gp import Core
+from curvlin_nn.variational.fixed_mean_gp import SparseCovariance
 
 BUDGET = 2**22
 """Entries of the covariances with inducing variables that are held at once: 32 MiB."""
@@ -25,27 +25,27 @@ class FixedMean(OutputGaussian):
 
     Attributes:
         network: gives outputs ``(N, C)``, and points in float64.
-        core: the covariance, without gradients.
+        covariance: the covariance, without gradients.
         progress_bar: whether to show one over parts of the samples.
     """
 
     network: Callable[[Any], tuple[Float[Tensor, "N C"], Float[Tensor, "N D"]]]
-    core: Core
+    covariance: SparseCovariance
     progress_bar: bool = False
 
     def mean_and_covariance(self, x: Any) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C C"]]:
         """See `OutputGaussian.mean_and_covariance`."""
-        return self._with_spread(x, self.core.covariance)
+        return self._with_spread(x, self.covariance.by_sample)
 
     def mean_and_variance(self, x: Any) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C"]]:
         """See `OutputGaussian.mean_and_variance`."""
-        return self._with_spread(x, self.core.variance)
+        return self._with_spread(x, self.covariance.variance)
 
     @torch.no_grad()
     def joint(self, x: Any) -> tuple[Float[Tensor, " NC"], Float[Tensor, "NC NC"]]:
         """See `OutputGaussian.joint`."""
         f, points = self.network(x)
-        return f.flatten(), self.core.joint(points).to(f.dtype)
+        return f.flatten(), self.covariance.joint(points).to(f.dtype)
 
     @torch.no_grad()
     def samples(
@@ -56,9 +56,9 @@ class FixedMean(OutputGaussian):
         A universal kernel has no finite number of coordinates that draws could be kept by.
         """
         f, points = self.network(x)
-        size = (len(points) + len(self.core.points)) * f.shape[1]
+        size = (len(points) + len(self.covariance.points)) * f.shape[1]
         parts = [
-            self.core.samples(points, some, generator).to(f.dtype)
+            self.covariance.samples(points, some, generator).to(f.dtype)
             for some in some_at_a_time(n_samples, size)
         ]
         return f + torch.cat(parts)
@@ -66,9 +66,9 @@ class FixedMean(OutputGaussian):
     @torch.no_grad()
     def _with_spread(self, x: Any, of: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         f, points = self.network(x)
-        parts = [of(some, self.core.cross(some)) for some in self._parts(points, f.shape[1])]
+        parts = [of(some, self.covariance.cross(some)) for some in self._parts(points, f.shape[1])]
         return f, torch.cat(parts).to(f.dtype)
 
     def _parts(self, points: Float[Tensor, "N D"], n_outputs: int) -> Iterator[Tensor]:
-        at_once = max(1, BUDGET // (n_outputs * max(n_outputs, len(self.core.points))))
+        at_once = max(1, BUDGET // (n_outputs * max(n_outputs, len(self.covariance.points))))
         yield from tqdm(points.split(at_once), "prediction", disable=not self.progress_bar)

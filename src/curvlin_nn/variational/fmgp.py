@@ -36,10 +36,10 @@ from curvlin_nn.predictive import GaussianPredictor, PosteriorPredictive, Predic
 from curvlin_nn.predictive.request import check_pred_type
 from curvlin_nn.variational import inducing as places
 from curvlin_nn.variational import kernels
+from curvlin_nn.variational.expected_likelihood import check_expected
 from curvlin_nn.variational.fixed_mean import FixedMean
-from curvlin_nn.variational.fixed_mean_gp import Core, FixedMeanGP
+from curvlin_nn.variational.fixed_mean_gp import FixedMeanGP, SparseCovariance
 from curvlin_nn.variational.fixed_mean_objective import FixedMeanObjective
-from curvlin_nn.variational.objective import check_served
 from curvlin_nn.variational.points import Points, Seen
 from curvlin_nn.variational.training import TrainingHistory, TrainingOptions, positive, train
 
@@ -55,10 +55,10 @@ class FMGP(PosteriorPredictive):
 
         mean(x) = f(x),  Cov[f(x), f(x')] = k(x, x') - k_xZ (A^-1 + k_Z)^-1 k_Zx'
 
-    For a universal kernel some element of its space is as close to the network as one likes, so that a mean fixed there
-    costs nothing; no Jacobian is needed. Learned are ``A = L L^T``, the inducing points Z, the kernel, the covariance B
-    of the outputs and the noise; see `curvlin_nn.variational.fixed_mean_gp` for the objective. The process is computed in
-    float64, predictions come in the network's dtype. The model is never changed.
+    For a universal kernel some element of its space is as close to the network as one likes, so that a mean fixed
+    there costs nothing; no Jacobian is needed. Learned are ``A = L L^T``, the inducing points Z, the kernel, the
+    covariance B of the outputs and the noise; see `curvlin_nn.variational.fixed_mean_gp` for the objective. The
+    process is computed in float64, predictions come in the network's dtype. The model is never changed.
 
     Args:
         model: a trained network that maps one tensor of samples to outputs ``(N, C)``.
@@ -93,7 +93,7 @@ class FMGP(PosteriorPredictive):
         check_model(model)
         self.model = model
         self.likelihood = likelihoods.resolve(likelihood)
-        check_served(self.likelihood)
+        check_expected(self.likelihood)
         if kernel is None:
             kernel = "rbf_x_last_layer" if isinstance(self.likelihood, Categorical) else "rbf"
         kernels.check_kernel(kernel)
@@ -151,14 +151,16 @@ class FMGP(PosteriorPredictive):
         with random_state_kept(device):
             gp, first, n_data = self._begun(train_loader, optimize_noise and self.likelihood.has_noise)
             shape = tuple(first.outputs.shape[1:]) or (1,)
-            task = FixedMeanObjective(self._points, gp, self.likelihood, shape, n_data)
+            task = FixedMeanObjective(self._points, gp, self.likelihood, n_data)
             trained = [p for p in gp.parameters() if p.requires_grad]
             result = copy.copy(self)
             fingerprint = Fingerprint.of(self.model)
 
             def finish(history: TrainingHistory) -> None:
                 gp.requires_grad_(False)
-                result._fitted = _Fitted(gp, gp.core(), shape, first.n_inputs, n_data, fingerprint, history)
+                result._fitted = _Fitted(
+                    gp, gp.covariance(), shape, first.n_inputs, n_data, fingerprint, history
+                )
 
             try:
                 history = train(
@@ -167,7 +169,9 @@ class FMGP(PosteriorPredictive):
                     train_loader,
                     device,
                     options,
-                    score=None if validation_loader is None else lambda: task.score(validation_loader, device),
+                    score=None
+                    if validation_loader is None
+                    else lambda: task.score(validation_loader, device),
                     description="FMGP",
                     progress_bar=progress_bar,
                 )
@@ -207,7 +211,7 @@ class FMGP(PosteriorPredictive):
             Z = self._inducing.detach()
             if Z.shape[1:] != x.shape[1:] or Z.dtype != x.dtype:
                 raise DataError(
-                    f"inducing must be inputs of shape {('M', *x.shape[1:])} and {x.dtype} as train_loader yields them, "
+                    f"inducing must be inputs of shape {('M', *x.shape[1:])} and {x.dtype} as in train_loader, "
                     f"found {tuple(Z.shape)} of {Z.dtype}"
                 )
             return Z, None if has_classes else torch.arange(len(Z)).to(first.points.device) % n_outputs
@@ -216,9 +220,7 @@ class FMGP(PosteriorPredictive):
             parts = [self._points(some, "the first samples").outputs for some in pool.batches(CHUNK)]
             classes = torch.cat(parts).argmax(1)
         flat = x.reshape(pool.size, -1).to(first.points)
-        Z, outputs = places.chosen(
-            flat, classes, self.n_inducing, n_outputs, self._inducing, self._generator
-        )
+        Z, outputs = places.chosen(flat, classes, self.n_inducing, n_outputs, self._inducing, self._generator)
         return Z.reshape(-1, *x.shape[1:]).to(x.dtype), outputs
 
     # -- what was fitted -------------------------------------------------------------------------------------
@@ -265,7 +267,7 @@ class FMGP(PosteriorPredictive):
         if name is not None:
             raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")
         response = Response(self.likelihood, lambda: fit.output_shape, self.sigma_noise)
-        return GaussianPredictor(response, FixedMean(self._seen, fit.core, progress_bar))
+        return GaussianPredictor(response, FixedMean(self._seen, fit.covariance, progress_bar))
 
     def _seen(self, x: Any) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N D"]]:
         """Outputs and points, which are to be as in `fit`."""
@@ -298,7 +300,7 @@ def _number(n_inducing: int | None, inducing: str | Tensor) -> int:
 @dataclass(frozen=True)
 class _Fitted:
     gp: FixedMeanGP
-    core: Core
+    covariance: SparseCovariance
     output_shape: tuple[int, ...]
     n_inputs: int
     n_data: int

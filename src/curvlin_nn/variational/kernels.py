@@ -4,8 +4,8 @@
 
 rbf                 ``exp(-|(x - x') / l|^2 / 2)``, one lengthscale l for each entry of a flat input
 rbf_x_last_layer    the same times ``(h . h' + 1) / delta``: with ``B = I`` the kernel of a last layer linear in h whose
-                    weights have the prior precision delta, faded out with the distance of the inputs; delta is such that
-                    ``k(x, x)`` is 1 on average
+                    weights have the prior precision delta, faded out with the distance of the inputs; delta makes
+                    ``k(x, x)`` 1 on average
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a kernel sees of a sample: its input as a flat vector, with or without what the last layer is given.
 
-The outputs come from the same forward pass, and are the network's own: `curvlin_nn.variational.FMGP` leaves the mean alone.
+The outputs come from the same forward pass, and are the network's own: `curvlin_nn.variational.FMGP` leaves the mean
+alone.
 """
 
 from __future__ import annotations
