@@ -5,15 +5,14 @@
 (Ortega et al., 2024, arXiv 2412.04177), in the dual form of `curvlin_nn.variational.dual`: what is factored is
 ``H = I + L^T k_Z L``, whose eigenvalues are at least one, and no jitter is added to anything.
 
-Kernels, their constraints and priors are gpytorch's. Its variational strategies are not used: they can hold this
-covariance (their ``S`` is ``(I + K^T A K)^-1`` for ``k_Z = K K^T``), but only by a factor of ``k_Z`` with a jitter on
-its diagonal, and not where two inducing points meet; and their divergence has the term of the mean, for which a
-network is no element of the kernel's space.
+Kernels, their constraints and priors are gpytorch's. Its variational strategies are not used: with the network as mean
+module they could hold this covariance (their S is ``(I + K^T A K)^-1`` for ``k_Z = K K^T``), but only by way of a Cholesky
+factor of ``k_Z``, which may be singular, so that they add a jitter to its diagonal.
 
-That term is what keeps kernels honest: without it the prior's variances would fall to the posterior's. Its place is
-taken by a companion, a process of the same covariance with a mean ``m(x) = k_xZ a`` of its own; see
-`curvlin_nn.variational.fixed_mean_objective`. The published code has ``a = (k_Z + 0.001 I)^-1 q`` and learns q; the
-dual weights a need no inverse.
+With the mean fixed, no term of the objective says how large a prior the data ask for, and a kernel would fall to nothing.
+A companion does, a process of the same covariance with a mean ``m(x) = k_xZ a`` of its own; see
+`curvlin_nn.variational.fixed_mean_objective`. The published code has ``a = (k_Z + 0.001 I)^-1 q`` and learns q; the dual
+weights a need no inverse.
 """
 
 from __future__ import annotations
