@@ -3,9 +3,9 @@
     Gaussian noise    log N(y; m, V + sigma^2 Sigma), exactly, of all outputs of a sample together
     classes, bits     log p(y | m / sqrt(1 + pi/8 v)), each logit shrunk by its own variance (MacKay, 1992)
 
-By Jensen's inequality it is at least the expected log-likelihood: what is maximised is no bound of the evidence, but the
-objective of power expectation propagation with ``alpha = 1`` (Li & Gal, 2017), which gives calibrated variances where the
-bound underestimates them.
+By Jensen's inequality the first is at least the expected log-likelihood: what is maximised is no bound of the evidence,
+but the objective of power expectation propagation with ``alpha = 1`` (Li & Gal, 2017, Dropout inference in Bayesian
+neural networks with alpha-divergences). It looks at the variance of a prediction as a whole, noise included.
 """
 
 from __future__ import annotations

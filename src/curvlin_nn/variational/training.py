@@ -100,6 +100,7 @@ def train(
     options: TrainingOptions,
     *,
     score: Score | None = None,
+    history: TrainingHistory | None = None,
     description: str = "training",
     progress_bar: bool = False,
 ) -> TrainingHistory:
@@ -116,6 +117,7 @@ def train(
         device: where the targets go.
         options: how long.
         score: of the state on held-out data; None for none.
+        history: where to write how it goes; None for a new one.
         description: what to call this in the progress bar.
         progress_bar: whether to show one.
 
@@ -126,7 +128,8 @@ def train(
         DataError: if the loader yields nothing, in the first pass or a later one.
         TrainingDivergedError: if a loss, a gradient or a score is not finite.
     """
-    return _Training(optimizer, options, score).run(loss, loader, device, description, progress_bar)
+    history = TrainingHistory() if history is None else history
+    return _Training(optimizer, options, score, history).run(loss, loader, device, description, progress_bar)
 
 
 def passes(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[str, Any, Tensor]]:
@@ -154,12 +157,16 @@ class _Training:
     """A training under way."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, options: TrainingOptions, score: Score | None
+        self,
+        optimizer: torch.optim.Optimizer,
+        options: TrainingOptions,
+        score: Score | None,
+        history: TrainingHistory,
     ) -> None:
         self._optimizer, self._options, self._score = optimizer, options, score
         self._tensors: list[Tensor] = [t for group in optimizer.param_groups for t in group["params"]]
         self._began = clock()
-        self.history = TrainingHistory()
+        self.history = history
         self._step = 0
         self._losses: list[float] = []
         self._best: list[Tensor] = []

@@ -1,0 +1,140 @@
+"""What VaLLA is trained on: the expected likelihood of a batch, and the divergence from the prior.
+
+Everything is a kernel between a batch and the inducing points; nothing of size P is formed. The trained numbers have
+the scale of one, whatever the network's: ``L = sqrt(delta / s) D (I + T)`` with s the mean diagonal of ``kappa_Z`` at the
+start, D diagonal and positive, T strictly lower triangular. In these coordinates H does not depend on delta, which
+scales the covariance and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlin import FeatureOperator, Isotropic
+from curvlin_nn.capture import Recorder
+from curvlin_nn.errors import OutputError
+from curvlin_nn.feature_maps.jacobian import rows_of_outputs
+from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.variational.dual import Dual
+from curvlin_nn.variational.expected_likelihood import couples_outputs, log_expected_likelihood
+from curvlin_nn.variational.inducing import InducingPoints
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """``P = delta I + J_Z^T L L^T J_Z``, and the noise around the outputs; differentiable in everything.
+
+    Attributes:
+        rows: J_Z, ``(M, 1, P)``.
+        root: L, float64.
+        prior_precision: delta, float64.
+        sigma_noise: float64.
+    """
+
+    rows: FeatureOperator
+    root: Float[Tensor, "M M"]
+    prior_precision: Float[Tensor, ""]
+    sigma_noise: Float[Tensor, "*E"]
+
+    @cached_property
+    def dual(self) -> Dual:
+        """The same by the kernel ``kappa / delta``."""
+        kernel = self.rows.gram().flatten(2).flatten(0, 1).double()
+        return Dual(kernel / self.prior_precision, self.root)
+
+    def expected_likelihood(
+        self, recorder: Recorder, likelihood: Likelihood, x: Any, targets: Tensor, where: str
+    ) -> Float[Tensor, " N"]:
+        """``log E p(y_n | f_n)`` of each sample of a batch.
+
+        Raises:
+            DataError: if the targets do not fit.
+            OutputError: if the outputs do not, or are not finite.
+        """
+        recording = recorder(x, where)
+        outputs, Phi = recording.outputs, rows_of_outputs(recording)
+        targets = likelihood.check(outputs, targets, where)
+        prior = Isotropic(torch.ones((), dtype=Phi.dtype, device=Phi.device), Phi.size)
+        E = self.dual.explained(Phi.gram(self.rows).squeeze(-1).double() / self.prior_precision)
+        if couples_outputs(likelihood):
+            spread = prior.inv_congruence(Phi).double() / self.prior_precision - E @ E.mT
+        else:
+            variances = prior.inv_congruence_diagonal(Phi).double() / self.prior_precision
+            spread = (variances - E.square().sum(-1)).clamp(min=0)
+        return log_expected_likelihood(likelihood, outputs.double(), spread, targets, self.sigma_noise)
+
+
+class Variables:
+    """The numbers that are trained, as they are now.
+
+    Args:
+        recorder: of the model.
+        points: where the inducing points are.
+        prior_precision: delta.
+        sigma_noise: of the outputs.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        points: InducingPoints,
+        prior_precision: Float[Tensor, ""],
+        sigma_noise: Float[Tensor, "*E"],
+    ) -> None:
+        self._recorder, self._points = recorder, points
+        self._rows = points.rows(recorder)
+        kernel = self._rows.gram().flatten(2).flatten(0, 1)
+        device = kernel.device
+        self._scale = float(kernel.diagonal().double().mean())
+        if not self._scale > 0:
+            raise OutputError(
+                "the Jacobian at the inducing points is zero, expected outputs that depend on the parameters there"
+            )
+        M = len(points)
+        self.log_precision = prior_precision.detach().double().to(device).log()
+        self.log_noise = sigma_noise.detach().double().to(device).log()
+        self.log_diagonal = torch.zeros(M, dtype=torch.float64, device=device)
+        self.below = torch.zeros(M, M, dtype=torch.float64, device=device)
+        self.inputs = points.inputs
+
+    def trained(self, *, prior_precision: bool, noise: bool, inducing: bool) -> Iterator[Tensor]:
+        """What an optimiser gets, with gradients from now on."""
+        chosen = [self.log_diagonal, self.below]
+        chosen += [self.log_precision] if prior_precision else []
+        chosen += [self.log_noise] if noise else []
+        if inducing:
+            self.inputs = self._points.inputs.clone()
+            chosen.append(self.inputs)
+        for tensor in chosen:
+            yield tensor.requires_grad_()
+
+    @property
+    def points(self) -> InducingPoints:
+        """Where the inducing points are now."""
+        moved = isinstance(self.inputs, Tensor) and self.inputs.requires_grad
+        return replace(self._points, inputs=self.inputs.detach().clone()) if moved else self._points
+
+    def sparse(self) -> Sparse:
+        """The posterior that the numbers stand for.
+
+        Raises:
+            FloatingPointError: if there is none at the inducing points.
+        """
+        rows = self._rows
+        if isinstance(self.inputs, Tensor) and self.inputs.requires_grad:
+            try:
+                points = replace(self._points, inputs=self.inputs)
+                rows = points.rows(self._recorder, differentiable=torch.is_grad_enabled())
+            except OutputError as error:
+                raise FloatingPointError(str(error)) from error
+        delta = self.log_precision.exp()
+        lower = torch.eye(len(self.below)).to(self.below) + self.below.tril(-1)
+        root = (delta / self._scale).sqrt() * self.log_diagonal.exp().unsqueeze(-1) * lower
+        return Sparse(rows, root, delta, self.log_noise.exp())
