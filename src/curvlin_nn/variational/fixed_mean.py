@@ -14,6 +14,7 @@ from tqdm import tqdm
 from curvlin_nn.predictive.draws import some_at_a_time
 from curvlin_nn.predictive.output_gaussian import OutputGaussian
 from curvlin_nn.variational.fixed_mean_gp import SparseCovariance
+from curvlin_nn.variational.points import Seen
 
 BUDGET = 2**22
 """Entries of the covariances with inducing variables that are held at once: 32 MiB."""
@@ -24,12 +25,12 @@ class FixedMean(OutputGaussian):
     """Mean and covariance; the first as the model returns it, for all samples at once.
 
     Attributes:
-        network: gives outputs ``(N, C)``, and points in float64.
+        network: gives outputs and points.
         covariance: the covariance, without gradients.
         progress_bar: whether to show one over parts of the samples.
     """
 
-    network: Callable[[Any], tuple[Float[Tensor, "N C"], Float[Tensor, "N D"]]]
+    network: Callable[[Any], Seen]
     covariance: SparseCovariance
     progress_bar: bool = False
 
@@ -44,7 +45,7 @@ class FixedMean(OutputGaussian):
     @torch.no_grad()
     def joint(self, x: Any) -> tuple[Float[Tensor, " NC"], Float[Tensor, "NC NC"]]:
         """See `OutputGaussian.joint`."""
-        f, points = self.network(x)
+        f, points = self._at(x)
         return f.flatten(), self.covariance.joint(points).to(f.dtype)
 
     @torch.no_grad()
@@ -55,7 +56,7 @@ class FixedMean(OutputGaussian):
 
         A universal kernel has no finite number of coordinates that draws could be kept by.
         """
-        f, points = self.network(x)
+        f, points = self._at(x)
         size = (len(points) + len(self.covariance.points)) * f.shape[1]
         parts = [
             self.covariance.samples(points, some, generator).to(f.dtype)
@@ -65,9 +66,13 @@ class FixedMean(OutputGaussian):
 
     @torch.no_grad()
     def _with_spread(self, x: Any, of: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        f, points = self.network(x)
+        f, points = self._at(x)
         parts = [of(some, self.covariance.cross(some)) for some in self._parts(points, f.shape[1])]
         return f, torch.cat(parts).to(f.dtype)
+
+    def _at(self, x: Any) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N D"]]:
+        seen = self.network(x)
+        return seen.rows, seen.points
 
     def _parts(self, points: Float[Tensor, "N D"], n_outputs: int) -> Iterator[Tensor]:
         at_once = max(1, BUDGET // (n_outputs * max(n_outputs, len(self.covariance.points))))

@@ -6,13 +6,13 @@
 ``H = I + L^T k_Z L``, whose eigenvalues are at least one, and no jitter is added to anything.
 
 Kernels, their constraints and priors are gpytorch's. Its variational strategies are not used: with the network as mean
-module they could hold this covariance (their S is ``(I + K^T A K)^-1`` for ``k_Z = K K^T``), but only by way of a Cholesky
-factor of ``k_Z``, which may be singular, so that they add a jitter to its diagonal.
+module they could hold this covariance (their S is ``(I + K^T A K)^-1`` for ``k_Z = K K^T``), but only by way of a
+Cholesky factor of ``k_Z``, which may be singular, so that they add a jitter to its diagonal.
 
-With the mean fixed, no term of the objective says how large a prior the data ask for, and a kernel would fall to nothing.
-A companion does, a process of the same covariance with a mean ``m(x) = k_xZ a`` of its own; see
-`curvlin_nn.variational.fixed_mean_objective`. The published code has ``a = (k_Z + 0.001 I)^-1 q`` and learns q; the dual
-weights a need no inverse.
+With the mean fixed, no term of the objective says how large a prior the data ask for, and a kernel would fall to
+nothing. A companion does, a process of the same covariance with a mean ``m(x) = k_xZ a`` of its own; see
+`curvlin_nn.variational.fixed_mean_objective`. The published code has ``a = (k_Z + 0.001 I)^-1 q`` and learns q; the
+dual weights a need no inverse.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class FixedMeanGP(nn.Module):
         points: Z at first.
         outputs: which output of the process each inducing variable is.
         sigma_noise: the noise scale at first.
-        optimize_noise: whether it is learned.
+        optimize_inducing: whether Z is learned.
+        optimize_noise: whether the noise scale is.
     """
 
     outputs: Tensor
@@ -50,12 +51,14 @@ class FixedMeanGP(nn.Module):
         points: Float[Tensor, "M D"],
         outputs: Int[Tensor, " M"],
         sigma_noise: Float[Tensor, "*E"],
-        optimize_noise: bool,
+        *,
+        optimize_inducing: bool = True,
+        optimize_noise: bool = True,
     ) -> None:
         super().__init__()
         self.kernel = kernel
         self.output_kernel = kernels.of_outputs(n_outputs, points)
-        self.points = nn.Parameter(points.clone())
+        self.points = nn.Parameter(points.clone(), requires_grad=optimize_inducing)
         self.register_buffer("outputs", outputs)
         self.root = nn.Parameter(torch.eye(len(points)).to(points))
         self.companion = nn.Parameter(points.new_zeros(len(points)))

@@ -25,8 +25,8 @@ KERNELS = ("rbf", "rbf_x_last_layer")
 """The kernels by name."""
 
 
-def check_kernel(kernel: object) -> None:
-    """Whether this is a name, or a kernel of gpytorch's.
+def checked(kernel: str | Kernel) -> str | Kernel:
+    """A name, or a kernel of gpytorch's.
 
     Raises:
         UnsupportedError: if it is neither.
@@ -42,6 +42,7 @@ def check_kernel(kernel: object) -> None:
         raise UnsupportedError(
             f"kernel={found} is not supported; expected {one_of(KERNELS)} or a gpytorch.kernels.Kernel"
         )
+    return kernel
 
 
 def made(kernel: str | Kernel, points: Float[Tensor, "N D"], n_inputs: int) -> Kernel:
@@ -64,15 +65,16 @@ def made(kernel: str | Kernel, points: Float[Tensor, "N D"], n_inputs: int) -> K
     if kernel == "rbf":
         return rbf
     last_layer = LinearKernel(active_dims=tuple(range(n_inputs, points.shape[1]))).to(points)
-    last_layer.variance = 1 / float(points[:, n_inputs:].square().sum(1).mean())
+    last_layer.variance = 1 / points[:, n_inputs:].square().sum(1).mean()
     last_layer.requires_grad_(False)  # the covariance of the outputs has a scale that is learned
     return rbf * last_layer
 
 
-def median_distance(points: Float[Tensor, "N D"]) -> float:
+def median_distance(points: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
     """Between two different samples; 1 where most of them are equal."""
-    found = float(torch.nn.functional.pdist(points).median()) if len(points) > 1 else 0.0
-    return found if found > 0 else 1.0
+    distances = torch.nn.functional.pdist(points)
+    found = distances.median() if len(distances) else points.new_zeros(())
+    return torch.where(found > 0, found, 1.0)
 
 
 def of_outputs(n_outputs: int, like: Tensor) -> IndexKernel:

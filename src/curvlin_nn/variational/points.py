@@ -75,6 +75,9 @@ class Points:
                 f"{where} must be one tensor of real numbers with samples along axis 0, as kernels of inputs take, "
                 f"found {found}"
             )
+        points = x.detach().reshape(len(x), -1).double()
+        if not bool(torch.isfinite(points).all()):
+            raise DataError(f"{where} must be finite, found Inf among the inputs")
         watch = _LinearLayers()
         with (
             torch.inference_mode(False),
@@ -85,9 +88,6 @@ class Points:
             watch,
         ):
             outputs = checked_outputs(forward(self.model, {}, x, where), where)
-        points = x.detach().reshape(len(x), -1).double()
-        if not bool(torch.isfinite(points).all()):
-            raise DataError(f"{where} must be finite, found Inf among the inputs")
         if len(outputs) != len(points):
             raise OutputError(
                 f"model outputs on {where} must have one row for each of {len(points)} samples, found {len(outputs)}"
