@@ -496,3 +496,21 @@ def test_a_last_layer_that_is_not_linear_is_refused() -> None:
     changing.shape = (1, 1)
     with pytest.raises(OutputError, match="as in fit"):
         fm(normal(2, D))
+
+
+class Rectified(nn.Module):
+    """What its last layer returns is written over, by what it is already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x).mul_(1)
+
+
+def test_a_last_layer_whose_outputs_are_written_over_is_refused() -> None:
+    x = normal(2, D)
+    with pytest.raises(UnsupportedError, match="those of a linear layer"):
+        Points(Rectified(), True)(x)
+    assert torch.equal(Points(Rectified(), False)(x).points, x)

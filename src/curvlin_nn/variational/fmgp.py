@@ -53,16 +53,16 @@ class _Fitted:
 
     gp: FixedMeanGP
     covariance: SparseCovariance
-    first: Seen
+    output_shape: tuple[int, ...]
     sample_shape: torch.Size
     fingerprint: Fingerprint
     history: TrainingHistory
     n_data: int
 
     @property
-    def output_shape(self) -> tuple[int, ...]:
-        """Of one sample; one number counts as an axis of length one."""
-        return tuple(self.first.outputs.shape[1:]) or (1,)
+    def n_inputs(self) -> int:
+        """The numbers of one sample."""
+        return self.sample_shape.numel()
 
 
 class FMGP(PosteriorPredictive):
@@ -85,7 +85,8 @@ class FMGP(PosteriorPredictive):
         kernel: ``"rbf"`` of flat inputs, with a lengthscale for each entry; ``"rbf_x_last_layer"``, that times the
             tangent kernel of a linear last layer; or a kernel of gpytorch's for flat inputs, a copy of which is
             trained, within its constraints and by its priors. All are multiplied by B, the identity at first. None
-            takes ``"rbf_x_last_layer"`` for classes and ``"rbf"`` otherwise; see `curvlin_nn.variational.kernels`.
+            takes ``"rbf_x_last_layer"`` for ``"classification"``, ``"rbf"`` otherwise; see
+            `curvlin_nn.variational.kernels`.
         sigma_noise: the standard deviation of observations, or one for each output; `fit` begins there.
         generator: source of randomness for the placement of inducing points; None is torch's default generator.
 
@@ -171,11 +172,15 @@ class FMGP(PosteriorPredictive):
         with random_state_kept(device):  # loaders draw from the default generator
             loader = Counted(train_loader)
             pool = Pool.of(loader, "train_loader", N_FIRST)
-            first = self._points(pool.x, "the first samples")
+            if not isinstance(pool.x, Tensor):
+                raise DataError(
+                    f"train_loader must yield inputs of one tensor, as kernels take, found {type(pool.x).__name__}"
+                )
+            sample_shape, first = pool.x.shape[1:], self._points.in_parts(pool.x, "the first samples")
             gp = self._begun(
                 loader,
                 first,
-                pool.x.shape[1:],
+                sample_shape,
                 optimize_inducing=optimize_inducing,
                 optimize_noise=optimize_noise and self.likelihood.has_noise,
             )
@@ -185,9 +190,9 @@ class FMGP(PosteriorPredictive):
             @torch.no_grad()
             def now() -> FMGP:
                 fitted = copy.copy(self)
-                covariance = gp.covariance()
+                shape = _shape_of_one(first.outputs)
                 fitted._fitted = _Fitted(
-                    gp, covariance, first, pool.x.shape[1:], fingerprint, history, n_data
+                    gp, gp.covariance(), shape, sample_shape, fingerprint, history, n_data
                 )
                 return fitted
 
@@ -229,7 +234,7 @@ class FMGP(PosteriorPredictive):
             raise DataError(
                 f"inducing inputs must have shape {('M', *sample_shape)} like samples of train_loader, found {found}"
             )
-        Z = self._points(where.inputs, "the inducing inputs").points
+        Z = self._points.in_parts(where.inputs, "the inducing inputs").points
         kernel = kernels.made(self._kernel, first.points, first.n_inputs)
         noise = self._sigma_noise
         if noise.ndim and len(noise) != (expected := self.likelihood.terms(first.outputs[:1]).shape[-1]):
@@ -252,7 +257,7 @@ class FMGP(PosteriorPredictive):
     def inducing_points(self) -> InducingPoints:
         """The inducing inputs, and the output that each stands for."""
         fit = self._fit
-        Z = fit.gp.points.detach()[:, : fit.first.n_inputs]
+        Z = fit.gp.points.detach()[:, : fit.n_inputs]
         return InducingPoints(Z.reshape(-1, *fit.sample_shape), fit.gp.outputs)
 
     @property
@@ -295,10 +300,15 @@ class FMGP(PosteriorPredictive):
         fit, seen = self._fit, self._points(x)
         if seen.points.shape[1] != fit.gp.points.shape[1]:
             raise DataError(
-                f"the input must have {fit.first.n_inputs} numbers for each sample as in fit, found {seen.n_inputs}"
+                f"the input must have {fit.n_inputs} numbers for each sample as in fit, found {seen.n_inputs}"
             )
-        if (tuple(seen.outputs.shape[1:]) or (1,)) != fit.output_shape:
+        if _shape_of_one(seen.outputs) != fit.output_shape:
             raise OutputError(
                 f"model outputs must have shape {('N', *fit.output_shape)} as in fit, found {tuple(seen.outputs.shape)}"
             )
         return seen
+
+
+def _shape_of_one(outputs: Tensor) -> tuple[int, ...]:
+    """Of the outputs of one sample; one number counts as an axis of length one."""
+    return tuple(outputs.shape[1:]) or (1,)

@@ -7,6 +7,7 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ from curvlin_nn.capture.state import (
     random_state_kept,
 )
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
+
+AT_ONCE = 100
+"""Samples that the network is run on at a time before the training."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Points:
             evaluation_mode(self.model),
             attributes_kept(self.model),
             random_state_kept(device_of(self.model)),
-            watch,
+            watch if self.with_last_layer else nullcontext(),
         ):
             outputs = checked_outputs(forward(self.model, {}, x, where), where)
         if len(outputs) != len(points):
@@ -97,13 +101,38 @@ class Points:
             points = torch.cat([points, watch.input_of(outputs, where)], dim=1)
         return Seen(outputs, points, n_inputs)
 
+    def in_parts(self, x: Float[Tensor, N * S], where: str) -> Seen:
+        """The same for many samples, some at a time: what a training asks for, and not who calls the model."""
+        parts = [self(some, where) for some in x.split(AT_ONCE)]
+        return Seen(
+            torch.cat([part.outputs for part in parts]),
+            torch.cat([part.points for part in parts]),
+            parts[0].n_inputs,
+        )
+
+
+class _Call:
+    """A linear layer's input and result."""
+
+    def __init__(self, input: Tensor, has_bias: bool, result: Tensor) -> None:
+        self.input, self.has_bias, self._result = input, has_bias, result
+        self._versions = input._version, result._version
+
+    def is_of(self, outputs: Tensor) -> bool:
+        """Whether the outputs are the result, for one row of each sample, and nothing was written over."""
+        return (
+            self._versions == (self.input._version, self._result._version)
+            and self.input.ndim == outputs.ndim == 2
+            and torch.equal(self._result, outputs)
+        )
+
 
 class _LinearLayers(TorchFunctionMode):
     """While active, remembers the latest call of `torch.nn.functional.linear`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._latest: tuple[Tensor, bool, Tensor] | None = None
+        self._latest: _Call | None = None
 
     def __torch_function__(
         self,
@@ -115,7 +144,7 @@ class _LinearLayers(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is F.linear:
             call = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
-            self._latest = call["input"].clone(), call.get("bias") is not None, result
+            self._latest = _Call(call["input"], call.get("bias") is not None, result)
         return result
 
     def input_of(self, outputs: Float[Tensor, N * T], where: str) -> Float[Tensor, "N E"]:
@@ -124,11 +153,10 @@ class _LinearLayers(TorchFunctionMode):
         Raises:
             UnsupportedError: if the outputs are not what the latest layer returned for one row of each sample.
         """
-        if self._latest is not None:
-            h, has_bias, result = self._latest
-            if h.ndim == 2 and outputs.ndim == 2 and torch.equal(result, outputs):
-                h = h.double()
-                return F.pad(h, (0, 1), value=1.0) if has_bias else h
+        call = self._latest
+        if call is not None and call.is_of(outputs):
+            h = call.input.double()
+            return F.pad(h, (0, 1), value=1.0) if call.has_bias else h
         raise UnsupportedError(
             f"kernel='rbf_x_last_layer' needs outputs that are those of a linear layer with one row for each sample, "
             f"and found others on {where}; take kernel='rbf', or let the model return its logits"
