@@ -1,8 +1,8 @@
 """What VaLLA is trained on: the expected likelihood of a batch, and the divergence from the prior.
 
 Everything is a kernel between a batch and the inducing points; nothing of size P is formed. The trained numbers have
-the scale of one, whatever the network's: ``L = sqrt(delta / s) D (I + T)`` with s the mean diagonal of ``kappa_Z`` at the
-start, D diagonal and positive, T strictly lower triangular. In these coordinates H does not depend on delta, which
+the scale of one, whatever the network's: ``L = sqrt(delta / s) D (I + T)`` with s the mean diagonal of ``kappa_Z`` at
+the start, D diagonal and positive, T strictly lower triangular. In these coordinates H does not depend on delta, which
 scales the covariance and nothing else.
 """
 
