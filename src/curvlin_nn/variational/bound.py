@@ -125,7 +125,7 @@ class Variables:
         """The posterior that the numbers stand for.
 
         Raises:
-            FloatingPointError: if there is none at the inducing points.
+            FloatingPointError: if there is none.
         """
         rows = self._rows
         if isinstance(self.inputs, Tensor) and self.inputs.requires_grad:
@@ -134,7 +134,10 @@ class Variables:
                 rows = points.rows(self._recorder, differentiable=torch.is_grad_enabled())
             except OutputError as error:
                 raise FloatingPointError(str(error)) from error
-        delta = self.log_precision.exp()
+        delta, sigma = self.log_precision.exp(), self.log_noise.exp()
+        for name, value in (("prior precision", delta), ("noise scale", sigma)):
+            if not bool(((value > 0) & torch.isfinite(value)).all()):
+                raise FloatingPointError(f"found a {name} of {value.tolist()}")
         lower = torch.eye(len(self.below)).to(self.below) + self.below.tril(-1)
         root = (delta / self._scale).sqrt() * self.log_diagonal.exp().unsqueeze(-1) * lower
-        return Sparse(rows, root, delta, self.log_noise.exp())
+        return Sparse(rows, root, delta, sigma)

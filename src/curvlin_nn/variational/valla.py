@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from curvlin import Isotropic, Woodbury
 from curvlin._random import checked_generator
+from curvlin.errors import NotPositiveDefiniteError
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods
 from curvlin_nn.batches import Labelled, batches, choose
@@ -212,7 +213,10 @@ class VaLLA(PosteriorPredictive):
             def score() -> float:
                 assert validation_loader is not None
                 held_out = Labelled(validation_loader, self.dict_key_y)
-                return evaluate(now(), held_out, ["nll"])["nll"]
+                try:
+                    return evaluate(now(), held_out, ["nll"])["nll"]
+                except NotPositiveDefiniteError as error:
+                    raise FloatingPointError(str(error)) from error
 
             try:
                 train(
