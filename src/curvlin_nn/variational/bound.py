@@ -8,7 +8,6 @@ scales the covariance and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,6 +24,9 @@ from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.variational.dual import Dual
 from curvlin_nn.variational.expected_likelihood import couples_outputs, log_expected_likelihood
 from curvlin_nn.variational.inducing import InducingPoints
+
+HYPERPARAMETER_RATE = 10.0
+"""How much faster the logarithms of delta and sigma are learned: they begin decades away, where the others do not."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,18 @@ class Variables:
         self.below = torch.zeros(M, M, dtype=torch.float64, device=device)
         self.inputs = points.inputs
 
-    def trained(self, *, prior_precision: bool, noise: bool, inducing: bool) -> Iterator[Tensor]:
-        """What an optimiser gets, with gradients from now on."""
-        chosen = [self.log_diagonal, self.below]
-        chosen += [self.log_precision] if prior_precision else []
-        chosen += [self.log_noise] if noise else []
+    def groups(
+        self, lr: float, *, prior_precision: bool, noise: bool, inducing: bool
+    ) -> list[dict[str, Any]]:
+        """What an optimiser gets, with gradients from now on, and learning rates."""
         if inducing:
             self.inputs = self._points.inputs.clone()
-            chosen.append(self.inputs)
-        for tensor in chosen:
-            yield tensor.requires_grad_()
+        many = [self.log_diagonal, self.below, *([self.inputs] if inducing else [])]
+        few = [*([self.log_precision] if prior_precision else []), *([self.log_noise] if noise else [])]
+        for tensor in (*many, *few):
+            tensor.requires_grad_()
+        groups: list[dict[str, Any]] = [{"params": many, "lr": lr}]
+        return [*groups, {"params": few, "lr": HYPERPARAMETER_RATE * lr}] if few else groups
 
     @property
     def points(self) -> InducingPoints:

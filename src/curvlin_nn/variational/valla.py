@@ -188,12 +188,13 @@ class VaLLA(PosteriorPredictive):
                     "points can move; take optimize_inducing=False"
                 )
             variables = Variables(recorder, points, self._prior_precision, self._sigma_noise)
-            trained = variables.trained(
+            groups = variables.groups(
+                lr,
                 prior_precision=optimize_prior_precision,
                 noise=optimize_noise and self.likelihood.has_noise,
                 inducing=optimize_inducing,
             )
-            optimizer = torch.optim.Adam(list(trained), lr)
+            optimizer = torch.optim.Adam(groups)
             n_data, history = loader.n_data, TrainingHistory()
 
             def loss(x: Any, targets: Tensor, where: str) -> Tensor:
