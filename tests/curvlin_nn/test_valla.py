@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from curvlin_nn.errors import (
     DataError,
     NotFittedError,
     StaleModelError,
+    StorageError,
     TrainingDivergedError,
     UnsupportedError,
 )
@@ -446,6 +448,21 @@ def test_some_of_the_weights() -> None:
     L = va._fit.sparse.root
     P = va.prior_precision * torch.eye(18, dtype=F64) + J_Z.mT @ L @ L.mT @ J_Z
     close(va.predict(AT).output_covariance, J @ torch.linalg.solve(P, J.mT))
+
+
+@pytest.mark.parametrize("kind", ["classification", "two outputs"])
+def test_a_file_gives_the_posterior_back(kind: str, tmp_path: Path) -> None:
+    va, model, data = fitted(kind)
+    va.save(tmp_path / "va.safetensors")
+    again = VaLLA.load(tmp_path / "va.safetensors", model)
+    assert torch.equal(again.predict(AT).output_covariance, va.predict(AT).output_covariance)
+    assert torch.equal(again.elbo(data), va.elbo(data)) and str(again.history) == str(va.history)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(StaleModelError, match=r"0\.weight"):
+        VaLLA.load(tmp_path / "va.safetensors", model)
+    with pytest.raises(StorageError, match=r"curvlin_nn\.Laplace"):
+        Laplace.load(tmp_path / "va.safetensors", model)
 
 
 # -- what may go wrong ---------------------------------------------------------------------------------------

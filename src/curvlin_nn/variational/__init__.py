@@ -5,6 +5,8 @@ bound                what it is trained on
 inducing             its inducing points
 dual                 a sparse Gaussian process around a known mean
 expected_likelihood  the likelihood's expectation for Gaussian outputs
+fitted               what a fit leaves
+stored               that in a file
 training             steps over batches, held-out scores, and the best state
 """
 

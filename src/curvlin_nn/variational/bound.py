@@ -46,9 +46,14 @@ class Sparse:
     sigma_noise: Float[Tensor, "*E"]
 
     @cached_property
+    def _exact_rows(self) -> FeatureOperator:
+        """In float64, where rounding grows with the condition of what is solved for."""
+        return self.rows.to(torch.float64)
+
+    @cached_property
     def dual(self) -> Dual:
         """The same by the kernel ``kappa / delta``."""
-        kernel = self.rows.gram().flatten(2).flatten(0, 1).double()
+        kernel = self._exact_rows.gram().flatten(2).flatten(0, 1)
         return Dual(kernel / self.prior_precision, self.root)
 
     def expected_likelihood(
@@ -63,10 +68,13 @@ class Sparse:
         recording = recorder(x, where)
         outputs, Phi = recording.outputs, rows_of_outputs(recording)
         targets = likelihood.check(outputs, targets, where)
+        coupled = couples_outputs(likelihood)
+        # Noise may be far below the prior's variance; what a link takes are variances beside one.
+        Phi, rows = (Phi.to(torch.float64), self._exact_rows) if coupled else (Phi, self.rows)
         prior = Isotropic(torch.ones((), dtype=Phi.dtype, device=Phi.device), Phi.size)
-        E = self.dual.explained(Phi.gram(self.rows).squeeze(-1).double() / self.prior_precision)
-        if couples_outputs(likelihood):
-            spread = prior.inv_congruence(Phi).double() / self.prior_precision - E @ E.mT
+        E = self.dual.explained(Phi.gram(rows).squeeze(-1).double() / self.prior_precision)
+        if coupled:
+            spread = prior.inv_congruence(Phi) / self.prior_precision - E @ E.mT
         else:
             variances = prior.inv_congruence_diagonal(Phi).double() / self.prior_precision
             spread = (variances - E.square().sum(-1)).clamp(min=0)
