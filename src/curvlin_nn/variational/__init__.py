@@ -10,6 +10,8 @@ fixed_mean           its Gaussian over outputs
 inducing             inducing points
 dual                 a sparse Gaussian process around a known mean
 expected_likelihood  the likelihood's expectation for Gaussian outputs
+fitted               what a fit leaves
+stored               that in a file
 training             steps over batches, held-out scores, and the best state
 """
 

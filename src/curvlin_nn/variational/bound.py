@@ -1,14 +1,13 @@
 """What VaLLA is trained on: the expected likelihood of a batch, and the divergence from the prior.
 
 Everything is a kernel between a batch and the inducing points; nothing of size P is formed. The trained numbers have
-the scale of one, whatever the network's: ``L = sqrt(delta / s) D (I + T)`` with s the mean diagonal of ``kappa_Z`` at the
-start, D diagonal and positive, T strictly lower triangular. In these coordinates H does not depend on delta, which
+the scale of one, whatever the network's: ``L = sqrt(delta / s) D (I + T)`` with s the mean diagonal of ``kappa_Z`` at
+the start, D diagonal and positive, T strictly lower triangular. In these coordinates H does not depend on delta, which
 scales the covariance and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,6 +24,9 @@ from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.variational.dual import Dual
 from curvlin_nn.variational.expected_likelihood import couples_outputs, log_expected_likelihood
 from curvlin_nn.variational.inducing import InducingPoints
+
+HYPERPARAMETER_RATE = 10.0
+"""How much faster the logarithms of delta and sigma are learned: they begin decades away, where the others do not."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,14 @@ class Sparse:
     sigma_noise: Float[Tensor, "*E"]
 
     @cached_property
+    def _exact_rows(self) -> FeatureOperator:
+        """In float64, where rounding grows with the condition of what is solved for."""
+        return self.rows.to(torch.float64)
+
+    @cached_property
     def dual(self) -> Dual:
         """The same by the kernel ``kappa / delta``."""
-        kernel = self.rows.gram().flatten(2).flatten(0, 1).double()
+        kernel = self._exact_rows.gram().flatten(2).flatten(0, 1)
         return Dual(kernel / self.prior_precision, self.root)
 
     def expected_likelihood(
@@ -61,10 +68,13 @@ class Sparse:
         recording = recorder(x, where)
         outputs, Phi = recording.outputs, rows_of_outputs(recording)
         targets = likelihood.check(outputs, targets, where)
+        coupled = couples_outputs(likelihood)
+        # Noise may be far below the prior's variance; what a link takes are variances beside one.
+        Phi, rows = (Phi.to(torch.float64), self._exact_rows) if coupled else (Phi, self.rows)
         prior = Isotropic(torch.ones((), dtype=Phi.dtype, device=Phi.device), Phi.size)
-        E = self.dual.explained(Phi.gram(self.rows).squeeze(-1).double() / self.prior_precision)
-        if couples_outputs(likelihood):
-            spread = prior.inv_congruence(Phi).double() / self.prior_precision - E @ E.mT
+        E = self.dual.explained(Phi.gram(rows).squeeze(-1).double() / self.prior_precision)
+        if coupled:
+            spread = prior.inv_congruence(Phi) / self.prior_precision - E @ E.mT
         else:
             variances = prior.inv_congruence_diagonal(Phi).double() / self.prior_precision
             spread = (variances - E.square().sum(-1)).clamp(min=0)
@@ -104,16 +114,18 @@ class Variables:
         self.below = torch.zeros(M, M, dtype=torch.float64, device=device)
         self.inputs = points.inputs
 
-    def trained(self, *, prior_precision: bool, noise: bool, inducing: bool) -> Iterator[Tensor]:
-        """What an optimiser gets, with gradients from now on."""
-        chosen = [self.log_diagonal, self.below]
-        chosen += [self.log_precision] if prior_precision else []
-        chosen += [self.log_noise] if noise else []
+    def groups(
+        self, lr: float, *, prior_precision: bool, noise: bool, inducing: bool
+    ) -> list[dict[str, Any]]:
+        """What an optimiser gets, with gradients from now on, and learning rates."""
         if inducing:
             self.inputs = self._points.inputs.clone()
-            chosen.append(self.inputs)
-        for tensor in chosen:
-            yield tensor.requires_grad_()
+        many = [self.log_diagonal, self.below, *([self.inputs] if inducing else [])]
+        few = [*([self.log_precision] if prior_precision else []), *([self.log_noise] if noise else [])]
+        for tensor in (*many, *few):
+            tensor.requires_grad_()
+        groups: list[dict[str, Any]] = [{"params": many, "lr": lr}]
+        return [*groups, {"params": few, "lr": HYPERPARAMETER_RATE * lr}] if few else groups
 
     @property
     def points(self) -> InducingPoints:
@@ -125,7 +137,7 @@ class Variables:
         """The posterior that the numbers stand for.
 
         Raises:
-            FloatingPointError: if there is none at the inducing points.
+            FloatingPointError: if there is none.
         """
         rows = self._rows
         if isinstance(self.inputs, Tensor) and self.inputs.requires_grad:
@@ -134,7 +146,10 @@ class Variables:
                 rows = points.rows(self._recorder, differentiable=torch.is_grad_enabled())
             except OutputError as error:
                 raise FloatingPointError(str(error)) from error
-        delta = self.log_precision.exp()
+        delta, sigma = self.log_precision.exp(), self.log_noise.exp()
+        for name, value in (("prior precision", delta), ("noise scale", sigma)):
+            if not bool(((value > 0) & torch.isfinite(value)).all()):
+                raise FloatingPointError(f"found a {name} of {value.tolist()}")
         lower = torch.eye(len(self.below)).to(self.below) + self.below.tril(-1)
         root = (delta / self._scale).sqrt() * self.log_diagonal.exp().unsqueeze(-1) * lower
-        return Sparse(rows, root, delta, self.log_noise.exp())
+        return Sparse(rows, root, delta, sigma)

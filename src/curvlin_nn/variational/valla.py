@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from curvlin import Isotropic, Woodbury
 from curvlin._random import checked_generator
+from curvlin.errors import NotPositiveDefiniteError
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods
 from curvlin_nn.batches import Labelled, batches, choose
@@ -47,22 +47,13 @@ from curvlin_nn.predictive import GaussianPredictor, PosteriorPredictive, Predic
 from curvlin_nn.predictive.request import check_pred_type
 from curvlin_nn.prior import check_precision
 from curvlin_nn.randomness import frozen
-from curvlin_nn.variational.bound import Sparse, Variables
+from curvlin_nn.storage.files import StrPath, read, write
+from curvlin_nn.variational import stored
+from curvlin_nn.variational.bound import Variables
 from curvlin_nn.variational.expected_likelihood import check_expected
+from curvlin_nn.variational.fitted import Fitted
 from curvlin_nn.variational.inducing import Counted, Inducing, InducingPoints, check_inducing, placed
 from curvlin_nn.variational.training import TrainingHistory, TrainingOptions, positive, train
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """What a fit leaves."""
-
-    sparse: Sparse
-    points: InducingPoints
-    recorder: Recorder
-    fingerprint: Fingerprint
-    history: TrainingHistory
-    n_data: int
 
 
 class VaLLA(PosteriorPredictive):
@@ -113,7 +104,7 @@ class VaLLA(PosteriorPredictive):
         self._generator = checked_generator(generator)
         self._prior_precision = _one_precision(prior_precision)
         self._sigma_noise = checked_noise(sigma_noise, self.likelihood, Columns())
-        self._fitted: _Fitted | None = None
+        self._fitted: Fitted | None = None
         self._posterior: PrecisionOperator | None = None
 
     @property
@@ -187,12 +178,13 @@ class VaLLA(PosteriorPredictive):
                     "points can move; take optimize_inducing=False"
                 )
             variables = Variables(recorder, points, self._prior_precision, self._sigma_noise)
-            trained = variables.trained(
+            groups = variables.groups(
+                lr,
                 prior_precision=optimize_prior_precision,
                 noise=optimize_noise and self.likelihood.has_noise,
                 inducing=optimize_inducing,
             )
-            optimizer = torch.optim.Adam(list(trained), lr)
+            optimizer = torch.optim.Adam(groups)
             n_data, history = loader.n_data, TrainingHistory()
 
             def loss(x: Any, targets: Tensor, where: str) -> Tensor:
@@ -203,7 +195,7 @@ class VaLLA(PosteriorPredictive):
             @torch.no_grad()
             def now() -> VaLLA:
                 fitted = copy.copy(self)
-                fitted._fitted = _Fitted(
+                fitted._fitted = Fitted(
                     variables.sparse(), variables.points, recorder, fingerprint, history, n_data
                 )
                 fitted._posterior = None
@@ -212,7 +204,10 @@ class VaLLA(PosteriorPredictive):
             def score() -> float:
                 assert validation_loader is not None
                 held_out = Labelled(validation_loader, self.dict_key_y)
-                return evaluate(now(), held_out, ["nll"])["nll"]
+                try:
+                    return evaluate(now(), held_out, ["nll"])["nll"]
+                except NotPositiveDefiniteError as error:
+                    raise FloatingPointError(str(error)) from error
 
             try:
                 train(
@@ -287,13 +282,48 @@ class VaLLA(PosteriorPredictive):
             raise DataError("the loader yielded no batch, expected at least one (inputs, targets)")
         return total - fit.sparse.dual.divergence()
 
+    def save(self, path: StrPath) -> None:
+        """Put the posterior into one safetensors file, whole or not at all; no pickle, and no model.
+
+        Args:
+            path: of the file, in a folder that exists.
+
+        Raises:
+            NotFittedError: before `fit`.
+            StorageError: if it cannot be written; what was there stays.
+            UnsupportedError: for inducing inputs that cannot be stored.
+        """
+        write(path, stored.KIND, stored.state_of(self))
+
+    @classmethod
+    @outside_inference_mode()
+    def load(
+        cls, path: StrPath, model: nn.Module, *, likelihood: str | nn.Module | Likelihood | None = None
+    ) -> VaLLA:
+        """The object that was saved; predictions are as they would have been.
+
+        Args:
+            path: of the file.
+            model: the model that it was fitted to, with the same parameters and buffers.
+            likelihood: the one it had, needed only where no name stands for it.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            StorageError: if it is damaged, of another kind, or a likelihood must be given.
+            StaleModelError: if the model is another one, or holds other values.
+        """
+        state = read(path, stored.KIND)
+        va = cls(model, **stored.arguments(state, likelihood))
+        va._fitted = stored.fitted(state, model)
+        return va
+
     @property
-    def _fit(self) -> _Fitted:
+    def _fit(self) -> Fitted:
         if self._fitted is None:
             raise NotFittedError("this VaLLA object is not fitted; call fit(train_loader) first")
         return self._fitted
 
-    def _checked(self) -> _Fitted:
+    def _checked(self) -> Fitted:
         """What the fit left, if the model is still the same."""
         fit = self._fit
         name = fit.fingerprint.difference(self.model)
