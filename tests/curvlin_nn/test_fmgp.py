@@ -365,13 +365,11 @@ def test_classes_have_their_own_inducing_points_and_probabilities() -> None:
     fm.fit(labelled(), n_steps=10)
     assert fm.gp.outputs.bincount().tolist() == [3, 3, 3]
     x = normal(5, D)
-    f, V = network(3)(x).detach(), fm.predict(x)
-    variance = fm._fit.covariance.variance(
-        fm._points(x).points, fm._fit.covariance.cross(fm._points(x).points)
-    )
+    f, prediction = network(3)(x).detach(), fm.predict(x)
+    variance = prediction.output_covariance.diagonal(dim1=1, dim2=2)
     expected = (f / torch.sqrt(1 + math.pi / 8 * variance)).softmax(-1)
     torch.testing.assert_close(fm(x), expected, **TIGHT)
-    torch.testing.assert_close(V.mean, expected, **TIGHT)
+    torch.testing.assert_close(prediction.mean, expected, **TIGHT)
     assert fm(x, link_approx="mc", n_samples=50, generator=torch.Generator().manual_seed(0)).shape == (5, 3)
     given = FMGP(network(3), "classification", inducing=(x[:3], torch.tensor([2, 0, 1])))
     assert given.fit(labelled(), n_steps=1).gp.outputs.tolist() == [2, 0, 1]
