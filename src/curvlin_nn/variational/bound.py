@@ -3,8 +3,8 @@
 Everything is a kernel between a batch and the inducing points; nothing of size P is formed. The trained numbers have
 the scale of one, whatever the network's: ``L = sqrt(delta / s) D (I + T)`` with s the mean diagonal of ``kappa_Z`` at
 the start, D diagonal and positive, T strictly lower triangular. In these coordinates H does not depend on delta, which
-scales the covariance and nothing else. At first ``A = (N / M) lambda I``, with lambda the mean curvature of the likelihood
-in an output: each inducing point stands for N / M samples.
+scales the covariance and nothing else. At first ``A = (N / M) lambda I``, with lambda the mean curvature of the
+likelihood in an output: each inducing point stands for N / M samples.
 """
 
 from __future__ import annotations
