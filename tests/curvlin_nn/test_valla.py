@@ -256,7 +256,7 @@ def test_gradients_by_finite_differences_in_all_that_is_trained(kind: str) -> No
     recorder = Recorder(model, ParameterSpace.of(model))
     points = InducingPoints(randn(3, 4, N_IN), torch.arange(4) % C)
     one = torch.ones((), dtype=F64)
-    variables = Variables(recorder, points, 2 * one, 0.7 * one)
+    variables = Variables(recorder, points, 2 * one, 0.7 * one, 3 * one)
     family = likelihoods.resolve(likelihood)
 
     def loss(*values: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Everything is a kernel between a batch and the inducing points; nothing of size P is formed. The trained numbers have
 the scale of one, whatever the network's: ``L = sqrt(delta / s) D (I + T)`` with s the mean diagonal of ``kappa_Z`` at
 the start, D diagonal and positive, T strictly lower triangular. In these coordinates H does not depend on delta, which
-scales the covariance and nothing else.
+scales the covariance and nothing else. At first ``A = (N / M) lambda I``, with lambda the mean curvature of the
+likelihood in an output: each inducing point stands for N / M samples.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlin import FeatureOperator, Isotropic
-from curvlin_nn.capture import Recorder
+from curvlin_nn.capture import Recorder, Recording
 from curvlin_nn.errors import OutputError
 from curvlin_nn.feature_maps.jacobian import rows_of_outputs
 from curvlin_nn.likelihoods import Likelihood
@@ -81,6 +82,20 @@ class Sparse:
         return log_expected_likelihood(likelihood, outputs.double(), spread, targets, self.sigma_noise)
 
 
+def mean_curvature(
+    likelihood: Likelihood, recording: Recording, targets: Tensor, sigma_noise: Float[Tensor, "*E"]
+) -> Float[Tensor, ""]:
+    """The mean diagonal entry of Lambda over the outputs of a batch, float64.
+
+    Raises:
+        DataError: if the targets do not fit.
+        OutputError: if the outputs do not.
+    """
+    targets = likelihood.check(recording.outputs, targets, "batch 0")
+    terms = likelihood.terms(recording.outputs).double()
+    return (likelihood.curvature_diagonal(terms, targets) / sigma_noise.to(terms).square()).mean()
+
+
 class Variables:
     """The numbers that are trained, as they are now.
 
@@ -89,6 +104,7 @@ class Variables:
         points: where the inducing points are.
         prior_precision: delta.
         sigma_noise: of the outputs.
+        curvature: the multiple of the identity that A is at first.
     """
 
     def __init__(
@@ -97,6 +113,7 @@ class Variables:
         points: InducingPoints,
         prior_precision: Float[Tensor, ""],
         sigma_noise: Float[Tensor, "*E"],
+        curvature: Float[Tensor, ""],
     ) -> None:
         self._recorder, self._points = recorder, points
         self._rows = points.rows(recorder)
@@ -110,7 +127,8 @@ class Variables:
         M = len(points)
         self.log_precision = prior_precision.detach().double().to(device).log()
         self.log_noise = sigma_noise.detach().double().to(device).log()
-        self.log_diagonal = torch.zeros(M, dtype=torch.float64, device=device)
+        at_first = curvature.detach().double().to(device).clamp(min=torch.finfo(torch.float64).tiny)
+        self.log_diagonal = ((at_first * self._scale).log() - self.log_precision).repeat(M) / 2
         self.below = torch.zeros(M, M, dtype=torch.float64, device=device)
         self.inputs = points.inputs
 

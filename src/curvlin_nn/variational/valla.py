@@ -49,7 +49,7 @@ from curvlin_nn.prior import check_precision
 from curvlin_nn.randomness import frozen
 from curvlin_nn.storage.files import StrPath, read, write
 from curvlin_nn.variational import stored
-from curvlin_nn.variational.bound import Variables
+from curvlin_nn.variational.bound import Variables, mean_curvature
 from curvlin_nn.variational.expected_likelihood import check_expected
 from curvlin_nn.variational.fitted import Fitted
 from curvlin_nn.variational.inducing import Counted, Inducing, InducingPoints, check_inducing, placed
@@ -123,7 +123,7 @@ class VaLLA(PosteriorPredictive):
         train_loader: Iterable[Any],
         *,
         n_steps: int = 2000,
-        lr: float = 1e-3,
+        lr: float = 1e-2,
         validation_loader: Iterable[Any] | None = None,
         every: int = 100,
         patience: int | None = None,
@@ -139,7 +139,7 @@ class VaLLA(PosteriorPredictive):
             train_loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`; gone through once
                 to count the samples and to place the inducing points, and then as often as it takes.
             n_steps: the most steps of Adam, one batch each.
-            lr: its learning rate.
+            lr: its learning rate; ten times that for the logarithms of delta and sigma.
             validation_loader: other data, whose mean negative log-likelihood decides which state stays; without it,
                 the last one does.
             every: how many steps there are between two evaluations.
@@ -164,10 +164,12 @@ class VaLLA(PosteriorPredictive):
         fingerprint = Fingerprint.of(self.model)
         with random_state_kept(device):  # loaders draw from the default generator
             loader = Counted(Labelled(train_loader, self.dict_key_y))
-            x, _ = _first(loader)
+            x, targets = _first(loader)
             space = choose(self.model, self.subset_of_weights, x, "batch 0")
             recorder = Recorder(self.model, space)
-            shape = recorder(x, "batch 0").outputs.shape
+            recording = recorder(x, "batch 0")
+            curvature = mean_curvature(self.likelihood, recording, targets.to(device), self._sigma_noise)
+            shape = recording.outputs.shape
             by_class = self.likelihood.has_classes and len(shape) == 2 and shape[1] > 1
             points = placed(
                 self.inducing, self.n_inducing, loader, max(1, shape[1:].numel()), by_class, device, own
@@ -177,7 +179,9 @@ class VaLLA(PosteriorPredictive):
                     "optimize_inducing=True needs inputs that are one tensor of real numbers, along which the inducing "
                     "points can move; take optimize_inducing=False"
                 )
-            variables = Variables(recorder, points, self._prior_precision, self._sigma_noise)
+            n_data, history = loader.n_data, TrainingHistory()
+            each = curvature * n_data / len(points)  # a point stands for so much of the data at first
+            variables = Variables(recorder, points, self._prior_precision, self._sigma_noise, each)
             groups = variables.groups(
                 lr,
                 prior_precision=optimize_prior_precision,
@@ -185,7 +189,6 @@ class VaLLA(PosteriorPredictive):
                 inducing=optimize_inducing,
             )
             optimizer = torch.optim.Adam(groups)
-            n_data, history = loader.n_data, TrainingHistory()
 
             def loss(x: Any, targets: Tensor, where: str) -> Tensor:
                 q = variables.sparse()
