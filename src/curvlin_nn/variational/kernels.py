@@ -5,7 +5,8 @@
 rbf                 ``exp(-|(x - x') / l|^2 / 2)``, one lengthscale l for each entry of a flat input
 rbf_x_last_layer    the same times ``(h . h' + 1) / delta``: with ``B = I`` the kernel of a last layer linear in h whose
                     weights have the prior precision delta, faded out with the distance of the inputs; delta makes
-                    ``k(x, x)`` 1 on average
+                    ``k(x, x)`` 1 on average (the published code begins at delta = 1, where that is some hundreds,
+                    and lets all classes share one h)
 """
 
 from __future__ import annotations
