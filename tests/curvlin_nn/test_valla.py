@@ -584,6 +584,12 @@ def test_given_outputs_out_of_range_are_refused() -> None:
         va.fit(batched(X, targets("regression", 1)))
 
 
+def test_given_inputs_that_the_model_does_not_take_are_refused() -> None:
+    va = VaLLA(network(3), "classification", inducing=(randn(0, 2, 5), torch.tensor([0, 1])))
+    with pytest.raises(DataError, match="the inducing points"):
+        va.fit(batched(X, targets("classification", 3)))
+
+
 def test_draws_of_weights_and_other_kinds_of_prediction_are_refused() -> None:
     va, _, _ = fitted("classification")
     for kind in ("nn", "gp", "map"):

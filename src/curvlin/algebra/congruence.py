@@ -4,7 +4,7 @@
     KhatriRao      contraction           contraction       rows    -                base, less low rank
     Block          part by part          -                 rows    block by block   base, less low rank
     Dense          rows                  rows              rows    rows             base, less low rank
-    Combined       that of the rows, combined
+    Combined       by the rule of the rows that are combined
 
 *contraction*: nothing of size D per row is formed (`curvlin.numerics.contraction`). *rows*: rows are
 multiplied out chunk by chunk and solved for. A pair that is not in the table is refused.
@@ -291,7 +291,6 @@ def _mixed(Phi: FeatureOperator, Psi: Features, P: PrecisionOperator, factors: A
 # -- combined features ---------------------------------------------------------------------------------------
 
 
-@register(CONGRUENCE, CombinedFeatures, Dense)
 @register(CONGRUENCE, CombinedFeatures, PrecisionOperator)
 def _combined(
     Phi: CombinedFeatures, Psi: Features, P: PrecisionOperator, factors: Any, layout: str, chunk: Chunk

@@ -72,12 +72,9 @@ class Woodbury(ImplicitLogdetOperator):
         exact_operator("base", base)
         batch = check_columns(U, base)
         if core is not None:
-            core = symmetric(
-                "core", core, like=next(U._tensors())[0] if isinstance(U, FeatureOperator) else U
-            )
-            rank = U.n_samples * U.n_rows if isinstance(U, FeatureOperator) else U.shape[-1]
-            if core.shape[-1] != rank:
-                raise ValueError(f"core must have {rank} rows, found shape {tuple(core.shape)}")
+            core = symmetric("core", core, like=next(base._tensors())[0])
+            if core.shape[-1] != _rank(U):
+                raise ValueError(f"core must have {_rank(U)} rows, found shape {tuple(core.shape)}")
             broadcastable("core", core.shape[:-2], batch)
         self.base, self.U, self.core, self.weight, self.sign = base, U, core, None, 1
 
@@ -104,9 +101,7 @@ class Woodbury(ImplicitLogdetOperator):
     @property
     def rank(self) -> int:
         """k, the number of columns of U."""
-        if isinstance(self.U, FeatureOperator):
-            return self.U.n_samples * self.U.n_rows
-        return self.U.shape[-1]
+        return _rank(self.U)
 
     # -- U, applied -------------------------------------------------------------------------------------------
 
@@ -418,6 +413,10 @@ class LowRankPlusDiag(Woodbury):
                 f"U must be a torch.Tensor, found {type(U).__name__}; use Woodbury for feature operators"
             )
         super().__init__(Diagonal(diagonal), U)
+
+
+def _rank(U: Tensor | FeatureOperator) -> int:
+    return U.n_samples * U.n_rows if isinstance(U, FeatureOperator) else U.shape[-1]
 
 
 def _decouples(base: PrecisionOperator, index: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from curvlin import FeatureOperator, Isotropic
 from curvlin_nn.capture import Recorder, Recording
-from curvlin_nn.errors import OutputError
+from curvlin_nn.errors import DataError, OutputError
 from curvlin_nn.feature_maps.jacobian import rows_of_outputs
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.variational.dual import Dual
@@ -116,7 +116,15 @@ class Variables:
         curvature: Float[Tensor, ""],
     ) -> None:
         self._recorder, self._points = recorder, points
-        self._rows = points.rows(recorder)
+        try:
+            self._rows = points.rows(recorder)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # ours say more
+                raise
+            raise DataError(
+                f"the model does not take the inducing points: {str(error).partition(chr(10))[0]}; give inputs like "
+                "those of the data"
+            ) from error
         kernel = self._rows.gram().flatten(2).flatten(0, 1)
         device = kernel.device
         self._scale = float(kernel.diagonal().double().mean())
