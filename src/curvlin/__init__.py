@@ -14,6 +14,7 @@ from curvlin.errors import (
 )
 from curvlin.features.base import FeatureOperator
 from curvlin.features.block import BlockFeatures
+from curvlin.features.combined import CombinedFeatures
 from curvlin.features.dense import DenseFeatures
 from curvlin.features.khatri_rao import KhatriRaoFeatures
 from curvlin.gaussian import Gaussian
@@ -30,6 +31,7 @@ from curvlin.projection import Projection
 __all__ = [
     "BlockDiag",
     "BlockFeatures",
+    "CombinedFeatures",
     "Covariance",
     "Dense",
     "DenseFeatures",

@@ -116,11 +116,11 @@ class ConvergenceError(RuntimeError):
 
 
 class TrainingDivergedError(ConvergenceError):
-    """A surrogate's training ended in numbers that are not finite, or in a kernel far from its target.
+    """A training ended in numbers that are not finite, or a surrogate's in a kernel far from its target.
 
     Attributes:
         step: at which that was noticed.
-        best: the `SurrogateMap` with the least held-out error before it.
+        best: what was trained, in the best state before it: a `SurrogateMap`, or a fitted variational posterior.
     """
 
     def __init__(self, step: int, found: str, best: object = None) -> None:

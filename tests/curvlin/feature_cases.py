@@ -16,6 +16,7 @@ from torch import Tensor
 from curvlin import (
     BlockDiag,
     BlockFeatures,
+    CombinedFeatures,
     Dense,
     DenseFeatures,
     Diagonal,
@@ -26,6 +27,7 @@ from curvlin import (
     LowRankPlusDiag,
     PrecisionOperator,
     SpectralKronecker,
+    Woodbury,
 )
 from curvlin.numerics import chunks
 
@@ -64,7 +66,10 @@ def khatri_rao_rows(left: Tensor, right: Tensor) -> Tensor:
 def features(
     kind: str, seed: int, N: int = 3, R: int = 2, S: int = 2, batch: tuple[int, ...] = ()
 ) -> Features:
-    """`kind` is "dense", "khatri_rao" (D = 12) or "block" (D = 15, a Khatri-Rao and a dense part)."""
+    """`kind` is "dense", "khatri_rao" (D = 12), "block" (D = 15, a Khatri-Rao and a dense part) or "combined".
+
+    The last are combinations of as many samples' rows as there are, of one layer (D = 12).
+    """
     if batch:
         singles = [features(kind, seed + 1000 * b, N, R, S) for b in range(batch[0])]
         return Features(_stacked([s.operator for s in singles]), torch.stack([s.rows for s in singles]))
@@ -75,6 +80,10 @@ def features(
         return Features(KhatriRaoFeatures(left, right), rows)
     if kind == "dense":
         return Features(DenseFeatures(rows), rows)
+    if kind == "combined":
+        weights = randn(g, N, R, N * R)
+        combined = torch.einsum("nrj,jd->nrd", weights, rows.flatten(0, 1))
+        return Features(CombinedFeatures(weights, KhatriRaoFeatures(left, right)), combined)
     whole = torch.zeros(N, R, 15, dtype=torch.float64)
     whole[..., BLOCKS[0]], whole[..., BLOCKS[1]] = rows, dense
     return Features(BlockFeatures([KhatriRaoFeatures(left, right), DenseFeatures(dense)], BLOCKS), whole)
@@ -88,11 +97,15 @@ def _stacked(operators: list[FeatureOperator]) -> FeatureOperator:
         return KhatriRaoFeatures(
             torch.stack([o.left for o in operators]), torch.stack([o.right for o in operators])
         )
+    if isinstance(first, CombinedFeatures):
+        return CombinedFeatures(
+            torch.stack([o.weights for o in operators]), _stacked([o.rows for o in operators])
+        )
     parts = [_stacked([o.parts[b] for o in operators]) for b in range(len(first.parts))]
     return BlockFeatures(parts, first.indices)
 
 
-KINDS = ("dense", "khatri_rao", "block")
+KINDS = ("dense", "khatri_rao", "block", "combined")
 
 
 @st.composite
@@ -195,6 +208,26 @@ def _dual(g: torch.Generator, n: int) -> Precision:
     return Precision(2.5 * base.operator.update(Phi.operator), 2.5 * (base.matrix + U @ U.mT))
 
 
+def _core(g: torch.Generator, n: int) -> Precision:
+    """An update by features with a core between them, scaled."""
+    base = _diagonal(g, n)
+    Phi = features("khatri_rao" if n == 12 else "block", int(torch.randint(2**20, (), generator=g)), N=2)
+    U, C = Phi.rows.flatten(0, 1).mT, spd(g, 4)
+    return Precision(2.5 * Woodbury(base.operator, Phi.operator, core=C), 2.5 * (base.matrix + U @ C @ U.mT))
+
+
+def _singular_core(g: torch.Generator, n: int) -> Precision:
+    """The same with a core that is indefinite and singular."""
+    base = _isotropic(g, n)
+    Phi = features("khatri_rao" if n == 12 else "block", int(torch.randint(2**20, (), generator=g)), N=2)
+    U = Phi.rows.flatten(0, 1).mT
+    V = orthogonal(g, 4) * torch.tensor([1.0, 0.5, 0.0, 0.0], dtype=torch.float64).sqrt()
+    low = V[:, 1:2] * (0.3 * base.matrix[0, 0] / torch.linalg.matrix_norm(U, 2) ** 2).sqrt()
+    C = V[:, :1] @ V[:, :1].mT - low @ low.mT
+    C = (C + C.mT) / 2
+    return Precision(Woodbury(base.operator, Phi.operator, core=C), base.matrix + U @ C @ U.mT)
+
+
 def _downdated(g: torch.Generator, n: int) -> Precision:
     base = _isotropic(g, n)
     U = randn(g, n, 2)
@@ -222,11 +255,23 @@ PRECISIONS: dict[str, Callable[[torch.Generator, int], Precision]] = {
     "low_rank": _low_rank,
     "updated": _updated,
     "dual": _dual,
+    "core": _core,
+    "singular_core": _singular_core,
     "downdated": _downdated,
     "blocks": _blocks,
 }
 KRONECKER_KINDS = ("kronecker", "shifted", "direct", "two", "spectral")
-ANY_SIZE = ("isotropic", "diagonal", "dense", "low_rank", "updated", "dual", "downdated")
+ANY_SIZE = (
+    "isotropic",
+    "diagonal",
+    "dense",
+    "low_rank",
+    "updated",
+    "dual",
+    "core",
+    "singular_core",
+    "downdated",
+)
 
 
 def precision(kind: str, seed: int, size: int = 12) -> Precision:
@@ -236,6 +281,7 @@ def precision(kind: str, seed: int, size: int = 12) -> Precision:
 PAIRS = [
     *(("khatri_rao", kind) for kind in (*ANY_SIZE, *KRONECKER_KINDS)),
     *(("dense", kind) for kind in (*ANY_SIZE, *KRONECKER_KINDS)),
+    *(("combined", kind) for kind in (*ANY_SIZE, *KRONECKER_KINDS)),
     *(("block", kind) for kind in (*ANY_SIZE, "blocks")),
 ]
 """Every closed pair of feature kind and precision kind."""

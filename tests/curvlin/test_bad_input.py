@@ -20,6 +20,7 @@ from torch.distributions import kl_divergence
 from curvlin import (
     BlockDiag,
     BlockFeatures,
+    CombinedFeatures,
     Covariance,
     Dense,
     DenseFeatures,
@@ -193,6 +194,28 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: LowRankPlusDiag(ONES, torch.ones(4, 1, dtype=f64)),
         ValueError,
         r"U must have shape \(..., 3, k\)",
+    ),
+    "core of another size than the rows": (
+        lambda: Woodbury(Diagonal(ONES), DenseFeatures(torch.ones(3, 1, 3, dtype=f64)), core=I2),
+        ValueError,
+        "core must have 3 rows",
+    ),
+    "weights of other rows": (
+        lambda: CombinedFeatures(
+            torch.ones(1, 1, 2, dtype=f64), DenseFeatures(torch.ones(3, 1, 3, dtype=f64))
+        ),
+        ValueError,
+        "one for each row",
+    ),
+    "weights of another dtype": (
+        lambda: CombinedFeatures(torch.ones(1, 1, 3), DenseFeatures(torch.ones(3, 1, 3, dtype=f64))),
+        TypeError,
+        "weights",
+    ),
+    "rows that are no features": (
+        lambda: CombinedFeatures(torch.ones(1, 1, 3), torch.ones(3, 1, 3)),  # type: ignore[arg-type]
+        TypeError,
+        "rows must be a FeatureOperator",
     ),
     "core of another size": (
         lambda: Woodbury(Diagonal(ONES), torch.ones(3, 1, dtype=f64), core=I2),

@@ -42,6 +42,7 @@ from curvlin import (
     NotPositiveDefiniteError,
     PrecisionOperator,
     SpectralKronecker,
+    Woodbury,
 )
 
 KINDS = (*ANY_SIZE, *KRONECKER_KINDS)
@@ -431,6 +432,9 @@ SHARED: dict[str, Any] = {
     "two feature updates": lambda g, e: (lambda P, Phi: (P.update(Phi), P.update((1 + e) * Phi)))(
         Isotropic(torch.tensor(0.5).double(), 12), features("khatri_rao", 54).operator
     ),
+    "feature updates, one with a core": lambda g, e: (
+        lambda P, Phi: (P.update(Phi), Woodbury(P, Phi, core=(1 + e) * torch.eye(6, dtype=torch.float64)))
+    )(Isotropic(torch.tensor(0.5).double(), 12), features("khatri_rao", 54).operator),
     "matrices": lambda g, e: (lambda A, B: (Dense(A), Dense(A + e * B)))(spd(g, 12), spd(g, 12)),
     "blocks": lambda g, e: (
         lambda A, d: (

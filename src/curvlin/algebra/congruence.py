@@ -4,6 +4,7 @@
     KhatriRao      contraction           contraction       rows    -                base, less low rank
     Block          part by part          -                 rows    block by block   base, less low rank
     Dense          rows                  rows              rows    rows             base, less low rank
+    Combined       by the rule of the rows that are combined
 
 *contraction*: nothing of size D per row is formed (`curvlin.numerics.contraction`). *rows*: rows are
 multiplied out chunk by chunk and solved for. A pair that is not in the table is refused.
@@ -27,6 +28,7 @@ from curvlin._tree import is_concrete, needs_grad
 from curvlin.errors import NotClosedError
 from curvlin.features.base import FeatureOperator
 from curvlin.features.block import BlockFeatures
+from curvlin.features.combined import CombinedFeatures
 from curvlin.features.dense import DenseFeatures
 from curvlin.features.khatri_rao import KhatriRaoFeatures, same_layer
 from curvlin.numerics import contraction
@@ -275,13 +277,42 @@ def _same_kind(Psi: Features, kind: type[FeatureOperator]) -> bool:
 
 
 def _mixed(Phi: FeatureOperator, Psi: Features, P: PrecisionOperator, factors: Any, chunk: Chunk) -> Tensor:
-    """Two kinds of features: closed if one of them is dense."""
+    """Two kinds of features: closed if one of them is dense, or made of rows of the other kind."""
     if isinstance(Psi, DenseFeatures):
         return _solved(Phi, Psi, P, factors, chunk)
+    if isinstance(Psi, CombinedFeatures):
+        return _combined(Psi, Phi, P, factors, "joint", chunk).movedim((-4, -3), (-2, -1))
     raise NotClosedError(
         f"no exact rule for {type(Phi).__name__} P^-1 {type(Psi).__name__}^T with P a {type(P).__name__}; "
         "use features of one kind, or DenseFeatures(Psi.to_dense())"
     )
+
+
+# -- combined features ---------------------------------------------------------------------------------------
+
+
+@register(CONGRUENCE, CombinedFeatures, PrecisionOperator)
+def _combined(
+    Phi: CombinedFeatures, Psi: Features, P: PrecisionOperator, factors: Any, layout: str, chunk: Chunk
+) -> Tensor:
+    """``W (Phi P^-1 Psi^T) W^T`` by the rule of the rows, for all of them together."""
+    rule = lookup(CONGRUENCE, type(Phi.rows), type(P))
+    if rule is None:
+        raise NotClosedError(
+            f"no exact rule for combined {type(Phi.rows).__name__} with P a {type(P).__name__}; use rows that match it"
+        )
+    others = Psi.rows if isinstance(Psi, CombinedFeatures) else Psi
+    own = others is None or others is Phi.rows
+    K: Tensor = rule(Phi.rows, None if own else others, P, factors, "joint", chunk).double()
+    if layout == "joint":
+        found = Phi.combined_sides(K, Phi if Psi is None else Psi)
+        return _symmetric(found) if Psi is None else found
+    left = Phi.combined(K.flatten(-2).flatten(-3, -2))
+    weights = Phi.weights.to(left.dtype)
+    if layout == "diagonal":
+        return torch.linalg.vecdot(left, weights)
+    found = left @ weights.mT
+    return (found + found.mT) / 2
 
 
 # -- block features ------------------------------------------------------------------------------------------

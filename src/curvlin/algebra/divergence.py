@@ -24,6 +24,7 @@ from torch import Tensor
 
 from curvlin._tables import CONGRUENCE, TRACE_SOLVE, lookup
 from curvlin.errors import NotClosedError
+from curvlin.features.combined import CombinedFeatures
 from curvlin.numerics.implicit import graft
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
@@ -336,7 +337,8 @@ def _gram(Z: PrecisionOperator, factors: Any, P: Woodbury, Q: Woodbury) -> Tenso
     if isinstance(P.U, Tensor):
         return Q._collect(Z._solve(P.U.double(), factors)).mT
     rule = lookup(CONGRUENCE, type(P.U), type(Z))
-    if rule is None or type(P.U) is not type(Q.U):
+    combined = isinstance(P.U, CombinedFeatures) or isinstance(Q.U, CombinedFeatures)
+    if rule is None or not (combined or type(P.U) is type(Q.U)):
         return None
     K: Tensor = rule(P.U, Q.U, Z, factors, "joint", None)
     return K.double().flatten(-2).flatten(-3, -2)

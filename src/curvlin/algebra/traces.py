@@ -57,8 +57,11 @@ def _of_low_rank(P: PrecisionOperator, Q: Woodbury, factors: Any) -> Tensor:
         U = Q.U.double()
         columns = U if Q.core is None else U @ Q.core
         change = (columns * P._solve(U, factors)).sum((-2, -1))
-    else:
+    elif Q.core is None:
         change = P.inv_congruence_diagonal(Q.U).sum((-2, -1))
+    else:
+        K = P.inv_congruence(Q.U, joint=True).flatten(-2).flatten(-3, -2)
+        change = (K * Q.core).sum((-2, -1))
     return trace_solve(P, Q.base, factors) + Q._weighted(change[..., None, None])[..., 0, 0]
 
 

@@ -118,15 +118,18 @@ def cross(
     def block(g: Tensor, a: Tensor, h: Tensor, b: Tensor, w: Tensor | None) -> Tensor:
         return route.contract(g, a, route.prepare(h, b, w))
 
-    kernel = recomputing(block, len(lefts) * len(rights) * len(channels), g, a, h, b, w)
+    n_chunks = len(lefts) * len(rights) * len(channels)
+    kernel = recomputing(block, n_chunks, g, a, h, b, w)
+    contract = recomputing(route.contract, n_chunks, g, a, h, b, w)
 
     def column(m: slice, o: slice) -> Tensor:
         left = [(g[..., n, :, :, o], a[..., n, :, :]) for n in lefts]
         right = (h[..., m, :, :, o], b[..., m, :, :], None if w is None else w[..., o, :])
-        if kernel is not block:  # what is prepared outside of a chunk would be kept for the backward pass
+        # What is prepared outside of a chunk is kept for the backward pass, from all columns.
+        if kernel is not block and route.bytes_prepared > chunks.CEILING:
             return joined([kernel(*pair, *right) for pair in left], dim=-4)
         prepared = route.prepare(*right)
-        return joined([route.contract(*pair, prepared) for pair in left], dim=-4)
+        return joined([contract(*pair, prepared) for pair in left], dim=-4)
 
     return functools.reduce(torch.add, (joined([column(m, o) for m in rights], dim=-2) for o in channels))
 
@@ -309,6 +312,8 @@ class _PairRoute(NamedTuple):
     """What one pair of samples takes; above the budget the channels are cut."""
     least_left: int = 1
     least_right: int = 1
+    bytes_prepared: int = 0
+    """What is prepared of all of the right side takes, besides what is given."""
 
 
 def _pair_route(g: Tensor, a: Tensor, h: Tensor, b: Tensor, w: Tensor | None) -> _PairRoute:
@@ -334,7 +339,8 @@ def _pair_route(g: Tensor, a: Tensor, h: Tensor, b: Tensor, w: Tensor | None) ->
     left, right = 2 * item * R * D, 2 * item * Q * D  # half of the budget for the rows of either side
     # Rows of the left are multiplied out again for every chunk of the right, which should outweigh that.
     least = math.ceil(16 / R), math.ceil(8 * max(S, 4) / Q)
-    return _PairRoute(_prepared_rows, _pairs_rows, left, right, (left + right) // 2, *least)
+    prepared = item * M * Q * D
+    return _PairRoute(_prepared_rows, _pairs_rows, left, right, (left + right) // 2, *least, prepared)
 
 
 def _as_given(h: Tensor, b: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -51,12 +51,10 @@ class Woodbury(ImplicitLogdetOperator):
     Args:
         base: Z, positive definite where P is solved or sampled.
         U: ``(*batch, D, k)``, or a feature operator Phi standing for ``U = Phi^T`` (k = N R).
-        core: C, symmetric ``(*batch, k, k)``, possibly singular or indefinite; the identity when None. Beside a
-            feature operator it must be None: mix the rows of Phi instead (``S @ Phi``).
+        core: C, symmetric ``(*batch, k, k)``, possibly singular or indefinite; the identity when None.
 
     Raises:
         TypeError, ValueError: if arguments do not fit each other.
-        NotClosedError: for a core beside a feature operator.
     """
 
     base: PrecisionOperator = tensor_field(0)
@@ -74,13 +72,9 @@ class Woodbury(ImplicitLogdetOperator):
         exact_operator("base", base)
         batch = check_columns(U, base)
         if core is not None:
-            if isinstance(U, FeatureOperator):
-                raise NotClosedError(
-                    "a core beside a feature operator is not closed; mix its rows instead: S @ Phi"
-                )
-            core = symmetric("core", core, like=U)
-            if core.shape[-1] != U.shape[-1]:
-                raise ValueError(f"core must have {U.shape[-1]} rows, found shape {tuple(core.shape)}")
+            core = symmetric("core", core, like=next(base._tensors())[0])
+            if core.shape[-1] != _rank(U):
+                raise ValueError(f"core must have {_rank(U)} rows, found shape {tuple(core.shape)}")
             broadcastable("core", core.shape[:-2], batch)
         self.base, self.U, self.core, self.weight, self.sign = base, U, core, None, 1
 
@@ -107,9 +101,7 @@ class Woodbury(ImplicitLogdetOperator):
     @property
     def rank(self) -> int:
         """k, the number of columns of U."""
-        if isinstance(self.U, FeatureOperator):
-            return self.U.n_samples * self.U.n_rows
-        return self.U.shape[-1]
+        return _rank(self.U)
 
     # -- U, applied -------------------------------------------------------------------------------------------
 
@@ -313,8 +305,13 @@ class Woodbury(ImplicitLogdetOperator):
         # Columns of Phi are U's rows: as many at a time as take the memory of the operator.
         width = max(1, sum(t.numel() for t, _ in self._tensors()) // self.rank)
         positions = torch.arange(self.size, device=self.device)
-        parts = [self.U._columns(part).square().sum((-3, -2)) for part in positions.split(width)]
-        return torch.cat(parts, dim=-1)
+        return torch.cat([self._energy_of_columns(part) for part in positions.split(width)], dim=-1)
+
+    def _energy_of_columns(self, index: Tensor) -> Tensor:
+        """The entries of the diagonal of ``U C U^T`` that `index` names, of features."""
+        assert isinstance(self.U, FeatureOperator)
+        columns = self.U._columns(index).flatten(-3, -2)
+        return (columns * (columns if self.core is None else self.core @ columns)).sum(-2)
 
     def _inverse_diagonal(self, factors: Any) -> Tensor:
         if isinstance(factors, CanonicalFactors):
@@ -416,6 +413,10 @@ class LowRankPlusDiag(Woodbury):
                 f"U must be a torch.Tensor, found {type(U).__name__}; use Woodbury for feature operators"
             )
         super().__init__(Diagonal(diagonal), U)
+
+
+def _rank(U: Tensor | FeatureOperator) -> int:
+    return U.n_samples * U.n_rows if isinstance(U, FeatureOperator) else U.shape[-1]
 
 
 def _decouples(base: PrecisionOperator, index: Tensor) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from curvlin._tree import Tree, static_field, tensor_field
+from curvlin.features.combined import combined_columns
 from curvlin.numerics.implicit import without_derivative
 from curvlin.numerics.rounding import rounding_level
 
@@ -38,20 +39,19 @@ _LEAST_PIVOT = 1e-10
 
 def canonical(P: Woodbury) -> CanonicalFactors:
     """The core as ``L L^T``, or as ``E diag(gamma) E^T``: its positive part an update, its negative part a downdate."""
-    assert P.core is not None and isinstance(P.U, Tensor)
+    assert P.core is not None
     lower, info = torch.linalg.cholesky_ex(P.core)
     pivots = lower.diagonal(dim1=-2, dim2=-1).square()
     # A pivot near rounding would have a Cholesky factor without usable derivatives.
     regular = pivots > _LEAST_PIVOT * P.core.diagonal(dim1=-2, dim2=-1)
     if bool((info == 0).all()) and bool(regular.all()):
-        definite = P._with(core=None, U=P.U @ lower)
+        definite = P._with(core=None, U=combined_columns(P.U, lower))
         return CanonicalFactors(definite, definite._factorize(), True)
     gamma, E = torch.linalg.eigh(P.core)
-    columns = P.U @ E
     gamma = torch.where(gamma.abs() <= rounding_level(gamma, P.resolution), 0.0, gamma)
-    total = P._with(core=None, U=columns * gamma.clamp(min=0.0).sqrt().unsqueeze(-2))
+    total = P._with(core=None, U=combined_columns(P.U, E * gamma.clamp(min=0.0).sqrt().unsqueeze(-2)))
     if bool((gamma < 0).any()):
-        lost = columns * (-gamma).clamp(min=0.0).sqrt().unsqueeze(-2)
+        lost = combined_columns(P.U, E * (-gamma).clamp(min=0.0).sqrt().unsqueeze(-2))
         total = total._with(base=total, U=lost, sign=-P.sign)
     return CanonicalFactors(total, total._factorize(), False)
 
@@ -70,8 +70,8 @@ def without_core(P: Woodbury, factors: CanonicalFactors) -> Woodbury:
     if not (P._needs_grad() and factors.definite):
         operator: Woodbury = factors.operator
         return operator
-    assert P.core is not None and isinstance(P.U, Tensor)
-    changed: Woodbury = P._with(core=None, U=P.U @ torch.linalg.cholesky_ex(P.core).L)
+    assert P.core is not None
+    changed: Woodbury = P._with(core=None, U=combined_columns(P.U, torch.linalg.cholesky_ex(P.core).L))
     return changed
 
 
@@ -106,6 +106,7 @@ def inverse_diagonal(P: Woodbury, factors: CanonicalFactors) -> Tensor:
 
 def removed(P: Woodbury, base_factors: Any) -> tuple[Tensor, Tensor]:
     """``W M`` and W, for P without a weight."""
-    assert P.core is not None and isinstance(P.U, Tensor)
-    W = P.base._solve(P.U.double(), base_factors)
+    assert P.core is not None
+    columns = P.U.double() if isinstance(P.U, Tensor) else torch.cat([*P._column_parts()], dim=-1)
+    W = P.base._solve(columns, base_factors)
     return W @ torch.linalg.solve(P._capacitance(base_factors), P.core, left=False), W

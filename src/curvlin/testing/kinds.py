@@ -673,6 +673,37 @@ def _dual_layer(draw: Draw) -> Recipe:
     )
 
 
+@kind("dual_core")
+def _dual_core(draw: Draw) -> Recipe:
+    """``delta I + Phi^T C Phi``: the dual form with a core between the rows, which mixes samples."""
+    from curvlin.features.khatri_rao import KhatriRaoFeatures
+    from curvlin.precision.diagonal import Isotropic
+    from curvlin.precision.low_rank import Woodbury
+
+    dual = _dual_layer(draw)
+    N, R = dual.parameters[1].tensor.shape[-4:-2]
+    C = draw.spd(N * R, min(1.0, draw.spec.log10cond), 0.0, "decay")
+
+    def assemble(xp: Arrays, delta: Any, left: Any, right: Any, C: Any) -> Any:
+        rows = [(left[n, r].T @ right[n]).reshape(1, -1) for n in range(N) for r in range(R)]
+        total: Any = delta * xp.eye(dual.size)
+        for i, row in enumerate(rows):
+            for j, other in enumerate(rows):
+                total = total + C[i, j] * (row.T @ other)
+        return total
+
+    return Recipe(
+        (*dual.parameters, C),
+        lambda delta, left, right, C: Woodbury(
+            Isotropic(delta, dual.size), KhatriRaoFeatures(left, right), core=C
+        ),
+        assemble,
+        dual.size,
+        base=lambda xp, delta, left, right, C: delta * xp.eye(dual.size),
+        storage_roundings=dual.storage_roundings,
+    )
+
+
 @kind("downdated")
 def _downdated(draw: Draw) -> Recipe:
     """``delta I + A (x) B - U U^T`` with ``|U U^T| = delta / 2``, still positive definite."""

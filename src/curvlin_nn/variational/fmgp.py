@@ -1,0 +1,314 @@
+"""`FMGP`: a Gaussian process with the network for its mean (Ortega et al., 2024, arXiv 2412.04177)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gpytorch.kernels import Kernel
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlin._random import checked_generator
+from curvlin_nn import likelihoods
+from curvlin_nn.capture.state import device_of, random_state_kept
+from curvlin_nn.columns import Columns
+from curvlin_nn.errors import (
+    DataError,
+    NotFittedError,
+    OutputError,
+    StaleModelError,
+    TrainingDivergedError,
+    UnsupportedError,
+)
+from curvlin_nn.feature_maps.pool import Pool
+from curvlin_nn.fingerprint import Fingerprint
+from curvlin_nn.hyperparameters import checked_noise
+from curvlin_nn.inference_mode import outside_inference_mode
+from curvlin_nn.likelihoods import Categorical, Likelihood
+from curvlin_nn.metrics import evaluate
+from curvlin_nn.parameters import check_model
+from curvlin_nn.predictive import GaussianPredictor, PosteriorPredictive, Predictor, Response
+from curvlin_nn.predictive.request import check_pred_type
+from curvlin_nn.randomness import frozen
+from curvlin_nn.variational import kernels
+from curvlin_nn.variational.expected_likelihood import check_expected
+from curvlin_nn.variational.fixed_mean import FixedMean
+from curvlin_nn.variational.fixed_mean_gp import FixedMeanGP, SparseCovariance
+from curvlin_nn.variational.fixed_mean_objective import FixedMeanObjective
+from curvlin_nn.variational.inducing import Counted, Inducing, InducingPoints, check_inducing, placed
+from curvlin_nn.variational.points import Points, Seen
+from curvlin_nn.variational.training import TrainingHistory, TrainingOptions, positive, train
+
+N_FIRST = 1000
+"""Samples that decide about the first scales of a kernel."""
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What a fit leaves."""
+
+    gp: FixedMeanGP
+    covariance: SparseCovariance
+    output_shape: tuple[int, ...]
+    sample_shape: torch.Size
+    fingerprint: Fingerprint
+    history: TrainingHistory
+    n_data: int
+
+    @property
+    def n_inputs(self) -> int:
+        """The numbers of one sample."""
+        return self.sample_shape.numel()
+
+
+class FMGP(PosteriorPredictive):
+    """A sparse Gaussian process whose mean is the output of a trained network, and whose covariance is learned.
+
+        mean(x) = f(x),  Cov[f(x), f(x')] = k(x, x') - k_xZ (A^-1 + k_Z)^-1 k_Zx'
+
+    The kernel is no Jacobian's. If it is universal, some function of its space is as close to the network as one likes,
+    and a mean that is fixed there costs the process nothing. Learned are A, the inducing points Z, the kernel, the
+    covariance B of the outputs and the noise: see `curvlin_nn.variational.fixed_mean_gp`. The process is computed in
+    float64; predictions have the network's dtype. The model is never changed.
+
+    Args:
+        model: a trained network that maps one tensor of samples to outputs ``(N, C)``.
+        likelihood: ``"classification"``, ``"binary"``, ``"regression"``, a loss of torch or a `Likelihood` of these.
+        n_inducing: M; None is 100, or as many as are given.
+        inducing: ``"kmeans"``, centres of the training inputs (of each class by itself, where targets are classes);
+            ``"random"``, some of the inputs; or a pair ``(Z, outputs)``, inputs and a LongTensor with an index into the
+            flattened outputs for each.
+        kernel: ``"rbf"`` of flat inputs, with a lengthscale for each entry; ``"rbf_x_last_layer"``, that times the
+            tangent kernel of a linear last layer; or a kernel of gpytorch's for flat inputs, a copy of which is
+            trained, within its constraints and by its priors. All are multiplied by B, the identity at first. None
+            takes ``"rbf_x_last_layer"`` for ``"classification"``, ``"rbf"`` otherwise; see
+            `curvlin_nn.variational.kernels`.
+        sigma_noise: the standard deviation of observations, or one for each output; `fit` begins there.
+        generator: source of randomness for the placement of inducing points; None is torch's default generator.
+
+    Raises:
+        UnsupportedError: for a likelihood, a placement or a kernel that is not served.
+        TypeError, ValueError: for an argument of the wrong kind, or out of range.
+        ImportError: for ``"kmeans"`` without the extra ``metrics``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | nn.Module | Likelihood,
+        n_inducing: int | None = None,
+        inducing: Inducing = "kmeans",
+        *,
+        kernel: str | Kernel | None = None,
+        sigma_noise: float | Tensor = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        check_model(model)
+        check_inducing(inducing, n_inducing)
+        self.model = model
+        self.likelihood = check_expected(likelihoods.resolve(likelihood))
+        self.n_inducing = 100 if n_inducing is None else n_inducing
+        self.inducing = inducing
+        if kernel is None:
+            kernel = "rbf_x_last_layer" if isinstance(self.likelihood, Categorical) else "rbf"
+        self._kernel = kernels.checked(kernel)
+        self._points = Points(model, isinstance(kernel, str) and kernel == "rbf_x_last_layer")
+        self._sigma_noise = checked_noise(sigma_noise, self.likelihood, Columns()).detach()
+        self._generator = checked_generator(generator)
+        self._fitted: _Fitted | None = None
+
+    @property
+    def sigma_noise(self) -> Float[Tensor, "*E"]:
+        """The standard deviation of observations: as it was given, or as `fit` found it."""
+        return self._sigma_noise if self._fitted is None else self._fitted.gp.sigma_noise.detach()
+
+    @outside_inference_mode()
+    def fit(
+        self,
+        train_loader: Iterable[Any],
+        *,
+        n_steps: int = 2000,
+        lr: float = 1e-3,
+        validation_loader: Iterable[Any] | None = None,
+        every: int = 100,
+        patience: int | None = None,
+        max_seconds: float | None = None,
+        optimize_noise: bool = True,
+        optimize_inducing: bool = True,
+        progress_bar: bool = False,
+    ) -> FMGP:
+        """Learn the covariance from batches, around the model's present parameters; an earlier fit is forgotten.
+
+        Args:
+            train_loader: batches ``(inputs, targets)``; gone through once to count the samples and to place the
+                inducing points, and then as often as it takes.
+            n_steps: the most steps of Adam, one batch each.
+            lr: its learning rate.
+            validation_loader: other data, whose mean negative log-likelihood decides which state stays; without it,
+                the last one does.
+            every: how many steps there are between two evaluations.
+            patience: how many evaluations in a row may be no better than the best before the fit ends.
+            max_seconds: after which it ends as well.
+            optimize_noise: whether the noise scale is learned, where the likelihood has one.
+            optimize_inducing: whether the inducing points move.
+            progress_bar: whether to show one.
+
+        Returns:
+            The object itself. If anything raises, it is as it was before, and so is the model.
+
+        Raises:
+            DataError: if a loader yields nothing, or data do not fit the model or the likelihood.
+            OutputError: if outputs have the wrong shape or are not finite.
+            UnsupportedError: if the kernel does not take the inputs, or its last layer is none.
+            TrainingDivergedError: if numbers are no longer finite; its `best` is an `FMGP` in the best state before.
+        """
+        positive("lr", lr)
+        options = TrainingOptions(n_steps, every, patience, max_seconds)
+        device, fingerprint = device_of(self.model), Fingerprint.of(self.model)
+        with random_state_kept(device):  # loaders draw from the default generator
+            loader = Counted(train_loader)
+            pool = Pool.of(loader, "train_loader", N_FIRST)
+            if not isinstance(pool.x, Tensor):
+                raise DataError(
+                    f"train_loader must yield inputs of one tensor, as kernels take, found {type(pool.x).__name__}"
+                )
+            sample_shape, first = pool.x.shape[1:], self._points.in_parts(pool.x, "the first samples")
+            gp = self._begun(
+                loader,
+                first,
+                sample_shape,
+                optimize_inducing=optimize_inducing,
+                optimize_noise=optimize_noise and self.likelihood.has_noise,
+            )
+            n_data, history = loader.n_data, TrainingHistory()
+            objective = FixedMeanObjective(self._points, gp, self.likelihood, n_data)
+
+            @torch.no_grad()
+            def now() -> FMGP:
+                fitted = copy.copy(self)
+                shape = _shape_of_one(first.outputs)
+                fitted._fitted = _Fitted(
+                    gp, gp.covariance(), shape, sample_shape, fingerprint, history, n_data
+                )
+                return fitted
+
+            def score() -> float:
+                assert validation_loader is not None
+                return evaluate(now(), validation_loader, ["nll"])["nll"]
+
+            try:
+                train(
+                    torch.optim.Adam([p for p in gp.parameters() if p.requires_grad], lr),
+                    objective.loss,
+                    loader,
+                    device,
+                    options,
+                    score=None if validation_loader is None else score,
+                    history=history,
+                    description="FMGP",
+                    progress_bar=progress_bar,
+                )
+            except TrainingDivergedError as error:
+                error.best = now()
+                raise
+            finally:
+                gp.requires_grad_(False)
+        vars(self).update(vars(now()))
+        return self
+
+    def _begun(self, loader: Counted, first: Seen, sample_shape: torch.Size, **options: bool) -> FixedMeanGP:
+        """The process before any step."""
+        n_outputs, shape = first.rows.shape[1], first.outputs.shape
+        by_class = self.likelihood.has_classes and len(shape) == 2 and n_outputs > 1
+        own = frozen(self._generator, torch.device("cpu"))()
+        device = first.points.device
+        where = placed(self.inducing, self.n_inducing, loader, n_outputs, by_class, device, own)
+        if not isinstance(where.inputs, Tensor) or where.inputs.shape[1:] != sample_shape:
+            found = (
+                tuple(where.inputs.shape) if isinstance(where.inputs, Tensor) else type(where.inputs).__name__
+            )
+            raise DataError(
+                f"inducing inputs must have shape {('M', *sample_shape)} like samples of train_loader, found {found}"
+            )
+        Z = self._points.in_parts(where.inputs, "the inducing inputs").points
+        kernel = kernels.made(self._kernel, first.points, first.n_inputs)
+        noise = self._sigma_noise
+        if noise.ndim and len(noise) != (expected := self.likelihood.terms(first.outputs[:1]).shape[-1]):
+            raise ValueError(
+                f"sigma_noise must have {expected} entries, one for each output, found {len(noise)}"
+            )
+        return FixedMeanGP(kernel, n_outputs, Z, where.outputs, noise, **options)
+
+    @property
+    def gp(self) -> FixedMeanGP:
+        """The process: its kernel and covariance of outputs, inducing points and A, as a module."""
+        return self._fit.gp
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel of flat inputs as it was learned, B left out; gpytorch's, in float64."""
+        return self._fit.gp.kernel
+
+    @property
+    def inducing_points(self) -> InducingPoints:
+        """The inducing inputs, and the output that each stands for."""
+        fit = self._fit
+        Z = fit.gp.points.detach()[:, : fit.n_inputs]
+        return InducingPoints(Z.reshape(-1, *fit.sample_shape), fit.gp.outputs)
+
+    @property
+    def history(self) -> TrainingHistory:
+        """How the fit went; its losses are the objective of all data, estimated from batches."""
+        return self._fit.history
+
+    @property
+    def n_data(self) -> int:
+        """The number of samples that it was fitted to."""
+        return self._fit.n_data
+
+    @property
+    def kl_divergence(self) -> Float[Tensor, ""]:
+        """From the prior, in nats, without the part of the mean, which is not learned."""
+        return self._fit.covariance.dual.divergence()
+
+    @property
+    def _fit(self) -> _Fitted:
+        if self._fitted is None:
+            raise NotFittedError("this FMGP object is not fitted; call fit(train_loader) first")
+        return self._fitted
+
+    def _predictor(self, pred_type: str, progress_bar: bool = False) -> Predictor:
+        check_pred_type(pred_type, True)
+        if pred_type == "nn":
+            raise UnsupportedError(
+                "pred_type='nn' runs the network at draws of its weights, and FMGP is a posterior of functions; take "
+                "'glm'"
+            )
+        fit = self._fit
+        name = fit.fingerprint.difference(self.model)
+        if name is not None:
+            raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")
+        response = Response(self.likelihood, lambda: fit.output_shape, self.sigma_noise)
+        return GaussianPredictor(response, FixedMean(self._seen, fit.covariance, progress_bar))
+
+    def _seen(self, x: Any) -> Seen:
+        """Outputs and points, if they are as they were in `fit`."""
+        fit, seen = self._fit, self._points(x)
+        if seen.points.shape[1] != fit.gp.points.shape[1]:
+            raise DataError(
+                f"the input must have {fit.n_inputs} numbers for each sample as in fit, found {seen.n_inputs}"
+            )
+        if _shape_of_one(seen.outputs) != fit.output_shape:
+            raise OutputError(
+                f"model outputs must have shape {('N', *fit.output_shape)} as in fit, found {tuple(seen.outputs.shape)}"
+            )
+        return seen
+
+
+def _shape_of_one(outputs: Tensor) -> tuple[int, ...]:
+    """Of the outputs of one sample; one number counts as an axis of length one."""
+    return tuple(outputs.shape[1:]) or (1,)
