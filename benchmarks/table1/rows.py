@@ -139,7 +139,7 @@ def valla(problem: Problem) -> Fit:
     from curvlin_nn.variational import VaLLA
 
     posterior = VaLLA(problem.model, "classification", n_inducing=100, generator=problem.generator())
-    return _variational(posterior, problem, n_steps=15_000, lr=1e-3)
+    return _variational(posterior, problem, n_steps=15_000, lr=1e-3 if problem.published else 1e-2)
 
 
 def fmgp(problem: Problem) -> Fit:
