@@ -104,7 +104,7 @@ class HessianAccumulation(Accumulation):
 
     @property
     def passes(self) -> int:
-        """The second can only follow the first, which says what the parameters are, and what the data."""
+        """Two: of the log-likelihood, which also says what the parameters are, and of the products."""
         return 2
 
     def begin(self, pass_index: int) -> None:
