@@ -278,8 +278,18 @@ def accumulate(
 
     With a checkpoint, sums that it holds are continued, and batches that are in them are only looked at.
     """
-    device = device_of(model)
     sums = Accumulation(model, likelihood, subset_of_weights, factories, columns, feature_reduction)
+    return run_passes(sums, loader, progress_bar, checkpoint)
+
+
+def run_passes(
+    sums: Accumulation,
+    loader: Iterable[Any],
+    progress_bar: bool = False,
+    checkpoint: Checkpoint | None = None,
+) -> Accumulated:
+    """Send the loader through sums in the making as often as these need; see `accumulate`."""
+    device = device_of(sums.model)
     with random_state_kept(device):  # loaders draw from the default generator
         if checkpoint is not None:
             checkpoint.resume(sums)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -20,7 +20,7 @@ from curvlin.projection import Projection
 from curvlin_nn import arguments, likelihoods, posterior, structures
 from curvlin_nn.batches import Labelled
 from curvlin_nn.capture.reduction import check_reduction
-from curvlin_nn.capture.state import device_of, random_state_kept
+from curvlin_nn.capture.state import device_of
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import Accumulated, accumulate
 from curvlin_nn.damping import check_damping
@@ -63,8 +63,7 @@ from curvlin_nn.prior import (
 )
 from curvlin_nn.prior_projection import check_projection, closed, project_prior
 from curvlin_nn.prior_search import Optimum, maximise
-from curvlin_nn.products.hessian import Hessian
-from curvlin_nn.products.hessian_states import hessian_state
+from curvlin_nn.products.hessian_accumulation import accumulate_hessian
 from curvlin_nn.products.hessian_sums import check_structure as check_hessian
 from curvlin_nn.residual import Residual, ResidualPredictive
 from curvlin_nn.storage import posterior as stored
@@ -289,6 +288,7 @@ class Laplace(PosteriorPredictive):
             progress_bar: whether to show one.
             checkpoint: a file that the sums are stored in as they grow. The same call goes on from it after an
                 interruption of any kind, and removes it at the end; the loader must yield the same batches again.
+                Not for the ``"lowrank"`` of a Hessian.
             every: how many batches there are between two writes of it.
 
         Returns:
@@ -304,31 +304,31 @@ class Laplace(PosteriorPredictive):
         begin = time.perf_counter()
         if not override and self._fitted is not None:
             self._check_unchanged()
-        if checkpoint is not None and self._hessian is not None:
-            raise UnsupportedError("checkpoint is not supported for curvature='hessian'; leave it at None")
+        if checkpoint is not None and self._hessian is not None and self._hessian[0] == "lowrank":
+            raise UnsupportedError(
+                "checkpoint is not supported for hessian_structure='lowrank' of a Hessian, whose passes sum nothing; "
+                "leave it at None, or take 'full', 'block' or 'diag'"
+            )
         train_loader = Labelled(train_loader, self.dict_key_y)
-        file = None if checkpoint is None else Checkpoint(checkpoint, every, stored.choices_of(self))
+        file = None if checkpoint is None else Checkpoint(checkpoint, every, stored.summed_choices_of(self))
         if self.n_subset is not None:
             device = device_of(self.model)
             train_loader = random_subset(train_loader, self.n_subset, device, self._generator, progress_bar)
-        found = accumulate(
+        sums: Callable[..., Accumulated]
+        sums = partial(accumulate, factories=self._summed(continued=not override))
+        if self._hessian is not None:
+            structure, indefinite = self._hessian
+            sums = partial(accumulate_hessian, structure=structure, indefinite=indefinite)
+        found = sums(
             self.model,
             self.likelihood,
             train_loader,
             self._selection,
-            self._summed(continued=not override),
             columns=self._columns,
             feature_reduction=self.feature_reduction,
             progress_bar=progress_bar,
             checkpoint=file,
         )
-        if self._hessian is not None:
-            space = found.space
-            products = Hessian(self.model, self.likelihood, train_loader, list(space.names), progress_bar)
-            with random_state_kept(device_of(self.model)):
-                state = hessian_state(products, *self._hessian, generator=self._columns.generator)
-            found = replace(found, states=(state,))
-            products.passes.check_count(found.n_data)
         if not override and self._fitted is not None:
             found = found.merged(self._fitted.accumulated)
         self._finish(found, begin)

@@ -13,7 +13,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from curvlin_nn import Laplace, structures
-from curvlin_nn.errors import DataError, StaleModelError, StorageError, UnsupportedError
+from curvlin_nn.errors import (
+    DataError,
+    IndefiniteHessianError,
+    StaleModelError,
+    StorageError,
+    UnsupportedError,
+)
+from curvlin_nn.products.hessian_sums import HessianSum
 from curvlin_nn.storage import checkpoint as checkpoints
 
 STRUCTURES = {
@@ -27,6 +34,8 @@ STRUCTURES = {
     "kron-lowrank": "kron-lowrank",
     "by layer": {"0": "ekfac", "2": partial(structures.LowRank, rank=3), "*": "full"},
 }
+
+HESSIANS = ("full", "block", "diag")
 
 
 class Stop(BaseException):
@@ -51,6 +60,16 @@ class Loader:
 def make(name="kron", model=None, **options):
     p = problem("mlp", "classification", n=10)
     return p, Laplace(model or p.model, p.likelihood, "all", STRUCTURES.get(name, name), **options)
+
+
+def make_hessian(name, **options):
+    return make(name, curvature="hessian", **{"indefinite": "abs"} | options)
+
+
+def make_of(name):
+    """As above, ``"hessian full"`` and the like included."""
+    of_hessian = name.startswith("hessian ")
+    return make_hessian(name.removeprefix("hessian ")) if of_hessian else make(name)
 
 
 def assert_same_sums(first, second):
@@ -85,6 +104,78 @@ def test_a_fit_that_is_stopped_anywhere_ends_as_if_it_had_not_been(name, columns
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", HESSIANS)
+def test_the_sums_of_a_hessian_are_bit_by_bit_those_of_a_fit_that_was_not_stopped(
+    name, tmp_path, monkeypatch
+):
+    """What comes from the file is only ever added to, element by element, so that its memory does not matter."""
+    added, add = [], HessianSum.add
+    monkeypatch.setattr(HessianSum, "add", lambda self, batch: (added.append(1), add(self, batch)))
+    p, whole = make_hessian(name)
+    batches = p.batches(2)
+    whole.fit(batches)
+    for stop, every in [(1, 1), (4, 3), (5, 5), (6, 4), (9, 2)]:  # of two passes of five
+        _, la = make_hessian(name)
+        with pytest.raises(Stop):
+            la.fit(Loader(batches, stop), checkpoint=tmp_path / "fit", every=every)
+        assert la._fitted is None and (tmp_path / "fit").exists()
+        added.clear()
+        la.fit(Loader(batches), checkpoint=tmp_path / "fit", every=every)
+        assert len(added) == min(10 - stop // every * every, 5)
+        assert not list(tmp_path.iterdir())
+        mine, theirs = la._fit.accumulated, whole._fit.accumulated
+        assert mine.n_data == theirs.n_data == 10
+        assert torch.equal(mine.statistics, theirs.statistics)
+        for block, expected in zip(mine.states[0].blocks, theirs.states[0].blocks, strict=True):
+            assert torch.equal(block, expected)
+
+
+@pytest.mark.parametrize("stop", [3, 7])
+def test_both_passes_of_a_hessian_see_the_same_draws_of_the_loader(stop, tmp_path):
+    """The log-likelihood and its second derivatives are of the same data, where these are augmented at random."""
+
+    class Noisy(Loader):
+        def __iter__(self):
+            for x, y in super().__iter__():
+                yield x + 0.1 * torch.randn_like(x), y
+
+    p, expected = make_hessian("full")
+    torch.manual_seed(1)
+    expected.fit(list(Noisy(p.batches(2))))
+    _, whole = make_hessian("full")
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert_same_sums(whole.fit(Noisy(p.batches(2))), expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    _, la = make_hessian("full")
+    torch.manual_seed(1)
+    with pytest.raises(Stop):
+        la.fit(Noisy(p.batches(2), stop), checkpoint=tmp_path / "fit", every=1)
+    torch.manual_seed(2)
+    assert_same_sums(la.fit(Noisy(p.batches(2)), checkpoint=tmp_path / "fit", every=1), expected)
+
+
+def test_an_indefinite_hessian_that_was_refused_need_not_be_multiplied_out_again(tmp_path):
+    p, whole = make_hessian("full")
+    batches = p.batches(2)
+    whole.fit(batches)
+    _, la = make_hessian("full", indefinite="raise")
+    with pytest.raises(IndefiniteHessianError):
+        la.fit(batches, checkpoint=tmp_path / "fit", every=1)
+    assert la._fitted is None
+    _, la = make_hessian("full")
+    la.model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    la.fit(batches, checkpoint=tmp_path / "fit", every=1)
+    assert torch.equal(la._fit.accumulated.states[0].blocks[0], whole._fit.accumulated.states[0].blocks[0])
+
+
+def test_a_hessian_too_large_to_be_multiplied_out_is_refused_at_the_first_batch():
+    la = Laplace(nn.Linear(2501, 4), "classification", "all", "diag", curvature="hessian")
+    batches = [(torch.randn(2, 2501), torch.tensor([0, 1]))] * 2
+    with pytest.raises(UnsupportedError, match="less than the 10008 parameters"):
+        la.fit(Loader(batches, 1))
+
+
 def test_a_fit_that_is_stopped_again_and_again_gets_there(tmp_path):
     p, whole = make("ekfac")
     batches = p.batches(1)
@@ -111,11 +202,12 @@ def test_batches_that_are_in_the_sums_are_not_run_again(tmp_path):
     assert 0 < sum(calls) < 20  # two batches of two, and the checks of the first of them
 
 
-def test_a_fit_that_continues_goes_on_too(tmp_path):
-    p, whole = make("kron")
+@pytest.mark.parametrize("name", ["kron", "hessian diag"])
+def test_a_fit_that_continues_goes_on_too(name, tmp_path):
+    p, whole = make_of(name)
     batches = p.batches(1)
     whole.fit(batches[:4]).fit(batches[4:], override=False)
-    _, la = make("kron")
+    _, la = make_of(name)
     la.fit(batches[:4], checkpoint=tmp_path / "fit", every=2)
     with pytest.raises(Stop):
         la.fit(Loader(batches[4:], 5), override=False, checkpoint=tmp_path / "fit", every=2)
@@ -162,14 +254,15 @@ def test_draws_of_columns_go_on_beside_those_of_the_loader(tmp_path):
 
 
 def stopped(path, name="ekfac", stop=7):
-    p, la = make(name)
+    p, la = make_of(name)
     with pytest.raises(Stop):
         la.fit(Loader(p.batches(2), stop), checkpoint=path, every=1)
     return p
 
 
-def test_other_batches_are_refused(tmp_path):
-    p = stopped(tmp_path / "fit")
+@pytest.mark.parametrize("structure", ["ekfac", "hessian block"])
+def test_other_batches_are_refused(structure, tmp_path):
+    p = stopped(tmp_path / "fit", structure)
     batches = p.batches(2)
     others = {
         "another order": [*batches[1:], batches[0]],
@@ -182,7 +275,7 @@ def test_other_batches_are_refused(tmp_path):
     }
     content = (tmp_path / "fit").read_bytes()
     for name, other in others.items():
-        _, la = make("ekfac")
+        _, la = make_of(structure)
         error = (StorageError, DataError)
         with pytest.raises(error, match=r"other batches than those in checkpoint|no batch|yielded"):
             la.fit(other, checkpoint=tmp_path / "fit", every=1)
@@ -200,14 +293,27 @@ def test_another_fit_is_refused_by_name(tmp_path):
         "likelihood": Laplace(p.model, nn.CrossEntropyLoss(label_smoothing=0.1), "all", "ekfac"),
         "curvature": Laplace(p.model, p.likelihood, "all", "ekfac", curvature="fisher_mc"),
     }
-    for name, la in others.items():
-        with pytest.raises(StorageError, match=f"fit with another {name}; give the same"):
-            la.fit(batches, **fit)
+    assert_refused_by_name(others, batches, fit)
     _, la = make("ekfac")
     with torch.no_grad():
         la.model[0].bias[0] += 1
     with pytest.raises(StaleModelError, match=r"'0.bias' of the model holds other values"):
         la.fit(batches, **fit)
+
+
+def test_another_fit_than_that_of_a_hessian_is_refused_by_name(tmp_path):
+    p = stopped(tmp_path / "fit", "hessian full")
+    others = {
+        "hessian_structure": make_hessian("diag")[1],
+        "subset_of_weights": Laplace(p.model, p.likelihood, "last_layer", "full", curvature="hessian"),
+    }
+    assert_refused_by_name(others, p.batches(2), {"checkpoint": tmp_path / "fit", "every": 1})
+
+
+def assert_refused_by_name(others, batches, fit):
+    for name, la in others.items():
+        with pytest.raises(StorageError, match=f"fit with another {name}; give the same"):
+            la.fit(batches, **fit)
 
 
 def test_files_that_are_no_checkpoint_are_refused_and_kept(tmp_path):
@@ -232,9 +338,9 @@ def test_options_out_of_range(tmp_path):
     for every in (0, -1, 1.5):
         with pytest.raises((TypeError, ValueError), match="every"):
             la.fit(p.batches(2), checkpoint=tmp_path / "fit", every=every)
-    with pytest.raises(UnsupportedError, match="checkpoint is not supported for curvature='hessian'"):
-        Laplace(p.model, p.likelihood, "all", "full", curvature="hessian").fit(
-            p.batches(2), checkpoint=tmp_path / "fit"
+    with pytest.raises(UnsupportedError, match="'lowrank' of a Hessian, whose passes sum nothing; leave it"):
+        Laplace(p.model, p.likelihood, "all", "lowrank", curvature="hessian").fit(
+            Loader([], 0), checkpoint=tmp_path / "fit"
         )
 
 
@@ -317,22 +423,26 @@ def slowly(batches):
                 time.sleep(0.005)
                 yield batch
     return Slow()
-la, batches = long_fit()
+la, batches = long_fit(sys.argv[3])
 la.fit(slowly(batches), checkpoint=sys.argv[2], every=3)
 print("end", flush=True)
 """
 
 
-def long_fit():
+def long_fit(curvature):
+    """Two passes of thirty batches."""
     p = problem("mlp", "classification", n=60)
-    return Laplace(p.model, p.likelihood, "all", "ekfac"), p.batches(2)
+    weights, structure = (["4"], "full") if curvature == "hessian" else ("all", "ekfac")
+    la = Laplace(p.model, p.likelihood, weights, structure, curvature=curvature, indefinite="abs")
+    return la, p.batches(2)
 
 
-def test_a_process_that_is_killed_loses_nothing_and_counts_nothing_twice(tmp_path):
-    whole, batches = long_fit()
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+def test_a_process_that_is_killed_loses_nothing_and_counts_nothing_twice(curvature, tmp_path):
+    whole, batches = long_fit(curvature)
     whole.fit(batches)
     killed_at = random.randrange(5, 2 * len(batches) - 5)
-    command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path / "fit")]
+    command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path / "fit"), curvature]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         for _ in range(killed_at):
             assert child.stdout.readline() == "batch\n"
@@ -341,11 +451,11 @@ def test_a_process_that_is_killed_loses_nothing_and_counts_nothing_twice(tmp_pat
     assert "end" not in rest and child.returncode == -9
     assert (tmp_path / "fit").exists(), killed_at
     calls = []
-    la, _ = long_fit()
+    la, _ = long_fit(curvature)
     la.model.register_forward_pre_hook(lambda *_: calls.append(1))
     la.fit(batches[:1])
     checks = len(calls) - 2  # of the first batch that a recorder sees, beside its two passes
-    la, _ = long_fit()
+    la, _ = long_fit(curvature)
     la.model.register_forward_pre_hook(lambda *_: calls.append(1))
     calls.clear()
     la.fit(batches, checkpoint=tmp_path / "fit", every=3)

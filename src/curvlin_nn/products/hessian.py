@@ -135,11 +135,12 @@ class Hessian:
             DataError: if the loader yields nothing, or another number of samples than the first time.
         """
         for where, x, targets in self.passes:
-            if self._space is None:
-                self._space = choose(self._model, self._subset, x, where)
-            yield self._of_batch(x, targets, where)
+            yield self.of_batch(x, targets, where)
 
-    def _of_batch(self, x: Any, targets: Tensor, where: str) -> BatchHessian:
+    def of_batch(self, x: Any, targets: Tensor, where: str) -> BatchHessian:
+        """The Hessian of a batch, of the loader or not; `where` is what to call it."""
+        if self._space is None:
+            self._space = choose(self._model, self._subset, x, where)
         model, space = self._model, self.space
         x = prepared(model, x, where)
         leaves = {name: p.clone().requires_grad_() for name, p in space.tensors(model).items()}

@@ -65,7 +65,7 @@ class LowRankHessian:
 def empty_state(space: ParameterSpace, structure: str, indefinite: str) -> HessianSum | LowRankHessian:
     """A state that has seen nothing, to hold what another one held."""
     if structure != "lowrank":
-        return HessianSum(structure, indefinite, tuple(shape.numel() for shape in space.shapes), [], 0.0)
+        return HessianSum.empty(space, structure, indefinite)
     nothing = torch.empty(0, dtype=torch.float64)
     pairs = Eigenpairs(nothing, nothing.reshape(0, 0), exactly(nothing.sum(), 0), 0.0)
     return LowRankHessian(pairs, indefinite)

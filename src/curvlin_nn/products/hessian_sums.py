@@ -13,7 +13,7 @@ from torch import Tensor
 from curvlin import BlockDiag, Dense, Diagonal
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.errors import IndefiniteHessianError, UnsupportedError, one_of
-from curvlin_nn.parameters import consecutive
+from curvlin_nn.parameters import ParameterSpace, consecutive
 from curvlin_nn.products.hessian import BatchHessian, Hessian
 
 STRUCTURES = ("full", "block", "diag", "lowrank")
@@ -54,6 +54,19 @@ def check_indefinite(indefinite: str) -> str:
     return indefinite
 
 
+def check_size(space: ParameterSpace, max_parameters: int = MAX_PARAMETERS) -> None:
+    """Whether a Hessian over these parameters is to be multiplied out.
+
+    Raises:
+        UnsupportedError: if there are more than `max_parameters`.
+    """
+    if space.size > max_parameters:
+        raise UnsupportedError(
+            f"max_parameters={max_parameters} is less than the {space.size} parameters whose Hessian takes as many "
+            "products; raise it, choose fewer with subset_of_weights, or take matrix_free(kind='hessian')"
+        )
+
+
 @dataclass
 class HessianSum:
     """The sum of the Hessians of batches, in a structure.
@@ -74,6 +87,11 @@ class HessianSum:
     resolution: float
 
     @classmethod
+    def empty(cls, space: ParameterSpace, structure: str, indefinite: str) -> HessianSum:
+        """The sum over no data."""
+        return cls(structure, indefinite, tuple(shape.numel() for shape in space.shapes), [], 0.0)
+
+    @classmethod
     def of(
         cls, H: Hessian, structure: str, indefinite: str, max_parameters: int = MAX_PARAMETERS
     ) -> HessianSum:
@@ -82,25 +100,23 @@ class HessianSum:
         Raises:
             UnsupportedError: for more than `max_parameters` parameters.
         """
-        blocks: list[Tensor] = []
-        sizes: tuple[int, ...] = ()
-        resolution = 0.0
+        total: HessianSum | None = None
         for batch in H:
-            size = H.space.size
-            if size > max_parameters:
-                raise UnsupportedError(
-                    f"max_parameters={max_parameters} is less than the {size} parameters whose Hessian takes as many "
-                    "products; raise it, choose fewer with subset_of_weights, or take matrix_free(kind='hessian')"
-                )
-            sizes = tuple(shape.numel() for shape in H.space.shapes)
-            resolution = torch.finfo(batch.dtype).eps
-            found = list(_blocks(batch, structure, sizes))
-            blocks = [a + b for a, b in zip(blocks, found, strict=True)] if blocks else found
-        return cls(structure, indefinite, sizes, blocks, resolution)
+            if total is None:
+                check_size(H.space, max_parameters)
+                total = cls.empty(H.space, structure, indefinite)
+            total.add(batch)
+        assert total is not None  # a Hessian of no batch raises
+        return total
+
+    def add(self, batch: BatchHessian) -> None:
+        """Add the Hessian of one batch, by as many products as there are parameters."""
+        self.resolution = torch.finfo(batch.dtype).eps
+        self._add(list(_blocks(batch, self.structure, self.sizes)))
 
     def merge(self, other: HessianSum) -> None:
         """Add the sums over other data."""
-        self.blocks = [a + b for a, b in zip(self.blocks, other.blocks, strict=True)]
+        self._add(other.blocks)
 
     def finish(self) -> PrecisionOperator:
         """The Hessian, positive semidefinite: negative eigenvalues of the size of rounding are zero.
@@ -124,6 +140,9 @@ class HessianSum:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold the sums that another one held."""
         self.blocks, self.resolution = list(state["blocks"]), state["resolution"]
+
+    def _add(self, blocks: list[Tensor]) -> None:
+        self.blocks = [a + b for a, b in zip(self.blocks, blocks, strict=True)] if self.blocks else blocks
 
     def _definite_matrix(self, matrix: Float[Tensor, "D D"], where: str) -> Float[Tensor, "D D"]:
         matrix = (matrix + matrix.mT) / 2

@@ -64,6 +64,11 @@ def choices_of(la: Laplace) -> dict[str, Any]:
     }
 
 
+def summed_choices_of(la: Laplace) -> dict[str, Any]:
+    """Those of the choices that a fit cannot go on without: `indefinite` is about what is made of the sums."""
+    return {name: choice for name, choice in choices_of(la).items() if name != "indefinite"}
+
+
 def state_of(la: Laplace) -> dict[str, Any]:
     """See `Laplace.state_dict`."""
     fit = la._fit

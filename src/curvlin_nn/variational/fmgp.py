@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,10 +33,13 @@ from curvlin_nn.parameters import check_model
 from curvlin_nn.predictive import GaussianPredictor, PosteriorPredictive, Predictor, Response
 from curvlin_nn.predictive.request import check_pred_type
 from curvlin_nn.randomness import frozen
+from curvlin_nn.storage.files import StrPath, read, write
+from curvlin_nn.variational import fixed_mean_stored as stored
 from curvlin_nn.variational import kernels
 from curvlin_nn.variational.expected_likelihood import check_expected
 from curvlin_nn.variational.fixed_mean import FixedMean
-from curvlin_nn.variational.fixed_mean_gp import FixedMeanGP, SparseCovariance
+from curvlin_nn.variational.fixed_mean_fitted import FixedMeanFitted
+from curvlin_nn.variational.fixed_mean_gp import FixedMeanGP
 from curvlin_nn.variational.fixed_mean_objective import FixedMeanObjective
 from curvlin_nn.variational.inducing import Counted, Inducing, InducingPoints, check_inducing, placed
 from curvlin_nn.variational.points import Points, Seen
@@ -45,24 +47,6 @@ from curvlin_nn.variational.training import TrainingHistory, TrainingOptions, po
 
 N_FIRST = 1000
 """Samples that decide about the first scales of a kernel."""
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """What a fit leaves."""
-
-    gp: FixedMeanGP
-    covariance: SparseCovariance
-    output_shape: tuple[int, ...]
-    sample_shape: torch.Size
-    fingerprint: Fingerprint
-    history: TrainingHistory
-    n_data: int
-
-    @property
-    def n_inputs(self) -> int:
-        """The numbers of one sample."""
-        return self.sample_shape.numel()
 
 
 class FMGP(PosteriorPredictive):
@@ -119,7 +103,7 @@ class FMGP(PosteriorPredictive):
         self._points = Points(model, isinstance(kernel, str) and kernel == "rbf_x_last_layer")
         self._sigma_noise = checked_noise(sigma_noise, self.likelihood, Columns()).detach()
         self._generator = checked_generator(generator)
-        self._fitted: _Fitted | None = None
+        self._fitted: FixedMeanFitted | None = None
 
     @property
     def sigma_noise(self) -> Float[Tensor, "*E"]:
@@ -191,7 +175,7 @@ class FMGP(PosteriorPredictive):
             def now() -> FMGP:
                 fitted = copy.copy(self)
                 shape = _shape_of_one(first.outputs)
-                fitted._fitted = _Fitted(
+                fitted._fitted = FixedMeanFitted(
                     gp, gp.covariance(), shape, sample_shape, fingerprint, history, n_data
                 )
                 return fitted
@@ -275,8 +259,53 @@ class FMGP(PosteriorPredictive):
         """From the prior, in nats, without the part of the mean, which is not learned."""
         return self._fit.covariance.dual.divergence()
 
+    def save(self, path: StrPath) -> None:
+        """Put the posterior into one safetensors file, whole or not at all; no pickle, and no model.
+
+        Args:
+            path: of the file, in a folder that exists.
+
+        Raises:
+            NotFittedError: before `fit`.
+            StorageError: if it cannot be written; what was there stays.
+            UnsupportedError: for a kernel that holds more than tensors and plain values.
+        """
+        write(path, stored.KIND, stored.state_of(self))
+
+    @classmethod
+    @outside_inference_mode()
+    def load(
+        cls,
+        path: StrPath,
+        model: nn.Module,
+        *,
+        likelihood: str | nn.Module | Likelihood | None = None,
+        kernel: Kernel | None = None,
+    ) -> FMGP:
+        """The object that was saved; predictions are as they would have been.
+
+        Args:
+            path: of the file.
+            model: the model that it was fitted to, with the same parameters and buffers.
+            likelihood: the one it had, needed only where no name stands for it.
+            kernel: one like the one it had, needed only where no name stands for it. Its parts and options count, and
+                are compared; its hyperparameters come from the file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            StorageError: if it is damaged, of another kind, or a likelihood or a kernel like the stored one must be
+                given.
+            StaleModelError: if the model is another one, or holds other values.
+        """
+        state = read(path, stored.KIND)
+        fm = cls(model, **stored.arguments(state, likelihood, kernel))
+        fm._fitted = stored.fitted(state, model, fm._kernel)
+        if isinstance(state["inducing"], str):
+            fm.inducing = state["inducing"]
+        return fm
+
     @property
-    def _fit(self) -> _Fitted:
+    def _fit(self) -> FixedMeanFitted:
         if self._fitted is None:
             raise NotFittedError("this FMGP object is not fitted; call fit(train_loader) first")
         return self._fitted
