@@ -11,6 +11,9 @@ which Newton's method with bounded steps finds from anywhere. Its derivatives ar
 for groups k of coordinates, ``m_k = D_k - gamma_k``. As P is homogeneous in ``(delta, 1 / sigma^2)``, those in
 tau are sums over the groups.
 
+What features leave out (see `evidence_bound`) adds to ``logdet P`` the one term ``r = left_out / (sigma^2 T delta)``,
+an exponential of a linear function itself, and adds r to gamma and to B.
+
 All of this holds for a Kronecker-damped posterior as well (see `damping`), but for the expressions in ``P^-1``: its
 determinant has half the powers, and gamma and B are sums over the eigenvalues of the factors.
 """
@@ -51,7 +54,7 @@ class Optimum:
     Attributes:
         prior_precision: one entry per group.
         sigma_noise: the noise scale, or that of each output, optimised or as it was.
-        log_marginal_likelihood: the value there, in nats.
+        log_marginal_likelihood: the value there, in nats; of its bound, if that is what was maximised.
         gradient_norm: of log Z with respect to the logarithms of the precisions and of sigma^2.
         steps: the number of Newton steps.
     """
@@ -274,6 +277,9 @@ class _Objective:
         """The first two derivatives at ``(t, tau)``."""
         precision, scale = t.exp(), self.evidence.scale((tau / 2).exp())
         gamma, B = self._effective_parameters(precision, scale)
+        if self.evidence.left_out is not None:
+            ratio = self.evidence.left_out_ratio(precision, (tau / 2).exp())
+            gamma, B = gamma + ratio, B + ratio
         scatter = self.squares * precision
         noise = None
         if self.with_noise:
