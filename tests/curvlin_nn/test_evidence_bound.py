@@ -200,8 +200,8 @@ def test_the_search_with_one_noise_scale_for_each_output(optimize_noise):
     sigma = la.sigma_noise.clone().requires_grad_()
     value = la.log_marginal_likelihood_bound(None, prior, sigma)
     gradients = torch.autograd.grad(value, [prior, sigma])
-    assert abs(float(gradients[0] * prior)) < 1e-6
-    assert not optimize_noise or float((gradients[1] * sigma).abs().max()) < 1e-6
+    by_logs = [(g * at).detach().abs().max() for g, at in zip(gradients, (prior, sigma), strict=True)]
+    assert by_logs[0] < 1e-6 and (by_logs[1] < 1e-6) == optimize_noise
     assert optimum.log_marginal_likelihood == pytest.approx(float(value.detach()), rel=1e-12)
 
 
@@ -238,8 +238,7 @@ def test_held_out_data_are_predicted_better_than_at_the_maximum_on_features():
         la.optimize_prior_precision(method, train_loader=[(x, y)], optimize_noise=True)
         mean, variance = la(x_test, diagonal_output=True, observation_noise=True)
         scores[method] = -float(torch.distributions.Normal(mean, variance.sqrt()).log_prob(y_test).mean())
-    print(scores)
-    assert scores["bound"] < scores["marglik"] - 0.2
+    assert scores["bound"] < scores["marglik"] - 0.4  # 0.77 to 0.84 over eight seeds
 
 
 # -- the object ----------------------------------------------------------------------------------------------------
@@ -285,10 +284,20 @@ def test_the_data_are_gone_through_once_for_each_fit(tmp_path):
 
 
 def test_no_jacobian_is_multiplied_out():
-    p = problem("mlp", "regression")
-    la = fitted(p, features_of(p))
-    with forbid_dense():
-        la.log_marginal_likelihood_bound(p.batches())
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 64, 3), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)),
+    )
+    n, limit = 60, 60 * 10 * 16 * 64  # gradients of all outputs with respect to the widest layer
+    x = torch.randn(n, 64)
+    data = [(x, torch.randint(10, (n,)))]
+    la = Laplace(model, "classification", feature_map=NystromMap(model, x, rank=3)).fit(data)
+    assert 10 * limit < n * 10 * sum(p.numel() for p in model.parameters())
+    with forbid_dense(limit):
+        la.log_marginal_likelihood_bound(data)
 
 
 def test_in_inference_mode():
@@ -355,7 +364,9 @@ def test_data_that_cannot_be_those_of_the_fit_are_refused():
         UnsupportedError, match="needs train_loader, the batches that fit was given; found None"
     ):
         la.optimize_prior_precision("bound")
-    with pytest.raises(DataError, match="yielded 3 samples, expected the 8 that the posterior was fitted to"):
+    with pytest.raises(
+        DataError, match=r"yielded 3 samples, expected the 8 that the posterior was fitted to"
+    ):
         la.log_marginal_likelihood_bound(p.batches()[:1])
     with pytest.raises(DataError, match="the loader yielded no batch"):
         la.log_marginal_likelihood_bound([])
@@ -363,14 +374,14 @@ def test_data_that_cannot_be_those_of_the_fit_are_refused():
         UnsupportedError, match="prior_structure='layerwise' is not supported with a feature_map"
     ):
         la.optimize_prior_precision("bound", "layerwise", train_loader=p.batches())
-    with pytest.raises(ValueError, match="prior_precision must be positive"):
+    with pytest.raises(ValueError, match="prior_precision must be positive and finite"):
         la.log_marginal_likelihood_bound(p.batches(), -1.0)
     with torch.no_grad():
         p.model[0].weight += 1
     la.fit(p.batches())
     with torch.no_grad():
         p.model[0].weight -= 1
-    with pytest.raises(StaleModelError, match="'0.weight' of the model changed since fit"):
+    with pytest.raises(StaleModelError, match=r"'0.weight' of the model changed since fit"):
         la.log_marginal_likelihood_bound(p.batches())
 
 
