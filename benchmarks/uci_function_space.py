@@ -10,7 +10,7 @@ Every method keeps the network's mean, so that there is one RMSE, and finds one 
 evidence; MAP has the noise of its training residuals. The Nystrom map has the leading K directions of at most 1,000
 training samples, the surrogate is a widened copy of the network. "alone" is the posterior on these features as
 published, "residual" keeps the prior variance that they leave out. The K x K evidence knows nothing of that variance:
-"bound" has the residual too, and is at the maximum of `Laplace.log_marginal_likelihood_bound` (orthonormal features only).
+"bound" has the residual too, at the maximum of `Laplace.log_marginal_likelihood_bound` (orthonormal features only).
 Reported are the mean negative log-likelihood of test targets and the root mean square of the standard deviation of the
 function there, in the units of the targets, and seconds for features, fit and tuning.
 """

@@ -126,8 +126,8 @@ def _checked_jacobian(la: Laplace) -> JacobianMap:
     space = la._features
     if space is None or not space.stands_in:
         raise UnsupportedError(
-            "a bound of the evidence needs a feature_map that stands in for a Jacobian, as NystromMap; without one "
-            "method='marglik' is the evidence of all there is"
+            "a bound of the evidence needs a feature_map that stands in for a Jacobian, such as NystromMap; nothing is "
+            "left out without one, take method='marglik'"
         )
     kind = type(space.feature_map).__name__
     if not space.feature_map.orthonormal:
@@ -138,7 +138,7 @@ def _checked_jacobian(la: Laplace) -> JacobianMap:
     jacobian = space.feature_map.jacobian
     if not space.residual or jacobian is None:
         raise UnsupportedError(
-            "with residual=False there is nothing beside the features that a bound could count; take residual=True, or "
+            "with residual=False there is nothing beside the features for a bound to count; take residual=True, or "
             "method='marglik'"
         )
     if la._columns.kind == "mc":

@@ -118,6 +118,40 @@ def test_it_is_below_the_evidence_of_the_full_curvature_and_rises_to_it(kind, li
         assert values[-1] == pytest.approx(evidence, rel=1e-10)  # V spans all rows
 
 
+LIKELIHOODS = {
+    "weighted": nn.CrossEntropyLoss(
+        weight=torch.tensor([0.3, 1.0, 2.5]).double(), ignore_index=-100, reduction="sum"
+    ),
+    "binary": "binary",
+    "poisson": "poisson",
+    "heteroscedastic": "heteroscedastic",
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_it_is_below_the_evidence_for_every_likelihood(name):
+    p = problem("mlp", "regression", n_outputs=2 if name == "heteroscedastic" else 3)
+    targets = {
+        "weighted": torch.tensor([0, 1, 2, -100, 1, 0, 2, 2]),
+        "binary": (p.y > 0).double(),
+        "poisson": p.y.abs().round(),
+        "heteroscedastic": p.y[:, :1],
+    }
+    p = Problem(p.model, LIKELIHOODS[name], p.x, targets[name], p.x_test)
+    exact = float(fitted(p, None, sigma_noise=1.0).log_marginal_likelihood())
+    few, everything = (fitted(p, features_of(p, rank), sigma_noise=1.0) for rank in (3, None))
+    assert float(few.log_marginal_likelihood_bound(p.batches())) < exact
+    assert float(everything.log_marginal_likelihood_bound(p.batches())) == pytest.approx(exact, rel=1e-10)
+
+
+def test_it_is_below_the_evidence_of_the_empirical_fisher_matrix():
+    p = problem("mlp", "classification")
+    exact = float(fitted(p, None, curvature="ef").log_marginal_likelihood())
+    few, everything = (fitted(p, features_of(p, rank), curvature="ef") for rank in (3, None))
+    assert float(few.log_marginal_likelihood_bound(p.batches())) < exact
+    assert float(everything.log_marginal_likelihood_bound(p.batches())) == pytest.approx(exact, rel=1e-10)
+
+
 def test_a_network_of_one_output_on_one_sample_and_outputs_of_several_axes():
     p = problem("mlp", "regression", n=1, n_outputs=1)
     la = fitted(p, NystromMap(p.model, p.x))
