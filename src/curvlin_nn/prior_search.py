@@ -346,6 +346,9 @@ def _refusal(evidence: Evidence) -> str:
 
 def _check_optimum_exists(objective: _Objective) -> None:
     evidence, prior, squares = objective.evidence, objective.prior, objective.squares
+    left_out = (
+        0.0 if evidence.left_out is None else float(evidence.left_out.sum())
+    )  # outweighs what diverges below
     if bool((squares == 0).any()):
         k = int((squares == 0).nonzero()[0])
         raise NoFiniteOptimumError(
@@ -357,14 +360,18 @@ def _check_optimum_exists(objective: _Objective) -> None:
     else:
         diagonal = evidence.curvature.total.diagonal().double()
         informed = torch.zeros_like(squares).index_add(0, prior.groups, diagonal)
-    if bool((informed <= 0).any()):
+    if left_out == 0 and bool((informed <= 0).any()):
         k = int((informed <= 0).nonzero()[0])
         raise NoFiniteOptimumError(
             f"the curvature of {prior.label(k)} is zero, so that the log marginal likelihood grows without "
             "end as its prior precision goes to zero; fix prior_precision, or leave it out with "
             "subset_of_weights"
         )
-    if objective.with_noise and bool(_noise_derivatives(evidence, squares.new_zeros(()))[1] >= 0):
+    if (
+        left_out == 0
+        and objective.with_noise
+        and bool(_noise_derivatives(evidence, squares.new_zeros(()))[1] >= 0)
+    ):
         raise NoFiniteOptimumError(
             "the residuals are all zero, so that the log marginal likelihood grows without end as "
             "sigma_noise goes to zero; fix sigma_noise"

@@ -21,6 +21,8 @@ from curvlin_nn.errors import (
     UnsupportedError,
 )
 from curvlin_nn.feature_maps import FeatureMap, JacobianMap, NystromMap, SketchMap
+from curvlin_nn.feature_maps.directions import FlatDirections
+from curvlin_nn.feature_maps.projected import ProjectedMap
 
 CASES = list(itertools.product(("mlp", "cnn"), ("classification", "regression")))
 DELTA, TEMPERATURE, RANK = 0.7, 0.6, 4
@@ -363,6 +365,12 @@ class Learned(FeatureMap):
             return self.model(x), DenseFeatures(x[:, None, :2].expand(-1, 3, 2).clone())
 
 
+class Axes(ProjectedMap):
+    """The Jacobian in some directions of one's own."""
+
+    orthonormal = True
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
@@ -417,6 +425,23 @@ def test_data_that_cannot_be_those_of_the_fit_are_refused():
         p.model[0].weight -= 1
     with pytest.raises(StaleModelError, match=r"'0.weight' of the model changed since fit"):
         la.log_marginal_likelihood_bound(p.batches())
+
+
+@pytest.mark.parametrize("sigma", [0.4, SIGMAS])
+def test_what_is_left_out_gives_an_optimum_where_features_alone_have_none(sigma):
+    p = problem("mlp", "regression", n=30)
+    p.x[:, 3] = 0  # the first layer's weights of it have no influence at all
+    J = JacobianMap(p.model)
+    V = torch.zeros(J.size, 2).double()
+    V[3, 0] = V[7, 1] = 1
+    with torch.no_grad():
+        exact_fit = Problem(p.model, p.likelihood, p.x, p.model(p.x), p.x_test)
+    for data, feature_map in ((p, Axes(J, FlatDirections(V))), (exact_fit, features_of(p, 5))):
+        la = fitted(data, feature_map, sigma_noise=sigma)
+        with pytest.raises(NoFiniteOptimumError):
+            la.optimize_prior_precision(optimize_noise=True)
+        optimum = la.optimize_prior_precision("bound", train_loader=data.batches(), optimize_noise=True)
+        assert optimum.gradient_norm < 1e-6
 
 
 def test_parameters_at_the_prior_mean_have_no_optimum():
