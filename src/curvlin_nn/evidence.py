@@ -6,6 +6,8 @@
 Where no block of H is cut by a change of the prior precision, its eigenvalues are all that is needed:
 ``logdet P - logdet P0 = sum_i log(1 + lambda_i / (sigma^2 T delta_i))``, with neither a factorisation nor a
 difference of large numbers.
+
+On the coordinates of a feature map it may count what the features leave out, and is a bound then; see `evidence_bound`.
 """
 
 from __future__ import annotations
@@ -105,12 +107,15 @@ class Evidence:
         statistics: its sufficient statistics over the data.
         curvature: H, at sigma = 1 and T = 1, and as a function of them.
         temperature: T.
+        left_out: the trace of the curvature beside the features, at sigma = 1 and T = 1 (of each output, where these
+            have noise scales of their own); None where it does not count.
     """
 
     likelihood: Likelihood
     statistics: Float[Tensor, " K"]
     curvature: Curvature
     temperature: float | Float[Tensor, ""]
+    left_out: Float[Tensor, "*C"] | None = None
 
     def log_marginal_likelihood(self, prior: Prior, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
         """log Z in nats, float64, differentiable in the prior precision and mean, the noise and the temperature.
@@ -132,6 +137,9 @@ class Evidence:
     def value(self, prior: Prior, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
         """`log_marginal_likelihood`, also where the eigenvalues alone resolve the prior: on a search's way."""
         scatter, complexity = prior.scatter(), self.log_det_ratio(prior, sigma_noise)
+        if self.left_out is not None:
+            assert isinstance(prior, GroupedPrior)  # that of features has one precision
+            complexity = complexity + self.left_out_ratio(prior.precision, sigma_noise).sum()
         return self.log_likelihood(sigma_noise) - scatter / 2 - complexity / 2
 
     def log_likelihood(self, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
@@ -141,6 +149,13 @@ class Evidence:
     def scale(self, sigma_noise: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """``1 / (sigma^2 T)``, what H is multiplied by."""
         return curvature_scale(sigma_noise, self.temperature)
+
+    def left_out_ratio(
+        self, precision: Float[Tensor, " 1"], sigma_noise: Float[Tensor, "*C"]
+    ) -> Float[Tensor, " 1"]:
+        """``left_out / (sigma^2 T delta)``, the most that directions beside the features add to `log_det_ratio`."""
+        assert self.left_out is not None
+        return (curvature_scale(sigma_noise, self.temperature) * self.left_out).sum() / precision
 
     def relevant_spectrum(self, prior: Prior) -> Spectrum | None:
         """The eigenvalues of H if they are all that is needed: no block is cut by a change of prior precision."""

@@ -32,6 +32,7 @@ class Fitted:
         whole_mean: all parameters, flat.
         seconds: how long the fit took.
         of_map: checksums of what features depend on besides the model.
+        left_out: the curvature beside the features of a `feature_map`, once it is known; see `evidence_bound`.
         known_unchanged: whether the model has been compared, as by a search before it predicts many times; then it is
             not compared again.
     """
@@ -44,6 +45,7 @@ class Fitted:
     whole_mean: Float[Tensor, " W"]
     seconds: float = 0.0
     of_map: Mapping[str, Tensor] = field(default_factory=dict)
+    left_out: Float[Tensor, "*C"] | None = None
     known_unchanged: bool = False
 
     @classmethod

@@ -270,8 +270,8 @@ def _without(la: Laplace, found: Sequence[Accumulated], fold: int) -> Laplace:
     return held
 
 
-METHODS = ("marglik", "gridsearch", "brent", "cv")
-"""The methods of `Laplace.optimize_prior_precision`; all but the first score held-out data."""
+METHODS = ("gridsearch", "brent", "cv")
+"""The methods of `Laplace.optimize_prior_precision` that score held-out data."""
 
 
 def search(

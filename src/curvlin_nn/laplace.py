@@ -32,6 +32,7 @@ from curvlin_nn.errors import (
     one_of,
 )
 from curvlin_nn.evidence import Evidence
+from curvlin_nn.evidence_bound import left_out_curvature
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_posterior import FeatureSpace
 from curvlin_nn.fitted import Fitted
@@ -77,6 +78,9 @@ from curvlin_nn.summary import Summary, summarise
 
 CURVATURES = {"ggn": "exact", "fisher_mc": "mc", "ef": "empirical", "hessian": "exact"}
 """The curvatures by name, with the kind of columns that each is made of; a Hessian is made of none."""
+
+EVIDENCES = ("marglik", "bound")
+"""What a prior precision is found to maximise, where it is not to score best on held-out data."""
 
 
 class Laplace(PosteriorPredictive):
@@ -587,19 +591,42 @@ class Laplace(PosteriorPredictive):
         Returns:
             A 0-dimensional float64 tensor, differentiable in all of them.
         """
-        precision = self._prior_precision if prior_precision is None else prior_precision
-        if not isinstance(precision, PrecisionOperator):
-            precision = check_precision(precision)
-        noise = self._sigma_noise
-        if sigma_noise is not None:
-            noise = checked_noise(sigma_noise, self.likelihood, self._columns)
-        self._fit.check_noise(noise)
-        mean = self._prior_mean if prior_mean is None else checked_mean(prior_mean)
-        self._fit.check_mean(mean)
-        evidence = self._evidence()
-        if temperature is not None:
-            evidence = replace(evidence, temperature=checked_temperature(temperature))
-        return evidence.log_marginal_likelihood(self._prior(precision, mean), noise)
+        return self._evaluated(self._evidence(), prior_precision, sigma_noise, prior_mean, temperature)
+
+    def log_marginal_likelihood_bound(
+        self,
+        train_loader: Iterable[Any] | None = None,
+        prior_precision: float | Tensor | None = None,
+        sigma_noise: float | Tensor | None = None,
+        *,
+        prior_mean: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        progress_bar: bool = False,
+    ) -> Float[Tensor, ""]:
+        """A lower bound of the full GGN's evidence, in nats: of an orthonormal `feature_map` with ``residual=True``.
+
+        ``log_marginal_likelihood() - sum_n tr(Lambda_n (kappa_n - Phi_n Phi_n^T)) / (2 delta sigma^2 T)``: what the
+        features leave out counts (Titsias, 2009, equation 9); see `curvlin_nn.evidence_bound`.
+
+        Args:
+            train_loader: the batches that `fit` was given. One pass over them is made for each fit; then the trace is
+                known, and stored with the object.
+            prior_precision: evaluate here instead of at the current value (which stays).
+            sigma_noise: likewise.
+            prior_mean: likewise.
+            temperature: likewise.
+            progress_bar: whether to show one over the batches.
+
+        Returns:
+            A 0-dimensional float64 tensor, differentiable in all of the hyperparameters.
+
+        Raises:
+            UnsupportedError: if there is no such bound of this posterior, or no loader where one is needed.
+            DataError: if the loader yields another number of samples than `fit` saw.
+            StaleModelError: if the trace is not known yet, and the model or the features have changed since `fit`.
+        """
+        bound = self._evidence_bound(train_loader, progress_bar)
+        return self._evaluated(bound, prior_precision, sigma_noise, prior_mean, temperature)
 
     def optimize_prior_precision(
         self,
@@ -627,23 +654,25 @@ class Laplace(PosteriorPredictive):
     ) -> Optimum | HeldOutOptimum:
         """Set the prior precision to the maximum of the log marginal likelihood, or to the best on held-out data.
 
-        The marginal likelihood is concave in the logarithms of the hyperparameters; Newton's method solves it from any
-        start.
+        The marginal likelihood is concave in the logarithms of the hyperparameters, and so is its bound; Newton's
+        method solves either from any start.
 
         Args:
-            method: ``"marglik"``; ``"gridsearch"`` or ``"brent"`` on `val_loader`; ``"cv"``, a grid on folds of
+            method: ``"marglik"``; ``"bound"``, the maximum of `log_marginal_likelihood_bound` for a `feature_map` with
+                ``residual=True``; ``"gridsearch"`` or ``"brent"`` on `val_loader`; ``"cv"``, a grid on folds of
                 `train_loader`, each scored with the curvature of the others (around the same parameters).
             prior_structure: which parameters share a precision: ``"scalar"``, ``"layerwise"`` (each parameter
                 tensor its own), ``"modulewise"`` or ``"diag"``; on held-out data ``"scalar"``.
             optimize_noise: whether to optimise `sigma_noise` jointly, all of them if there are several; regression
-                and ``"marglik"`` only.
+                and ``"marglik"`` or ``"bound"`` only.
             optimize_temperature: refused. log Z is strictly convex in 1 / T at any prior and noise, so that it has no
                 maximum; compare scores on held-out data instead.
             tolerance: largest relative gradient at the end; for ``"brent"`` the largest error of the logarithm (at
                 least 1e-3).
             max_steps: Newton steps before giving up.
             val_loader: batches ``(inputs, targets)``, kept for the search.
-            train_loader: those that the parameters were trained on, for ``"cv"``.
+            train_loader: those that the parameters were trained on, for ``"cv"``; those that `fit` was given, for
+                ``"bound"``, which goes through them once for each fit.
             n_folds: how many folds for ``"cv"``.
             loss: what to minimise on held-out data: None for the negative log-likelihood; a function ``(prediction,
                 targets)`` or ``(mean, covariance, targets)`` of all data; or a `torchmetrics.Metric` (of which copies
@@ -660,8 +689,8 @@ class Laplace(PosteriorPredictive):
             **unknown: refused.
 
         Returns:
-            The optimum: with its log marginal likelihood, gradient norm and number of steps; or with its score, all
-            that were tried, and whether it is at the edge of them.
+            The optimum: with its log marginal likelihood (or the bound), gradient norm and number of steps; or with its
+            score, all that were tried, and whether it is at the edge of them.
 
         Raises:
             UnsupportedError: for options that do not go together.
@@ -672,14 +701,15 @@ class Laplace(PosteriorPredictive):
                 curvature.
         """
         arguments.refuse(unknown, self.optimize_prior_precision, arguments.SEARCH)
-        if method not in METHODS:
-            raise UnsupportedError(f"method={method!r} is not supported; expected {one_of(METHODS)}")
+        if method not in (*EVIDENCES, *METHODS):
+            expected = one_of((*EVIDENCES, *METHODS))
+            raise UnsupportedError(f"method={method!r} is not supported; expected {expected}")
         if optimize_temperature:
             raise NoFiniteOptimumError(
                 "optimize_temperature has no finite optimum, as the log marginal likelihood is convex in 1 / T; set "
                 "temperature and compare the scores of method='gridsearch'"
             )
-        if method != "marglik":
+        if method not in EVIDENCES:
             if prior_structure != "scalar" or optimize_noise:
                 raise UnsupportedError(
                     f"method={method!r} chooses one prior precision on held-out data; leave prior_structure at "
@@ -703,7 +733,9 @@ class Laplace(PosteriorPredictive):
             )
         if optimize_noise:
             check_knows_noise(self._columns)
-        evidence, start, noise = self._evidence(), self._start(prior_structure), self._sigma_noise.detach()
+        start, noise = self._start(prior_structure), self._sigma_noise.detach()
+        bound = method == "bound"
+        evidence = self._evidence_bound(train_loader, progress_bar) if bound else self._evidence()
         if noise.ndim:
             optimum = maximise_by_output(evidence, start, noise, optimize_noise, max_steps, progress_bar)
         else:
@@ -833,6 +865,35 @@ class Laplace(PosteriorPredictive):
     def _evidence(self) -> Evidence:
         fit = self._fit
         return Evidence(self.likelihood, fit.accumulated.statistics, fit.curvature, self._temperature)
+
+    def _evidence_bound(self, train_loader: Iterable[Any] | None, progress_bar: bool = False) -> Evidence:
+        """The evidence less what features leave out of it, which is kept with the fit."""
+        if self._fit.left_out is None:
+            left_out = left_out_curvature(self, train_loader, progress_bar)
+            self._fitted = replace(self._fit, left_out=left_out)
+        return replace(self._evidence(), left_out=self._fit.left_out)
+
+    def _evaluated(
+        self,
+        evidence: Evidence,
+        prior_precision: float | Tensor | PrecisionOperator | None,
+        sigma_noise: float | Tensor | None,
+        prior_mean: float | Tensor | None,
+        temperature: float | Tensor | None,
+    ) -> Float[Tensor, ""]:
+        """At these hyperparameters, or the current ones."""
+        precision = self._prior_precision if prior_precision is None else prior_precision
+        if not isinstance(precision, PrecisionOperator):
+            precision = check_precision(precision)
+        noise = self._sigma_noise
+        if sigma_noise is not None:
+            noise = checked_noise(sigma_noise, self.likelihood, self._columns)
+        self._fit.check_noise(noise)
+        mean = self._prior_mean if prior_mean is None else checked_mean(prior_mean)
+        self._fit.check_mean(mean)
+        if temperature is not None:
+            evidence = replace(evidence, temperature=checked_temperature(temperature))
+        return evidence.log_marginal_likelihood(self._prior(precision, mean), noise)
 
     def _prior(self, precision: Tensor | PrecisionOperator, mean: Tensor | None = None) -> Prior:
         return self._prior_of(self._fit, precision, mean)

@@ -47,9 +47,12 @@ def maximise_by_output(
         ConvergenceError: if `max_steps` do not suffice.
     """
     squares = evidence.statistics[1:]
-    if optimize_noise and bool((squares == 0).any()):
+    fitted = squares == 0
+    if evidence.left_out is not None:
+        fitted = fitted & (evidence.left_out == 0)
+    if optimize_noise and bool(fitted.any()):
         raise NoFiniteOptimumError(
-            f"the residuals of output {int((squares == 0).nonzero()[0])} are all zero, so that the log marginal "
+            f"the residuals of output {int(fitted.nonzero()[0])} are all zero, so that the log marginal "
             "likelihood grows without end as its sigma_noise goes to zero; fix sigma_noise"
         )
     common = float(sigma_noise.detach().double().log().mean().exp())

@@ -49,6 +49,7 @@ class PerOutput(Structure):
                     "'full', 'block', 'diag' or 'kron'; give one number"
                 )
         self._tied = any(isinstance(part, Kronecker) for part in _parts(self._states[0]))
+        self._column = 0  # of a batch: how many came before
 
     def update(self, captures: Captures) -> None:
         """See `Structure.update`.
@@ -61,9 +62,13 @@ class PerOutput(Structure):
                 f"parameter {tied[0]!r} is used both as it is and transposed, which 'kron' does not serve with one "
                 "sigma_noise for each output; give one number, or another structure there"
             )
-        for output, state in enumerate(self._states):
-            blocks = tuple(_of_output(block, output, len(self._states)) for block in captures.blocks)
-            state.update(replace(captures, parts=blocks, first=captures.first and output == 0))
+        before = 0 if captures.first else self._column
+        n_columns, n_outputs = captures.parts[0].left.shape[1], len(self._states)
+        self._column = before + n_columns
+        for column in range(min(n_columns, n_outputs)):  # the first of its output among these
+            blocks = tuple(_of_output(block, column, n_outputs) for block in captures.blocks)
+            state = self._states[(before + column) % n_outputs]
+            state.update(replace(captures, parts=blocks, first=captures.first and column == 0))
 
     def state_dict(self) -> dict[str, Any]:
         """See `Structure.state_dict`."""
@@ -118,10 +123,10 @@ def _total(tensors: Sequence[Tensor], weights: Float[Tensor, " C"]) -> Tensor:
     return torch.stack([w.to(t) * t for w, t in zip(weights, tensors, strict=True)]).sum(0)
 
 
-def _of_output(block: Block, output: int, n_outputs: int) -> Block:
-    """Its columns of one output; they come term by term, and within a term output by output."""
-    uses = tuple(_of_output(use, output, n_outputs) for use in block.uses)
-    return replace(block, left=block.left[:, output::n_outputs], uses=uses)
+def _of_output(block: Block, column: int, n_outputs: int) -> Block:
+    """This column and the others of its output; they come term by term, and within a term output by output."""
+    uses = tuple(_of_output(use, column, n_outputs) for use in block.uses)
+    return replace(block, left=block.left[:, column::n_outputs], uses=uses)
 
 
 def _parts(state: Structure) -> list[Structure]:

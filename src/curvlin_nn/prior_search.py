@@ -11,6 +11,9 @@ which Newton's method with bounded steps finds from anywhere. Its derivatives ar
 for groups k of coordinates, ``m_k = D_k - gamma_k``. As P is homogeneous in ``(delta, 1 / sigma^2)``, those in
 tau are sums over the groups.
 
+What features leave out (see `evidence_bound`) adds to ``logdet P`` the one term ``r = left_out / (sigma^2 T delta)``,
+an exponential of a linear function itself, and adds r to gamma and to B.
+
 All of this holds for a Kronecker-damped posterior as well (see `damping`), but for the expressions in ``P^-1``: its
 determinant has half the powers, and gamma and B are sums over the eigenvalues of the factors.
 """
@@ -51,7 +54,7 @@ class Optimum:
     Attributes:
         prior_precision: one entry per group.
         sigma_noise: the noise scale, or that of each output, optimised or as it was.
-        log_marginal_likelihood: the value there, in nats.
+        log_marginal_likelihood: the value there, in nats; of its bound, if that is what was maximised.
         gradient_norm: of log Z with respect to the logarithms of the precisions and of sigma^2.
         steps: the number of Newton steps.
     """
@@ -274,6 +277,9 @@ class _Objective:
         """The first two derivatives at ``(t, tau)``."""
         precision, scale = t.exp(), self.evidence.scale((tau / 2).exp())
         gamma, B = self._effective_parameters(precision, scale)
+        if self.evidence.left_out is not None:
+            ratio = self.evidence.left_out_ratio(precision, (tau / 2).exp())
+            gamma, B = gamma + ratio, B + ratio
         scatter = self.squares * precision
         noise = None
         if self.with_noise:
@@ -340,6 +346,9 @@ def _refusal(evidence: Evidence) -> str:
 
 def _check_optimum_exists(objective: _Objective) -> None:
     evidence, prior, squares = objective.evidence, objective.prior, objective.squares
+    left_out = (
+        0.0 if evidence.left_out is None else float(evidence.left_out.sum())
+    )  # outweighs what diverges below
     if bool((squares == 0).any()):
         k = int((squares == 0).nonzero()[0])
         raise NoFiniteOptimumError(
@@ -351,14 +360,18 @@ def _check_optimum_exists(objective: _Objective) -> None:
     else:
         diagonal = evidence.curvature.total.diagonal().double()
         informed = torch.zeros_like(squares).index_add(0, prior.groups, diagonal)
-    if bool((informed <= 0).any()):
+    if left_out == 0 and bool((informed <= 0).any()):
         k = int((informed <= 0).nonzero()[0])
         raise NoFiniteOptimumError(
             f"the curvature of {prior.label(k)} is zero, so that the log marginal likelihood grows without "
             "end as its prior precision goes to zero; fix prior_precision, or leave it out with "
             "subset_of_weights"
         )
-    if objective.with_noise and bool(_noise_derivatives(evidence, squares.new_zeros(()))[1] >= 0):
+    if (
+        left_out == 0
+        and objective.with_noise
+        and bool(_noise_derivatives(evidence, squares.new_zeros(()))[1] >= 0)
+    ):
         raise NoFiniteOptimumError(
             "the residuals are all zero, so that the log marginal likelihood grows without end as "
             "sigma_noise goes to zero; fix sigma_noise"

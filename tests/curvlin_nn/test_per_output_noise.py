@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 from curvlin_nn import Laplace, likelihoods
+from curvlin_nn.capture import graph
 from curvlin_nn.errors import NoFiniteOptimumError, UnsupportedError
 
 SIGMA = torch.tensor([0.3, 0.8, 1.7], dtype=torch.float64)
@@ -42,6 +43,17 @@ def test_it_is_the_likelihood_with_these_variances(kind, choice):
     close(la.curvature.to_dense(), plain.curvature.to_dense())
     la.sigma_noise = plain.sigma_noise = 0.7  # and back to one for all
     close(la.posterior_precision.to_dense(), plain.posterior_precision.to_dense())
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "kron"])
+@pytest.mark.parametrize("budget", [1, 600])  # one column of a batch at a time, or two of three
+def test_columns_may_come_some_at_a_time(monkeypatch, structure, budget):
+    p = problem("cnn", "regression")
+    whole = fitted(p, structure, sigma_noise=SIGMA)
+    monkeypatch.setattr(graph, "COLUMN_BUDGET", budget)
+    parts = fitted(p, structure, sigma_noise=SIGMA)
+    for found, expected in zip(parts._fit.curvature.outputs, whole._fit.curvature.outputs, strict=True):
+        torch.testing.assert_close(found.to_dense(), expected.to_dense(), rtol=1e-10, atol=1e-12)
 
 
 def test_outputs_of_several_terms_share_the_noise_of_the_last_axis():

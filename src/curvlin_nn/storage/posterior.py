@@ -11,6 +11,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,6 +90,7 @@ def state_of(la: Laplace) -> dict[str, Any]:
         "model": fit.fingerprint.state_dict(),
         "sums": fit.accumulated.state_dict(),
         "n_noise_scales": fit.curvature.n_noise_scales,
+        "left_out": fit.left_out,
     }
 
 
@@ -146,6 +148,8 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
     for name in _HYPERPARAMETERS:
         setattr(changed, name, plain.with_tensors(torch.clone, state[name]))
     changed._finish(found, time.perf_counter())
+    left_out = plain.with_tensors(lambda t: t.to(device_of(la.model), copy=True), state.get("left_out"))
+    changed._fitted = replace(changed._fit, left_out=left_out)  # files of earlier versions have none
     vars(la).update(vars(changed))
 
 
