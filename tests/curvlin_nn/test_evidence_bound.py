@@ -274,7 +274,7 @@ def test_held_out_data_are_predicted_better_than_at_the_maximum_on_features():
         la.optimize_prior_precision(method, train_loader=[(x, y)], optimize_noise=True)
         mean, variance = la(x_test, diagonal_output=True, observation_noise=True)
         scores[method] = -float(torch.distributions.Normal(mean, variance.sqrt()).log_prob(y_test).mean())
-    assert scores["bound"] < scores["marglik"] - 0.4  # 0.77 to 0.84 over eight seeds
+    assert scores["bound"] < scores["marglik"] - 0.4  # 0.57 to 0.84 over eight seeds
 
 
 # -- the object ----------------------------------------------------------------------------------------------------
