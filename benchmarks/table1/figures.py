@@ -81,6 +81,7 @@ def _tradeoff(rows: dict[str, list[Result]], path: Path) -> None:
         axis.annotate(name, (x.mean, y.mean), textcoords="offset points", xytext=(5, 4), fontsize=8)
     axis.axhline(0, color="grey", linewidth=0.8, linestyle=":")
     axis.set_yscale("symlog", linthresh=1e-3)
+    axis.margins(0.15)  # room for the names
     axis.set_xlabel("AUC of the predictive entropy, KMNIST")
     axis.set_ylabel("NLL minus that of MAP")
     figure.savefig(path, dpi=110)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from curvlin import Isotropic
 from curvlin_nn import Laplace
-from curvlin_nn.feature_maps import NystromMap, SurrogateMap, surrogate_training
+from curvlin_nn.feature_maps import JacobianMap, NystromMap, SurrogateMap, surrogate_training
 from curvlin_nn.held_out import HeldOutOptimum
 from curvlin_nn.predictive import PosteriorPredictive
 from table1.outputs import CertainLogits, DrawnLogits, GaussianLogits, Logits, Predict
@@ -138,8 +139,18 @@ def _surrogate(problem: Problem, biased: bool) -> tuple[SurrogateMap, dict[str, 
 def valla(problem: Problem) -> Fit:
     from curvlin_nn.variational import VaLLA
 
-    posterior = VaLLA(problem.model, "classification", n_inducing=100, generator=problem.generator())
-    return _variational(posterior, problem, n_steps=15_000, lr=1e-3 if problem.published else 1e-2)
+    start, lr = (1.0, 1e-3) if problem.published else (_mean_kernel(problem), 1e-2)
+    generator = problem.generator()
+    posterior = VaLLA(
+        problem.model, "classification", n_inducing=100, prior_precision=start, generator=generator
+    )
+    return _variational(posterior, problem, n_steps=15_000, lr=lr)
+
+
+def _mean_kernel(problem: Problem) -> float:
+    """The prior precision at which logits have a prior variance of one, on average over some training images."""
+    _, J = JacobianMap(problem.model)(problem.data.train[0][:200])
+    return float(Isotropic(torch.ones(()), J.size).inv_congruence_diagonal(J).mean())
 
 
 def fmgp(problem: Problem) -> Fit:
@@ -157,7 +168,8 @@ def _variational(posterior: Any, problem: Problem, **options: Any) -> Fit:
     batches = DataLoader(TensorDataset(*problem.data.train), 100, shuffle=True, generator=problem.generator())
     validation = problem.validation_loader()
     posterior.fit(batches, validation_loader=validation, every=500, max_seconds=problem.seconds, **options)
-    return Fit(_gaussian(posterior), {"seconds": problem.seconds} | options)
+    found = {"steps": posterior.history.steps[-1], "best step": posterior.history.best_step}
+    return Fit(_gaussian(posterior), {"seconds": problem.seconds} | options | found)
 
 
 def mfvi(problem: Problem) -> Fit:
