@@ -37,7 +37,11 @@ def _entropies(shown: dict[str, Any], kind: str, path: Path) -> bool:
     n_columns = min(4, len(shown))
     n_rows = math.ceil(len(shown) / n_columns)
     figure, axes = plt.subplots(
-        n_rows, n_columns, figsize=(2.6 * n_columns, 1.9 * n_rows), squeeze=False, layout="constrained"
+        n_rows,
+        n_columns,
+        figsize=(max(4.5, 2.6 * n_columns), 0.6 + 1.7 * n_rows),
+        squeeze=False,
+        layout="constrained",
     )
     for axis in axes.flat[len(shown) :]:
         axis.remove()

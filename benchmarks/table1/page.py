@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from table1 import figures
-from table1.problem import PROTOCOLS
+from table1.problem import FULL, PROTOCOLS, QUICK
 from table1.record import results
 from table1.report import (
     COSTS,
@@ -109,10 +109,15 @@ def _budgets(rows: dict[str, list[Result]]) -> str:
     seconds = {r["options"]["seconds"] for of in rows.values() for r in of if "seconds" in r["options"]}
     allowed = " or ".join(f"{s:,g}" for s in sorted(seconds))
     trained = f" Methods that are trained were allowed {allowed}." if seconds else ""
-    return "Seconds are of the processor; those of prediction include the draws." + trained
+    return (
+        "Seconds are of the processor; those of prediction include the draws, those of fit not the network."
+        + trained
+    )
 
 
 def _command(protocol: str, of: list[dict[str, Any]], quick: bool) -> str:
-    n_seeds = len({r["seed"] for r in of})
-    flags = f"--protocol {protocol} --seeds {n_seeds}" + (" --quick" if quick else "")
+    flags = f"--protocol {protocol} --seeds {len({r['seed'] for r in of})}" + (" --quick" if quick else "")
+    allowed = {r["options"]["seconds"] for r in of if "seconds" in r["options"]}
+    if len(allowed) == 1 and allowed != {(QUICK if quick else FULL).seconds}:
+        flags += f" --seconds {allowed.pop():g}"
     return f"    make table1 DATA=DIR ARGS='{flags}'"

@@ -25,6 +25,7 @@ class Size:
         n_train: the most training images, of context as well; None takes all.
         n_test: the most test images of each data set; None takes all.
         n_validation: held out in protocol ``"ours"``.
+        n_pool: training images that our surrogate is trained on.
         seconds: of processor time that a method which is trained is given, if nothing else is said.
     """
 
@@ -32,11 +33,12 @@ class Size:
     n_train: int | None
     n_test: int | None
     n_validation: int
+    n_pool: int
     seconds: float
 
 
-FULL = Size(40, None, None, 5_000, 1_800)
-QUICK = Size(5, 10_000, 2_000, 1_000, 20)
+FULL = Size(40, None, None, 5_000, 10_000, 1_800)
+QUICK = Size(5, 10_000, 2_000, 1_000, 2_000, 20)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def complete(
                 raise RuntimeError("it left no result")
         except Exception as error:
             complaint.write_text(f"{error}\n")
-            say(f"{task}: failed, see {complaint}: {str(error).strip().splitlines()[-1]}")
+            say(f"{task}: failed, see {complaint}: {(str(error).strip() or repr(error)).splitlines()[-1]}")
             return False
         complaint.unlink(missing_ok=True)
         say(f"{task}: done")

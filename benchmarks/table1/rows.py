@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvlin_nn import Laplace
 from curvlin_nn.feature_maps import NystromMap, SurrogateMap, surrogate_training
+from curvlin_nn.held_out import HeldOutOptimum
 from curvlin_nn.predictive import PosteriorPredictive
 from table1.outputs import CertainLogits, DrawnLogits, GaussianLogits, Logits, Predict
 from table1.problem import Problem
@@ -112,7 +113,7 @@ def _surrogate(problem: Problem, biased: bool) -> tuple[SurrogateMap, dict[str, 
         protocol=problem.protocol,
         biased=biased,
         max_seconds=problem.seconds,
-        pool_size=None if problem.published else 10_000,
+        pool_size=None if problem.published else problem.size.n_pool,
         generator=problem.generator(),
     )
     history = features.history
@@ -155,7 +156,7 @@ def _variational(posterior: Any, problem: Problem, **options: Any) -> Fit:
     training.clock = time.process_time
     batches = DataLoader(TensorDataset(*problem.data.train), 100, shuffle=True, generator=problem.generator())
     validation = problem.validation_loader()
-    posterior.fit(batches, validation_loader=validation, max_seconds=problem.seconds, **options)
+    posterior.fit(batches, validation_loader=validation, every=500, max_seconds=problem.seconds, **options)
     return Fit(_gaussian(posterior), {"seconds": problem.seconds} | options)
 
 
@@ -191,19 +192,23 @@ def _gaussian(posterior: PosteriorPredictive) -> Predict:
 
 def _choose_prior(la: Laplace, problem: Problem, *, by_evidence: bool) -> dict[str, Any]:
     """By the likelihood of what is held out; in the published protocol by evidence, or left at one."""
+    at_edge = False
     if not problem.published:
-        la.optimize_prior_precision(
+        optimum = la.optimize_prior_precision(
             method="gridsearch",
             val_loader=problem.validation_loader(),
             log_prior_prec_min=0,
             log_prior_prec_max=6,
             grid_size=61,
         )
+        assert isinstance(optimum, HeldOutOptimum)
+        at_edge = optimum.at_edge
     elif by_evidence:
         la.optimize_prior_precision()
     precision = la.prior_precision
     assert isinstance(precision, Tensor)
-    return {"prior precision": float(precision)}
+    found = {"prior precision": float(precision)}
+    return found | ({"at the edge of the grid": True} if at_edge else {})
 
 
 ROWS = (

@@ -23,7 +23,7 @@ class Predicted:
     """Of one data set.
 
     Attributes:
-        log_probabilities: of the mean prediction, ``(N, C)``.
+        log_probabilities: of the mean prediction, ``(N, C)``, normalised in float64.
         log_determinants: of the covariances of Gaussian logits, ``(N,)``; None where there are none.
     """
 
@@ -32,14 +32,14 @@ class Predicted:
 
     def entropies(self, n_softmax: int = 1) -> Tensor:
         """In nats, of the probabilities; or of another softmax of these, as the published script has it."""
-        p = self.log_probabilities.double().exp()
+        p = self.log_probabilities.exp()
         for _ in range(n_softmax - 1):
             p = p.softmax(-1)
         return torch.special.entr(p).sum(-1)
 
     def surprises(self, y: Tensor) -> Tensor:
         """``-log p[y]``, ``(N,)``."""
-        return -self.log_probabilities.double().gather(-1, y[:, None]).squeeze(-1)
+        return -self.log_probabilities.gather(-1, y[:, None]).squeeze(-1)
 
 
 def scores(
@@ -54,10 +54,10 @@ def scores(
         n_softmax_as_published: how often the published script takes a softmax before the entropy: twice for methods
             whose logits are Gaussian (or certain), once for those that draw.
     """
-    p = test.log_probabilities.double().softmax(-1)  # normalised in double precision
+    p = test.log_probabilities.exp()
     found: dict[str, float | None] = {
         "ACC": 100 * float(metrics.accuracy(p, y)),
-        "NLL": float(test.surprises(y).mean()),
+        "NLL": float(metrics.nll(test.log_probabilities, y, log=True)),
         "ECE": float(metrics.ece(p, y, N_BINS)),
         "Brier": float(metrics.brier(p, y)),
     }

@@ -80,7 +80,7 @@ def _predicted(predict: Predict, x: Tensor) -> Predicted:
     parts = in_batches(predict, x)
     determinants = [part.log_determinants() for part in parts]
     return Predicted(
-        torch.cat([part.log_probabilities() for part in parts]),
+        torch.cat([part.log_probabilities() for part in parts]).double().log_softmax(-1),
         torch.cat(known) if len(known := [d for d in determinants if d is not None]) == len(parts) else None,
     )
 
