@@ -56,6 +56,11 @@ The network is trained on all 60,000 images, with seed 1. The prior precision of
 likelihood, that of ELLA and ScaLLA is one, and surrogates see training images of MNIST as context. What the paper calls
 LLLA is Kronecker-factored over all weights in its script, and is called LLA here; the row LLLA is that of the last
 layer. The paper's surrogate has a million steps; ours has as many as the time below allows.
+
+LLA need not come out as printed. The published script draws logits as `f + z L`, whose covariance is `L^T L` and not
+`L L^T`: of one posterior, LLA of the network below on the first 5,000 test images, that moves NLL from 0.266 to 0.293
+and ECE from 0.030 to 0.060. Its prior precision, where a fixed number of steps ended, is not known. Ours is the optimum,
+and its draws have its covariance. ELLA, whose covariances are small at a prior precision of one, comes out as printed.
 """
 
 CLAIM = """\
