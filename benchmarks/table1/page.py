@@ -59,7 +59,7 @@ layer. The paper's surrogate has a million steps; ours has as many as the time b
 
 LLA need not come out as printed. The published script draws logits as `f + z L`, whose covariance is `L^T L` and not
 `L L^T`: of one posterior, LLA of the network below on the first 5,000 test images, that moves NLL from 0.266 to 0.293
-and ECE from 0.030 to 0.060. Its prior precision, where a fixed number of steps ended, is not known. Ours is the optimum,
+and ECE from 0.030 to 0.060. Its prior precision, where a fixed number of steps ended, is not known. Ours is an optimum,
 and its draws have its covariance. ELLA, whose covariances are small at a prior precision of one, comes out as printed.
 """
 
