@@ -448,7 +448,7 @@ def test_draws_are_counted_from_one(n_samples, error, message):
         ),
         (
             lambda la, x: la.optimize_prior_precision("bayes"),
-            "method='bayes' is not supported; expected one of 'marglik', 'gridsearch', 'brent', 'cv'",
+            "method='bayes' is not supported; expected one of 'marglik', 'bound', 'gridsearch', 'brent', 'cv'",
         ),
         (
             lambda la, x: la.optimize_prior_precision(optimize_noise=True),
