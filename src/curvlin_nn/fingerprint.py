@@ -47,6 +47,16 @@ class Fingerprint:
         differing = (self.checksums != now.checksums).any(dim=1).nonzero()
         return list(self.kinds)[int(differing[0])] if len(differing) else None
 
+    def check_unchanged(self, model: nn.Module) -> None:
+        """Whether `model` still holds what it held.
+
+        Raises:
+            StaleModelError: if it does not.
+        """
+        name = self.difference(model)
+        if name is not None:
+            raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")
+
     def state_dict(self) -> dict[str, Any]:
         """As plain values: shapes and dtypes by name, and the checksums; devices are left out."""
         kinds = {name: [list(shape), str(dtype)] for name, (shape, dtype, _) in self.kinds.items()}

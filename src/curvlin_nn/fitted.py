@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlin_nn.curvature import Accumulated
-from curvlin_nn.errors import OutputError, StaleModelError, UnsupportedError
+from curvlin_nn.errors import OutputError, UnsupportedError
 from curvlin_nn.evidence import Curvature
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_posterior import FeatureSpace
@@ -81,9 +81,7 @@ class Fitted:
         """
         if self.known_unchanged:
             return
-        name = self.fingerprint.difference(model)
-        if name is not None:
-            raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")
+        self.fingerprint.check_unchanged(model)
         if features is not None:
             features.check_unchanged(self.of_map)
 
