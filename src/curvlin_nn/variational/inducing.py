@@ -18,6 +18,7 @@ from curvlin_nn.capture.inputs import map_tensors, select_samples, split_batch, 
 from curvlin_nn.data_subset import random_subset
 from curvlin_nn.errors import DataError, UnsupportedError, one_of
 from curvlin_nn.feature_maps.jacobian import features
+from curvlin_nn.feature_maps.pool import joined
 
 PLACEMENTS = ("kmeans", "random")
 """How inducing points are placed, by name."""
@@ -155,7 +156,8 @@ def placed(
             map_tensors(lambda t: t.detach().clone().to(device), inputs), outputs.to(device)
         )
     pool = random_subset(loader, POOL, device, generator)
-    x, targets = _together([x for x, _ in pool]), torch.cat([targets for _, targets in pool])
+    x = joined([(x, len(targets)) for x, targets in pool], "the loader")
+    targets = torch.cat([targets for _, targets in pool])
     labels = None
     if by_class and targets.ndim == 1 and not targets.is_floating_point():
         labels = targets.cpu()
@@ -168,12 +170,15 @@ def placed(
         )
     groups = [usable] if labels is None else [(labels == c).nonzero().squeeze(1) for c in range(n_outputs)]
     counts = _balanced([len(group) for group in groups], n_inducing)
-    parts = [_within(inducing, x, group, k, generator) for group, k in zip(groups, counts, strict=True) if k]
+    parts = [
+        (_within(inducing, x, group, k, generator), k) for group, k in zip(groups, counts, strict=True) if k
+    ]
     if labels is None:
         outputs = torch.arange(n_inducing) % n_outputs
     else:
         outputs = torch.arange(n_outputs).repeat_interleave(torch.tensor(counts))
-    return InducingPoints(map_tensors(lambda t: t.to(device), _together(parts)), outputs.to(device))
+    inputs = joined(parts, "the loader")
+    return InducingPoints(map_tensors(lambda t: t.to(device), inputs), outputs.to(device))
 
 
 def _balanced(available: list[int], total: int) -> list[int]:
@@ -203,19 +208,3 @@ def _within(inducing: str, x: Any, group: Tensor, k: int, generator: torch.Gener
     own = x[group].flatten(1).cpu()
     centres = cluster.KMeans(k, n_init=1, random_state=seed).fit(own.double().numpy()).cluster_centers_
     return torch.from_numpy(centres).to(x).reshape(k, *x.shape[1:])
-
-
-def _together(parts: list[Any]) -> Any:
-    """Inputs of several batches as one, tensor by tensor.
-
-    Raises:
-        DataError: if they do not fit each other.
-    """
-    stacks = zip(*(tensors_of(part) for part in parts), strict=True)
-    try:
-        joined = iter([torch.cat(tensors) for tensors in stacks])
-        return map_tensors(lambda _: next(joined), parts[0])
-    except (RuntimeError, ValueError) as error:
-        raise DataError(
-            "inputs of different batches have different shapes, expected the same in all; give (Z, outputs) as inducing"
-        ) from error
