@@ -137,7 +137,6 @@ def with_root(va: VaLLA, root: Tensor) -> VaLLA:
     """The same with another core ``A = L L^T``."""
     fit = va._fit
     va._fitted = replace(fit, sparse=replace(fit.sparse, root=root))
-    va._posterior = None
     return va
 
 

@@ -1,5 +1,6 @@
 """Variational posteriors: Gaussians over functions that are trained on a bound of the evidence, batch by batch.
 
+posterior            what the variational posteriors have in common
 valla                the sparse posterior of the linearised network
 bound                what it is trained on
 fmgp                 a sparse Gaussian process of any kernel around the network

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from curvlin_nn.fingerprint import Fingerprint
+from curvlin_nn.variational.dual import Dual
 from curvlin_nn.variational.fixed_mean_gp import FixedMeanGP, SparseCovariance
+from curvlin_nn.variational.inducing import InducingPoints
 from curvlin_nn.variational.training import TrainingHistory
 
 
@@ -37,3 +41,19 @@ class FixedMeanFitted:
     def n_inputs(self) -> int:
         """The numbers of one sample."""
         return self.sample_shape.numel()
+
+    @property
+    def dual(self) -> Dual:
+        """What the inducing variables take from the prior."""
+        return self.covariance.dual
+
+    @property
+    def points(self) -> InducingPoints:
+        """The inducing inputs, and the output that each stands for."""
+        Z = self.gp.points.detach()[:, : self.n_inputs]
+        return InducingPoints(Z.reshape(-1, *self.sample_shape), self.gp.outputs)
+
+    @property
+    def sigma_noise(self) -> Float[Tensor, "*E"]:
+        """The noise scale."""
+        return self.gp.sigma_noise.detach()

@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from gpytorch.kernels import Kernel
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlin._random import checked_generator
-from curvlin_nn import likelihoods
 from curvlin_nn.capture.state import device_of, random_state_kept
-from curvlin_nn.columns import Columns
 from curvlin_nn.errors import (
     DataError,
-    NotFittedError,
     OutputError,
-    StaleModelError,
-    TrainingDivergedError,
-    UnsupportedError,
 )
 from curvlin_nn.feature_maps.pool import Pool
 from curvlin_nn.fingerprint import Fingerprint
-from curvlin_nn.hyperparameters import checked_noise
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Categorical, Likelihood
-from curvlin_nn.metrics import evaluate
-from curvlin_nn.parameters import check_model
-from curvlin_nn.predictive import GaussianPredictor, PosteriorPredictive, Predictor, Response
-from curvlin_nn.predictive.request import check_pred_type
 from curvlin_nn.randomness import frozen
-from curvlin_nn.storage.files import StrPath, read, write
+from curvlin_nn.storage.files import StrPath, read
 from curvlin_nn.variational import fixed_mean_stored as stored
 from curvlin_nn.variational import kernels
-from curvlin_nn.variational.expected_likelihood import check_expected
 from curvlin_nn.variational.fixed_mean import FixedMean
 from curvlin_nn.variational.fixed_mean_fitted import FixedMeanFitted
 from curvlin_nn.variational.fixed_mean_gp import FixedMeanGP
 from curvlin_nn.variational.fixed_mean_objective import FixedMeanObjective
-from curvlin_nn.variational.inducing import Counted, Inducing, InducingPoints, check_inducing, placed
+from curvlin_nn.variational.inducing import Counted, Inducing, placed
 from curvlin_nn.variational.points import Points, Seen
-from curvlin_nn.variational.training import TrainingHistory, TrainingOptions, positive, train
+from curvlin_nn.variational.posterior import VariationalPosterior
+from curvlin_nn.variational.training import TrainingHistory, TrainingOptions, positive
 
 N_FIRST = 1000
 """Samples that decide about the first scales of a kernel."""
 
 
-class FMGP(PosteriorPredictive):
+class FMGP(VariationalPosterior[FixedMeanFitted]):
     """A sparse Gaussian process whose mean is the output of a trained network, and whose covariance is learned.
 
         mean(x) = f(x),  Cov[f(x), f(x')] = k(x, x') - k_xZ (A^-1 + k_Z)^-1 k_Zx'
@@ -80,6 +66,8 @@ class FMGP(PosteriorPredictive):
         ImportError: for ``"kmeans"`` without the extra ``metrics``.
     """
 
+    _over, _is_process = "functions", True
+
     def __init__(
         self,
         model: nn.Module,
@@ -91,24 +79,11 @@ class FMGP(PosteriorPredictive):
         sigma_noise: float | Tensor = 1.0,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_model(model)
-        check_inducing(inducing, n_inducing)
-        self.model = model
-        self.likelihood = check_expected(likelihoods.resolve(likelihood))
-        self.n_inducing = 100 if n_inducing is None else n_inducing
-        self.inducing = inducing
+        super().__init__(model, likelihood, n_inducing, inducing, sigma_noise, generator)
         if kernel is None:
             kernel = "rbf_x_last_layer" if isinstance(self.likelihood, Categorical) else "rbf"
         self._kernel = kernels.checked(kernel)
         self._points = Points(model, isinstance(kernel, str) and kernel == "rbf_x_last_layer")
-        self._sigma_noise = checked_noise(sigma_noise, self.likelihood, Columns()).detach()
-        self._generator = checked_generator(generator)
-        self._fitted: FixedMeanFitted | None = None
-
-    @property
-    def sigma_noise(self) -> Float[Tensor, "*E"]:
-        """The standard deviation of observations: as it was given, or as `fit` found it."""
-        return self._sigma_noise if self._fitted is None else self._fitted.gp.sigma_noise.detach()
 
     @outside_inference_mode()
     def fit(
@@ -152,8 +127,8 @@ class FMGP(PosteriorPredictive):
         """
         positive("lr", lr)
         options = TrainingOptions(n_steps, every, patience, max_seconds)
-        device, fingerprint = device_of(self.model), Fingerprint.of(self.model)
-        with random_state_kept(device):  # loaders draw from the default generator
+        fingerprint = Fingerprint.of(self.model)
+        with random_state_kept(device_of(self.model)):  # loaders draw from the default generator
             loader = Counted(train_loader)
             pool = Pool.of(loader, "train_loader", N_FIRST)
             if not isinstance(pool.x, Tensor):
@@ -171,37 +146,25 @@ class FMGP(PosteriorPredictive):
             n_data, history = loader.n_data, TrainingHistory()
             objective = FixedMeanObjective(self._points, gp, self.likelihood, n_data)
 
-            @torch.no_grad()
-            def now() -> FMGP:
-                fitted = copy.copy(self)
-                shape = _shape_of_one(first.outputs)
-                fitted._fitted = FixedMeanFitted(
-                    gp, gp.covariance(), shape, sample_shape, fingerprint, history, n_data
-                )
-                return fitted
+            shape = _shape_of_one(first.outputs)
 
-            def score() -> float:
-                assert validation_loader is not None
-                return evaluate(now(), validation_loader, ["nll"])["nll"]
+            def fitted() -> FixedMeanFitted:
+                return FixedMeanFitted(gp, gp.covariance(), shape, sample_shape, fingerprint, history, n_data)
 
+            optimizer = torch.optim.Adam([p for p in gp.parameters() if p.requires_grad], lr)
             try:
-                train(
-                    torch.optim.Adam([p for p in gp.parameters() if p.requires_grad], lr),
+                self._train(
+                    optimizer,
                     objective.loss,
                     loader,
-                    device,
                     options,
-                    score=None if validation_loader is None else score,
-                    history=history,
-                    description="FMGP",
-                    progress_bar=progress_bar,
+                    history,
+                    fitted,
+                    validation_loader,
+                    progress_bar,
                 )
-            except TrainingDivergedError as error:
-                error.best = now()
-                raise
             finally:
                 gp.requires_grad_(False)
-        vars(self).update(vars(now()))
         return self
 
     def _begun(self, loader: Counted, first: Seen, sample_shape: torch.Size, **options: bool) -> FixedMeanGP:
@@ -237,41 +200,6 @@ class FMGP(PosteriorPredictive):
         """The kernel of flat inputs as it was learned, B left out; gpytorch's, in float64."""
         return self._fit.gp.kernel
 
-    @property
-    def inducing_points(self) -> InducingPoints:
-        """The inducing inputs, and the output that each stands for."""
-        fit = self._fit
-        Z = fit.gp.points.detach()[:, : fit.n_inputs]
-        return InducingPoints(Z.reshape(-1, *fit.sample_shape), fit.gp.outputs)
-
-    @property
-    def history(self) -> TrainingHistory:
-        """How the fit went; its losses are the objective of all data, estimated from batches."""
-        return self._fit.history
-
-    @property
-    def n_data(self) -> int:
-        """The number of samples that it was fitted to."""
-        return self._fit.n_data
-
-    @property
-    def kl_divergence(self) -> Float[Tensor, ""]:
-        """From the prior, in nats, without the part of the mean, which is not learned."""
-        return self._fit.covariance.dual.divergence()
-
-    def save(self, path: StrPath) -> None:
-        """Put the posterior into one safetensors file, whole or not at all; no pickle, and no model.
-
-        Args:
-            path: of the file, in a folder that exists.
-
-        Raises:
-            NotFittedError: before `fit`.
-            StorageError: if it cannot be written; what was there stays.
-            UnsupportedError: for a kernel that holds more than tensors and plain values.
-        """
-        write(path, stored.KIND, stored.state_of(self))
-
     @classmethod
     @outside_inference_mode()
     def load(
@@ -304,25 +232,11 @@ class FMGP(PosteriorPredictive):
             fm.inducing = state["inducing"]
         return fm
 
-    @property
-    def _fit(self) -> FixedMeanFitted:
-        if self._fitted is None:
-            raise NotFittedError("this FMGP object is not fitted; call fit(train_loader) first")
-        return self._fitted
+    def _stored(self) -> tuple[str, dict[str, Any]]:
+        return stored.KIND, stored.state_of(self)
 
-    def _predictor(self, pred_type: str, progress_bar: bool = False) -> Predictor:
-        check_pred_type(pred_type, True)
-        if pred_type == "nn":
-            raise UnsupportedError(
-                "pred_type='nn' runs the network at draws of its weights, and FMGP is a posterior of functions; take "
-                "'glm'"
-            )
-        fit = self._fit
-        name = fit.fingerprint.difference(self.model)
-        if name is not None:
-            raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")
-        response = Response(self.likelihood, lambda: fit.output_shape, self.sigma_noise)
-        return GaussianPredictor(response, FixedMean(self._seen, fit.covariance, progress_bar))
+    def _outputs(self, progress_bar: bool) -> FixedMean:
+        return FixedMean(self._seen, self._fit.covariance, progress_bar)
 
     def _seen(self, x: Any) -> Seen:
         """Outputs and points, if they are as they were in `fit`."""

@@ -11,7 +11,6 @@ P weights is a Woodbury operator; training looks only at kernels between a batch
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,44 +18,33 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlin import Isotropic, Woodbury
-from curvlin._random import checked_generator
-from curvlin.errors import NotPositiveDefiniteError
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn import likelihoods
 from curvlin_nn.batches import Labelled, batches, choose
 from curvlin_nn.capture import Recorder
 from curvlin_nn.capture.inputs import split_batch
 from curvlin_nn.capture.state import device_of, random_state_kept
-from curvlin_nn.columns import Columns
 from curvlin_nn.errors import (
     DataError,
-    NotFittedError,
-    StaleModelError,
-    TrainingDivergedError,
     UnsupportedError,
 )
 from curvlin_nn.feature_maps import JacobianMap
 from curvlin_nn.fingerprint import Fingerprint
-from curvlin_nn.hyperparameters import checked_noise
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
-from curvlin_nn.metrics import evaluate
-from curvlin_nn.parameters import Selection, check_model
-from curvlin_nn.predictive import GaussianPredictor, PosteriorPredictive, Predictive, Predictor, Response
-from curvlin_nn.predictive.request import check_pred_type
+from curvlin_nn.parameters import Selection
+from curvlin_nn.predictive import Predictive
 from curvlin_nn.prior import check_precision
 from curvlin_nn.randomness import frozen
-from curvlin_nn.storage.files import StrPath, read, write
+from curvlin_nn.storage.files import StrPath, read
 from curvlin_nn.variational import stored
 from curvlin_nn.variational.bound import Variables, mean_curvature
-from curvlin_nn.variational.expected_likelihood import check_expected
 from curvlin_nn.variational.fitted import Fitted
-from curvlin_nn.variational.inducing import Counted, Inducing, InducingPoints, check_inducing, placed
-from curvlin_nn.variational.training import TrainingHistory, TrainingOptions, positive, train
+from curvlin_nn.variational.inducing import Counted, Inducing, placed
+from curvlin_nn.variational.posterior import VariationalPosterior
+from curvlin_nn.variational.training import TrainingHistory, TrainingOptions, positive
 
 
-class VaLLA(PosteriorPredictive):
+class VaLLA(VariationalPosterior[Fitted]):
     """A variational posterior of the linearised network, around its trained parameters.
 
     Like `Laplace` it has the network's output for its mean, and a Gaussian over all weights behind its covariance. Its
@@ -82,6 +70,8 @@ class VaLLA(PosteriorPredictive):
         ImportError: for ``"kmeans"`` without the extra ``metrics``.
     """
 
+    _over, _is_process = "the linearised network", False
+
     def __init__(
         self,
         model: nn.Module,
@@ -95,27 +85,14 @@ class VaLLA(PosteriorPredictive):
         dict_key_y: str = "labels",
         generator: torch.Generator | None = None,
     ) -> None:
-        check_model(model)
-        check_inducing(inducing, n_inducing)
-        self.model = model
-        self.likelihood = check_expected(likelihoods.resolve(likelihood))
-        self.n_inducing = 100 if n_inducing is None else n_inducing
-        self.inducing, self.subset_of_weights, self.dict_key_y = inducing, subset_of_weights, dict_key_y
-        self._generator = checked_generator(generator)
+        super().__init__(model, likelihood, n_inducing, inducing, sigma_noise, generator)
+        self.subset_of_weights, self.dict_key_y = subset_of_weights, dict_key_y
         self._prior_precision = _one_precision(prior_precision)
-        self._sigma_noise = checked_noise(sigma_noise, self.likelihood, Columns())
-        self._fitted: Fitted | None = None
-        self._posterior: PrecisionOperator | None = None
 
     @property
     def prior_precision(self) -> Float[Tensor, ""]:
         """delta: as it was given, or as `fit` found it."""
         return self._prior_precision if self._fitted is None else self._fitted.sparse.prior_precision
-
-    @property
-    def sigma_noise(self) -> Float[Tensor, "*E"]:
-        """The standard deviation of observations: as it was given, or as `fit` found it."""
-        return self._sigma_noise if self._fitted is None else self._fitted.sparse.sigma_noise
 
     @outside_inference_mode()
     def fit(
@@ -188,77 +165,24 @@ class VaLLA(PosteriorPredictive):
                 noise=optimize_noise and self.likelihood.has_noise,
                 inducing=optimize_inducing,
             )
-            optimizer = torch.optim.Adam(groups)
 
             def loss(x: Any, targets: Tensor, where: str) -> Tensor:
                 q = variables.sparse()
                 fit = q.expected_likelihood(recorder, self.likelihood, x, targets, where)
                 return q.dual.divergence() - n_data * fit.mean()
 
-            @torch.no_grad()
-            def now() -> VaLLA:
-                fitted = copy.copy(self)
-                fitted._fitted = Fitted(
-                    variables.sparse(), variables.points, recorder, fingerprint, history, n_data
-                )
-                fitted._posterior = None
-                return fitted
+            def fitted() -> Fitted:
+                return Fitted(variables.sparse(), variables.points, recorder, fingerprint, history, n_data)
 
-            def score() -> float:
-                assert validation_loader is not None
-                held_out = Labelled(validation_loader, self.dict_key_y)
-                try:
-                    return evaluate(now(), held_out, ["nll"])["nll"]
-                except NotPositiveDefiniteError as error:
-                    raise FloatingPointError(str(error)) from error
-
-            try:
-                train(
-                    optimizer,
-                    loss,
-                    loader,
-                    device,
-                    options,
-                    score=None if validation_loader is None else score,
-                    history=history,
-                    description="VaLLA",
-                    progress_bar=progress_bar,
-                )
-            except TrainingDivergedError as error:
-                error.best = now()
-                raise
-        vars(self).update(vars(now()))
+            held_out = None if validation_loader is None else Labelled(validation_loader, self.dict_key_y)
+            optimizer = torch.optim.Adam(groups)
+            self._train(optimizer, loss, loader, options, history, fitted, held_out, progress_bar)
         return self
 
     @property
     def posterior_precision(self) -> PrecisionOperator:
         """P of the weights, factored: a `Woodbury` of J_Z with the core A, in the dtype of the model."""
-        if self._posterior is None:
-            q = self._fit.sparse
-            delta = q.prior_precision.to(q.rows.dtype)
-            core = (q.root @ q.root.mT).to(q.rows.dtype)
-            self._posterior = Woodbury(Isotropic(delta, q.rows.size), q.rows, core=core).factor()
-        return self._posterior
-
-    @property
-    def inducing_points(self) -> InducingPoints:
-        """The inducing inputs, and the output that each stands for."""
-        return self._fit.points
-
-    @property
-    def history(self) -> TrainingHistory:
-        """How the fit went; its losses are ``-elbo``, estimated from batches."""
-        return self._fit.history
-
-    @property
-    def n_data(self) -> int:
-        """The number of samples that it was fitted to."""
-        return self._fit.n_data
-
-    @property
-    def kl_divergence(self) -> Float[Tensor, ""]:
-        """From the prior, in nats, without the part of the mean, which is not learned."""
-        return self._fit.sparse.dual.divergence()
+        return self._fit.precision
 
     @outside_inference_mode()
     @torch.no_grad()
@@ -285,19 +209,6 @@ class VaLLA(PosteriorPredictive):
             raise DataError("the loader yielded no batch, expected at least one (inputs, targets)")
         return total - fit.sparse.dual.divergence()
 
-    def save(self, path: StrPath) -> None:
-        """Put the posterior into one safetensors file, whole or not at all; no pickle, and no model.
-
-        Args:
-            path: of the file, in a folder that exists.
-
-        Raises:
-            NotFittedError: before `fit`.
-            StorageError: if it cannot be written; what was there stays.
-            UnsupportedError: for inducing inputs that cannot be stored.
-        """
-        write(path, stored.KIND, stored.state_of(self))
-
     @classmethod
     @outside_inference_mode()
     def load(
@@ -320,33 +231,11 @@ class VaLLA(PosteriorPredictive):
         va._fitted = stored.fitted(state, model)
         return va
 
-    @property
-    def _fit(self) -> Fitted:
-        if self._fitted is None:
-            raise NotFittedError("this VaLLA object is not fitted; call fit(train_loader) first")
-        return self._fitted
+    def _stored(self) -> tuple[str, dict[str, Any]]:
+        return stored.KIND, stored.state_of(self)
 
-    def _checked(self) -> Fitted:
-        """What the fit left, if the model is still the same."""
-        fit = self._fit
-        name = fit.fingerprint.difference(self.model)
-        if name is not None:
-            raise StaleModelError(f"{name!r} of the model changed since fit; call fit again, or restore it")
-        return fit
-
-    def _predictor(self, pred_type: str, progress_bar: bool = False) -> Predictor:
-        check_pred_type(pred_type, False)
-        if pred_type == "nn":
-            raise UnsupportedError(
-                "pred_type='nn' runs the network at draws of its weights, and VaLLA is a posterior of the linearised "
-                "network; take 'glm'"
-            )
-        fit = self._checked()
-        response = Response(
-            self.likelihood, lambda: fit.recorder.output_shape or (1,), fit.sparse.sigma_noise
-        )
-        predictive = Predictive(JacobianMap.of(fit.recorder), self.posterior_precision, progress_bar)
-        return GaussianPredictor(response, predictive)
+    def _outputs(self, progress_bar: bool) -> Predictive:
+        return Predictive(JacobianMap.of(self._fit.recorder), self.posterior_precision, progress_bar)
 
 
 def _one_precision(value: float | Tensor) -> Float[Tensor, ""]:
