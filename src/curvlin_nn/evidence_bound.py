@@ -23,56 +23,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin import Isotropic
 from curvlin_nn.batches import Labelled
-from curvlin_nn.capture import Captures
 from curvlin_nn.curvature import accumulate
 from curvlin_nn.errors import DataError, UnsupportedError
+from curvlin_nn.evidence import Curvature
 from curvlin_nn.feature_maps import JacobianMap
-from curvlin_nn.feature_maps.jacobian import features
 from curvlin_nn.inference_mode import outside_inference_mode
-from curvlin_nn.parameters import ParameterSpace
-from curvlin_nn.structures import Structure
+from curvlin_nn.per_output import PerOutput
+from curvlin_nn.structures import Diagonal, StructureFactory
 
 if TYPE_CHECKING:
     from curvlin_nn.laplace import Laplace
-
-
-class Traces(Structure):
-    """``tr H_c`` of the curvature of each of C outputs, or of their sum: squared rows, of which none is multiplied out.
-
-    Args:
-        space: all parameters.
-        n_outputs: C; one for the sum.
-
-    Attributes:
-        traces: of everything seen, float64.
-    """
-
-    name = "traces"
-
-    def __init__(self, space: ParameterSpace, *, n_outputs: int = 1) -> None:
-        super().__init__(space)
-        self.traces = torch.zeros(n_outputs, dtype=torch.float64)
-        self._column = 0
-
-    def update(self, captures: Captures) -> None:
-        """See `Structure.update`; columns come output by output, some at a time."""
-        rows = features(captures).to(torch.float64)
-        one = torch.ones((), dtype=torch.float64, device=rows.device)
-        squares = Isotropic(one, rows.size).inv_congruence_diagonal(rows).sum(0)
-        first = 0 if captures.first else self._column
-        self._column = first + len(squares)
-        output = torch.arange(first, self._column, device=squares.device) % len(self.traces)
-        self.traces = self.traces.to(squares.device).index_add(0, output, squares)
-
-    def merge(self, other: Traces) -> None:
-        """See `Structure.merge`."""
-        self.traces = self.traces + other.traces
-
-    def finish(self) -> Isotropic:
-        """The multiple of the identity with this trace, nearest to H in the Frobenius norm."""
-        return Isotropic(self.traces.sum() / self.space.size, self.space.size)
 
 
 @outside_inference_mode()
@@ -98,14 +59,16 @@ def left_out_curvature(
     if train_loader is None:
         raise UnsupportedError("the bound needs train_loader, the batches that fit was given; found None")
     la._check_unchanged()
-    curvature = la._fit.curvature
-    traces = partial(Traces, n_outputs=max(1, curvature.n_noise_scales))
+    in_features = la._fit.curvature
+    structure: StructureFactory = Diagonal
+    if in_features.outputs:
+        structure = partial(PerOutput, structure=Diagonal, n_outputs=len(in_features.outputs))
     found = accumulate(
         la.model,
         la.likelihood,
         Labelled(train_loader, la.dict_key_y),
         jacobian,
-        [traces],
+        [structure],
         columns=la._columns,
         progress_bar=progress_bar,
     )
@@ -114,11 +77,14 @@ def left_out_curvature(
             f"train_loader yielded {found.n_data} samples, expected the {la.n_data} that the posterior was fitted to; "
             "give these, or fit again"
         )
-    (state,) = found.states
-    assert isinstance(state, Traces)
-    known = [H.diagonal().double().sum() for H in curvature.outputs or (curvature.total,)]
-    left_out = (state.traces - torch.stack(known)).clamp(min=0)  # below zero by rounding only
-    return left_out if curvature.outputs else left_out.squeeze(0)
+    whole = Curvature.of(found.states[0])
+    left_out = (_traces(whole) - _traces(in_features)).clamp(min=0)  # below zero by rounding only
+    return left_out if in_features.outputs else left_out.squeeze(0)
+
+
+def _traces(curvature: Curvature) -> Float[Tensor, " C"]:
+    """That of each output where these are kept apart, or the one of all."""
+    return torch.stack([H.diagonal().double().sum() for H in curvature.outputs or (curvature.total,)])
 
 
 def _checked_jacobian(la: Laplace) -> JacobianMap:
