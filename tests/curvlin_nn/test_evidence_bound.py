@@ -1,11 +1,11 @@
 """The bound of the evidence from a few features, against dense matrices and the evidence of the full GGN."""
 
-import itertools
 import math
 
 import network_oracle as oracle
 import pytest
 import torch
+from feature_posterior_cases import CASES, DELTA, TEMPERATURE, fitted, sigma_of
 from networks import Problem, Sequences, assert_same, problem, state
 from torch import nn
 
@@ -24,28 +24,12 @@ from curvlin_nn.feature_maps import FeatureMap, JacobianMap, NystromMap, SketchM
 from curvlin_nn.feature_maps.directions import FlatDirections
 from curvlin_nn.feature_maps.projected import ProjectedMap
 
-CASES = list(itertools.product(("mlp", "cnn"), ("classification", "regression")))
-DELTA, TEMPERATURE, RANK = 0.7, 0.6, 4
+RANK = 4
 SIGMAS = torch.tensor([0.3, 0.8, 1.7], dtype=torch.float64)
-
-
-def sigma_of(p: Problem) -> float:
-    return 0.4 if p.likelihood == "regression" else 1.0
 
 
 def features_of(p: Problem, rank: int | None = RANK) -> NystromMap:
     return NystromMap(p.model, p.x, rank=rank, outputs="all")
-
-
-def fitted(p: Problem, feature_map: FeatureMap | None, **options) -> Laplace:
-    options = {
-        "prior_precision": DELTA,
-        "temperature": TEMPERATURE,
-        "sigma_noise": sigma_of(p),
-        "prior_mean": 0.1,
-    } | options
-    choice = ("all", "full") if feature_map is None else ()
-    return Laplace(p.model, p.likelihood, *choice, feature_map=feature_map, **options).fit(p.batches())
 
 
 def dense_bound(p: Problem, rank: int, delta: float, sigma: float | torch.Tensor) -> float:

@@ -1,10 +1,9 @@
 """Posteriors on features against dense algebra on per-sample autodiff, and against the exact posterior they become."""
 
-import itertools
-
 import network_oracle as oracle
 import pytest
 import torch
+from feature_posterior_cases import CASES, DELTA, TEMPERATURE, fitted, sigma_of
 from networks import Problem, Sequences, assert_same, problem, state
 from torch import nn
 
@@ -15,24 +14,7 @@ from curvlin_nn.early_stopping import fit_early_stopped
 from curvlin_nn.errors import OutputError, StaleModelError, StorageError, UnsupportedError
 from curvlin_nn.feature_maps import FeatureMap, JacobianMap, LastLayerMap, NystromMap, SketchMap
 
-CASES = list(itertools.product(("mlp", "cnn"), ("classification", "regression")))
-DELTA, TEMPERATURE = 0.7, 0.6
 TIGHT = {"rtol": 1e-8, "atol": 1e-10}
-
-
-def sigma_of(p: Problem) -> float:
-    return 0.4 if p.likelihood == "regression" else 1.0
-
-
-def fitted(p: Problem, feature_map=None, **options) -> Laplace:
-    options = {
-        "prior_precision": DELTA,
-        "temperature": TEMPERATURE,
-        "sigma_noise": sigma_of(p),
-        "prior_mean": 0.1,
-    } | options
-    choice = ("all", "full") if feature_map is None else ()
-    return Laplace(p.model, p.likelihood, *choice, feature_map=feature_map, **options).fit(p.batches())
 
 
 def spanning(p: Problem) -> NystromMap:
