@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+import table1.mfvi
+import table1.sngp
 from curvlin import Isotropic
 from curvlin_nn import Laplace
 from curvlin_nn.feature_maps import JacobianMap, NystromMap, SurrogateMap, surrogate_training
 from curvlin_nn.held_out import HeldOutOptimum
 from curvlin_nn.predictive import PosteriorPredictive
+from curvlin_nn.variational import FMGP, VaLLA
 from table1.outputs import CertainLogits, DrawnLogits, GaussianLogits, Logits, Predict
 from table1.problem import Problem
 
@@ -137,8 +139,6 @@ def _surrogate(problem: Problem, biased: bool) -> tuple[SurrogateMap, dict[str, 
 
 
 def valla(problem: Problem) -> Fit:
-    from curvlin_nn.variational import VaLLA
-
     start, lr = (1.0, 1e-3) if problem.published else (_mean_kernel(problem), 1e-2)
     generator = problem.generator()
     posterior = VaLLA(
@@ -154,17 +154,12 @@ def _mean_kernel(problem: Problem) -> float:
 
 
 def fmgp(problem: Problem) -> Fit:
-    from curvlin_nn.variational import FMGP
-
     posterior = FMGP(problem.model, "classification", n_inducing=200, generator=problem.generator())
     return _variational(posterior, problem, n_steps=50_000, lr=1e-4 if problem.published else 1e-3)
 
 
-def _variational(posterior: Any, problem: Problem, **options: Any) -> Fit:
+def _variational(posterior: VaLLA | FMGP, problem: Problem, **options: Any) -> Fit:
     """As many steps as in the paper's run, if the time is enough."""
-    from curvlin_nn.variational import training
-
-    training.clock = time.process_time
     batches = DataLoader(TensorDataset(*problem.data.train), 100, shuffle=True, generator=problem.generator())
     validation = problem.validation_loader()
     posterior.fit(batches, validation_loader=validation, every=500, max_seconds=problem.seconds, **options)
@@ -173,16 +168,12 @@ def _variational(posterior: Any, problem: Problem, **options: Any) -> Fit:
 
 
 def mfvi(problem: Problem) -> Fit:
-    from table1.mfvi import fit
-
-    draw = fit(problem.model, *problem.data.train, **_training(problem))
+    draw = table1.mfvi.fit(problem.model, *problem.data.train, **_training(problem))
     return Fit(lambda x: DrawnLogits(draw(x)), {"seconds": problem.seconds})
 
 
 def sngp(problem: Problem) -> Fit:
-    from table1.sngp import fit
-
-    moments = fit(*problem.data.train, **_training(problem))
+    moments = table1.sngp.fit(*problem.data.train, **_training(problem))
     return Fit(lambda x: GaussianLogits(*moments(x)), {"seconds": problem.seconds})
 
 

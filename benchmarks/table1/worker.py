@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from curvlin_nn.feature_maps import surrogate_training
+from curvlin_nn.variational import training
 from table1 import problem as problems
-from table1.outputs import CertainLogits, Predict, in_batches
+from table1.outputs import Predict, in_batches
 from table1.problem import Problem
-from table1.rows import ROWS
+from table1.rows import ROWS, network
 from table1.scores import Predicted, difference, histograms, scores
 
 
@@ -44,7 +45,7 @@ def evaluated(task: dict[str, Any]) -> dict[str, Any]:
     """What the file of a row holds; of the row ``"network"``, nothing but that it is trained."""
     problem = problem_of(task)
     begin = time.process_time()
-    reference = _certain(problem)  # trains the network, or reads it
+    reference = network(problem).predict  # trains the network, or reads it
     if task["row"] == "network":
         return {"seconds": time.process_time() - begin}
     row = next(row for row in ROWS if row.name == task["row"])
@@ -85,16 +86,6 @@ def _predicted(predict: Predict, x: Tensor) -> Predicted:
     )
 
 
-def _certain(problem: Problem) -> Predict:
-    model = problem.model
-
-    @torch.no_grad()
-    def predict(x: Tensor) -> CertainLogits:
-        return CertainLogits(model(x))
-
-    return predict
-
-
 def _versions() -> dict[str, str]:
     names = ("curvlin", "torch", "gpytorch", "numpy")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
@@ -103,7 +94,7 @@ def _versions() -> dict[str, str]:
 def main() -> None:
     task, path = json.loads(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    surrogate_training.clock = time.process_time
+    surrogate_training.clock = training.clock = time.process_time
     found = evaluated(task)
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     unfinished.write_text(json.dumps(found, indent=1) + "\n")
