@@ -346,9 +346,8 @@ def _refusal(evidence: Evidence) -> str:
 
 def _check_optimum_exists(objective: _Objective) -> None:
     evidence, prior, squares = objective.evidence, objective.prior, objective.squares
-    left_out = (
-        0.0 if evidence.left_out is None else float(evidence.left_out.sum())
-    )  # outweighs what diverges below
+    # What is left out outweighs what diverges below.
+    left_out = 0.0 if evidence.left_out is None else float(evidence.left_out.sum())
     if bool((squares == 0).any()):
         k = int((squares == 0).nonzero()[0])
         raise NoFiniteOptimumError(
