@@ -451,3 +451,18 @@ def test_float32_factors_keep_their_small_eigenvalues(size: int) -> None:
     shifted = KroneckerSum.shifted(A, torch.eye(2), 1e-5)
     assert abs(float(shifted.logdet()) / float(2 * (stored + 1e-5).log().sum()) - 1) < 1e-6
     assert abs(float(shifted.inverse_diagonal().sum()) / float(2 * (1 / (stored + 1e-5)).sum()) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_sum_is_refused_where_it_is_made_or_can_be_solved(name: str) -> None:
+    """Blocks + rows of one layer: `+` returned an operator of which every solve raised `NotClosedError`."""
+    P = make_case(name, Spec(size=4)).operator
+    for other in KINDS:
+        Q = make_case(other, Spec(size=4, seed=1)).operator
+        try:
+            total = P + Q
+        except NotClosedError:
+            continue
+        b = randn(total.size)
+        x = total.solve(b)
+        torch.testing.assert_close(P @ x + Q @ x, b.to(x), rtol=1e-8, atol=1e-10)

@@ -288,6 +288,17 @@ def _mixed(Phi: FeatureOperator, Psi: Features, P: PrecisionOperator, factors: A
     )
 
 
+def contracts(Phi: FeatureOperator, P: PrecisionOperator) -> bool:
+    """Whether ``Phi P^-1 Phi^T`` has a rule, of every part that it is made of."""
+    if isinstance(P, Woodbury):
+        return contracts(Phi, P.base)
+    if isinstance(Phi, CombinedFeatures):
+        return contracts(Phi.rows, P)
+    if isinstance(Phi, BlockFeatures) and isinstance(P, BlockDiag):
+        return Phi.indices == P.indices and all(map(contracts, Phi.parts, P.blocks))
+    return lookup(CONGRUENCE, type(Phi), type(P)) is not None
+
+
 # -- combined features ---------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,8 @@
 
 Closure depends on types and static structure (number of terms, identity factors, index sets); the one exception is
 "the same basis", which compares two tensors that no gradient flows into (and under a transform asks whether they are
-one). A rule returns None where it does not apply.
+one). A rule returns None where it does not apply; so does "base + Q" where features that change the base have no
+congruence with the sum.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from curvlin._tables import ADD, register
 from curvlin._tree import is_concrete
+from curvlin.algebra.congruence import contracts
 from curvlin.index import IndexSet
 from curvlin.precision.base import PrecisionOperator
 from curvlin.precision.block_diag import BlockDiag
@@ -155,12 +157,15 @@ def blocks_blocks(P: BlockDiag, Q: BlockDiag) -> BlockDiag | None:
 def low_rank_anything(P: Woodbury, Q: PrecisionOperator) -> PrecisionOperator | None:
     if isinstance(Q, Dense):
         return None  # the table's other order: Dense + anything is Dense
-    return P._with(base=P.base + Q)
+    base = P.base + Q
+    return P._with(base=base) if _stands_on(P, base) else None
 
 
 @register(ADD, Woodbury, Woodbury)
-def low_rank_low_rank(P: Woodbury, Q: Woodbury) -> Woodbury:
+def low_rank_low_rank(P: Woodbury, Q: Woodbury) -> Woodbury | None:
     base = P.base + Q.base
+    if not (_stands_on(P, base) and _stands_on(Q, base)):
+        return None
     if _plain_update(P) and _plain_update(Q):
         columns = joined_columns(unit_weight(P), unit_weight(Q))
         both = isinstance(P, LowRankPlusDiag) and isinstance(Q, LowRankPlusDiag)
@@ -171,6 +176,11 @@ def low_rank_low_rank(P: Woodbury, Q: Woodbury) -> Woodbury:
     inner, outer = (Q, P) if P.sign < Q.sign else (P, Q)
     first = Woodbury(base, inner.U)._with(core=inner.core, weight=inner.weight, sign=inner.sign)
     return Woodbury(first, outer.U)._with(core=outer.core, weight=outer.weight, sign=outer.sign)
+
+
+def _stands_on(P: Woodbury, base: PrecisionOperator) -> bool:
+    """Whether the change that P is can be one of another base: features need a rule for it."""
+    return isinstance(P.U, Tensor) or contracts(P.U, base)
 
 
 def _plain_update(P: Woodbury) -> bool:
