@@ -69,7 +69,7 @@ def left_out_curvature(
         Labelled(train_loader, la.dict_key_y),
         jacobian,
         [structure],
-        columns=la._columns,
+        columns=la._choice.columns,
         progress_bar=progress_bar,
     )
     if found.n_data != la.n_data:
@@ -107,7 +107,7 @@ def _checked_jacobian(la: Laplace) -> JacobianMap:
             "with residual=False there is nothing beside the features for a bound to count; take residual=True, or "
             "method='marglik'"
         )
-    if la._columns.kind == "mc":
+    if la._choice.columns.kind == "mc":
         raise UnsupportedError(
             "the bound needs the same curvature in the features and beside them, and curvature='fisher_mc' draws anew; "
             "take 'ggn'"

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.curvature import Accumulated
 from curvlin_nn.errors import OutputError, UnsupportedError
 from curvlin_nn.evidence import Curvature
@@ -17,6 +18,8 @@ from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_posterior import FeatureSpace
 from curvlin_nn.fingerprint import Fingerprint
 from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.prior import GroupedPrior, OperatorPrior, Prior, infer_structure
+from curvlin_nn.prior_projection import closed
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,49 @@ class Fitted:
             raise ValueError(
                 f"sigma_noise must have {expected} entries, one for each output, found {len(noise)}"
             )
+
+    def prior(
+        self,
+        precision: Tensor | PrecisionOperator,
+        mean: Float[Tensor, "*P"],
+        structure: str | None,
+        features: FeatureSpace | None,
+    ) -> Prior:
+        """The prior as it is stated.
+
+        Args:
+            precision: numbers, or an operator.
+            mean: a number, or one for each coordinate.
+            structure: which coordinates share a number, where their count fits several structures.
+            features: whose coordinates have the prior, where these stand in for weights.
+
+        Raises:
+            ValueError: if it has another size than the posterior.
+            UnsupportedError: for more than one number with features.
+        """
+        deviation = self.mean.double() - mean.to(self.mean).double()
+        if features is not None and features.stands_in:
+            return features.prior(precision, deviation)
+        if isinstance(precision, PrecisionOperator):
+            if precision.size != len(deviation):
+                raise ValueError(
+                    f"prior_precision must have {len(deviation)} rows like the posterior, found {precision.size}"
+                )
+            return OperatorPrior(precision, deviation)
+        space = self.accumulated.space
+        structure = infer_structure(space, precision, structure)
+        return GroupedPrior.of(space, structure, precision.reshape(-1), deviation)
+
+    def closed(self, stated: Prior, projection: str | None) -> Prior:
+        """The prior as it enters the posterior: itself, or projected by this name where its sum is not closed.
+
+        Raises:
+            UnsupportedError: if it cannot be.
+        """
+        if self.curvature.damped is not None:
+            self.curvature.damped.check(stated)
+            return stated
+        return closed(stated, self.curvature.total, projection)
 
     def output_shape(self, likelihood: Likelihood) -> tuple[int, ...]:
         """Of one sample's outputs at the input of this prediction; one number counts as an axis of length one.

@@ -22,9 +22,10 @@ from curvlin._check import positive_integer
 from curvlin_nn.batches import batches
 from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.capture.state import device_of, random_state_kept
-from curvlin_nn.curvature import Accumulated, accumulate
+from curvlin_nn.curvature import Accumulated
 from curvlin_nn.errors import DataError, UnsupportedError
 from curvlin_nn.evidence import Curvature
+from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.kept_features import Kept, View
 from curvlin_nn.scores import Score, new_score
 from curvlin_nn.subnetwork_space import Subnetwork
@@ -224,7 +225,7 @@ def folds(la: Laplace, data: Sequence[tuple[Any, Tensor]], n_folds: int) -> list
         UnsupportedError: if the states of the structure do not merge, or the curvature is a Hessian.
         DataError: if there are fewer samples than folds.
     """
-    if la._hessian is not None:
+    if la._choice.name == "hessian":
         raise UnsupportedError("method='cv' is not served for curvature='hessian'; use curvature='ggn'")
     if positive_integer("n_folds", n_folds) < 2:
         raise ValueError(f"n_folds must be at least 2, found {n_folds}")
@@ -240,22 +241,11 @@ def folds(la: Laplace, data: Sequence[tuple[Any, Tensor]], n_folds: int) -> list
         seen += n
     if seen < n_folds:
         raise DataError(f"cross-validation with {n_folds} folds needs as many samples, found {seen}")
-    chosen: Any = la.feature_map
-    if chosen is None:  # the last layer has been found
-        chosen = la._selection if isinstance(la._selection, Subnetwork) else list(la.parameters.names)
-    factories, reduction = la._summed(continued=True), la.feature_reduction
-    found = [
-        accumulate(
-            la.model,
-            la.likelihood,
-            samples,
-            chosen,
-            factories,
-            columns=la._columns,
-            feature_reduction=reduction,
-        )
-        for samples in dealt
-    ]
+    choice = la._choice
+    if not isinstance(choice.selection, (Subnetwork, FeatureMap)):  # the last layer has been found
+        choice = replace(choice, selection=list(la.parameters.names))
+    n_scales = la._fit.curvature.n_noise_scales
+    found = [choice.accumulated(la.model, la.likelihood, samples, n_scales) for samples in dealt]
     return [(_without(la, found, fold), dealt[fold]) for fold in range(n_folds)]
 
 
@@ -265,7 +255,7 @@ def _without(la: Laplace, found: Sequence[Accumulated], fold: int) -> Laplace:
     for other in others[1:]:
         total = total.merged(other)
     held = copy.copy(la)
-    H = Curvature.of(total.states[0], damping=la._damping)
+    H = Curvature.of(total.states[0], damping=la._choice.damping)
     held._fitted = replace(la._fit, accumulated=total, curvature=H)
     return held
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -17,20 +16,13 @@ from curvlin._check import positive_integer
 from curvlin.gaussian import Gaussian
 from curvlin.precision.base import PrecisionOperator
 from curvlin.projection import Projection
-from curvlin_nn import arguments, likelihoods, posterior, structures
+from curvlin_nn import arguments, likelihoods, posterior
 from curvlin_nn.batches import Labelled
-from curvlin_nn.capture.reduction import check_reduction
 from curvlin_nn.capture.state import device_of
-from curvlin_nn.columns import Columns
-from curvlin_nn.curvature import Accumulated, accumulate
-from curvlin_nn.damping import check_damping
+from curvlin_nn.curvature import Accumulated
+from curvlin_nn.curvature_choice import curvature_choice
 from curvlin_nn.data_subset import random_subset
-from curvlin_nn.errors import (
-    NoFiniteOptimumError,
-    NotFittedError,
-    UnsupportedError,
-    one_of,
-)
+from curvlin_nn.errors import NoFiniteOptimumError, NotFittedError, UnsupportedError, one_of
 from curvlin_nn.evidence import Evidence
 from curvlin_nn.evidence_bound import left_out_curvature
 from curvlin_nn.feature_maps import FeatureMap
@@ -42,7 +34,6 @@ from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.noise_search import maximise_by_output
 from curvlin_nn.parameters import ParameterSpace, Selection, check_model
-from curvlin_nn.per_output import PerOutput
 from curvlin_nn.predictive import (
     GaussianPredictor,
     PosteriorPredictive,
@@ -54,30 +45,18 @@ from curvlin_nn.predictive import (
 )
 from curvlin_nn.predictive.linearised import functional_covariance
 from curvlin_nn.predictive.request import check_pred_type
-from curvlin_nn.prior import (
-    GroupedPrior,
-    OperatorPrior,
-    Prior,
-    check_precision,
-    check_structure,
-    infer_structure,
-)
-from curvlin_nn.prior_projection import check_projection, closed, project_prior
+from curvlin_nn.prior import GroupedPrior, Prior, check_precision, check_structure
+from curvlin_nn.prior_projection import check_projection, project_prior
 from curvlin_nn.prior_search import Optimum, maximise
-from curvlin_nn.products.hessian_accumulation import accumulate_hessian
-from curvlin_nn.products.hessian_sums import check_structure as check_hessian
 from curvlin_nn.residual import Residual, ResidualPredictive
 from curvlin_nn.storage import posterior as stored
 from curvlin_nn.storage.checkpoint import Checkpoint
 from curvlin_nn.storage.files import StrPath, read, write
-from curvlin_nn.structures import FunctionSpace, StructureChoice, StructureFactory
+from curvlin_nn.structures import StructureChoice
 from curvlin_nn.subnetwork import SubnetMask
 from curvlin_nn.subnetwork_space import Subnetwork
 from curvlin_nn.subset import Subset
 from curvlin_nn.summary import Summary, summarise
-
-CURVATURES = {"ggn": "exact", "fisher_mc": "mc", "ef": "empirical", "hessian": "exact"}
-"""The curvatures by name, with the kind of columns that each is made of; a Hessian is made of none."""
 
 EVIDENCES = ("marglik", "bound")
 """What a prior precision is found to maximise, where it is not to score best on held-out data."""
@@ -167,8 +146,6 @@ class Laplace(PosteriorPredictive):
         **unknown: NoReturn,
     ) -> None:
         arguments.refuse(unknown, Laplace, arguments.CONSTRUCTOR)
-        if curvature not in CURVATURES:
-            raise UnsupportedError(f"curvature={curvature!r} is not supported; expected {one_of(CURVATURES)}")
         check_model(model)
         self.feature_map = feature_map
         self._features: FeatureSpace | None = None
@@ -181,19 +158,16 @@ class Laplace(PosteriorPredictive):
         self.likelihood = likelihoods.resolve(likelihood)
         subset = Subset.of(model, subset_of_weights, subnetwork_indices, last_layer_name)
         self.subset_of_weights, self.last_layer_name = subset.name, last_layer_name
-        self._selection: Selection | Subnetwork | FeatureMap = feature_map or subset.selection
-        self.feature_reduction = check_reduction(feature_reduction)
-        structure = "kron" if hessian_structure is None else hessian_structure
-        self._curvature = curvature
-        self._damping = check_damping(damping, curvature, structure)
-        self._hessian: tuple[str, str] | None = None
-        self._structures: list[StructureFactory] = []
-        self._columns = Columns(CURVATURES[curvature], generator=generator)
-        if curvature == "hessian":
-            self._hessian = check_hessian(structure, indefinite)
-            subset.check_hessian()
-        else:
-            self._structures = [structures.resolve(structure)]
+        self._choice = curvature_choice(
+            feature_map or subset.selection,
+            hessian_structure,
+            curvature,
+            indefinite=indefinite,
+            feature_reduction=feature_reduction,
+            damping=damping,
+            generator=generator,
+        )
+        self.feature_reduction = self._choice.feature_reduction
         if prior_structure is not None:
             check_structure(prior_structure)
         check_projection(prior_projection)
@@ -255,7 +229,7 @@ class Laplace(PosteriorPredictive):
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        noise = checked_noise(value, self.likelihood, self._columns)
+        noise = checked_noise(value, self.likelihood, self._choice.columns)
         if self._fitted is not None:
             self._fitted.check_noise(noise)
         self._sigma_noise = noise
@@ -308,33 +282,18 @@ class Laplace(PosteriorPredictive):
         begin = time.perf_counter()
         if not override and self._fitted is not None:
             self._check_unchanged()
-        if checkpoint is not None and self._hessian is not None and self._hessian[0] == "lowrank":
-            raise UnsupportedError(
-                "checkpoint is not supported for hessian_structure='lowrank' of a Hessian, whose passes sum nothing; "
-                "leave it at None, or take 'full', 'block' or 'diag'"
-            )
         train_loader = Labelled(train_loader, self.dict_key_y)
         file = None if checkpoint is None else Checkpoint(checkpoint, every, stored.summed_choices_of(self))
         if self.n_subset is not None:
             device = device_of(self.model)
             train_loader = random_subset(train_loader, self.n_subset, device, self._generator, progress_bar)
-        sums: Callable[..., Accumulated]
-        sums = partial(accumulate, factories=self._summed(continued=not override))
-        if self._hessian is not None:
-            structure, indefinite = self._hessian
-            sums = partial(accumulate_hessian, structure=structure, indefinite=indefinite)
-        found = sums(
-            self.model,
-            self.likelihood,
-            train_loader,
-            self._selection,
-            columns=self._columns,
-            feature_reduction=self.feature_reduction,
-            progress_bar=progress_bar,
-            checkpoint=file,
+        earlier = None if override else self._fitted
+        n_scales = self._n_noise_scales if earlier is None else earlier.curvature.n_noise_scales
+        found = self._choice.accumulated(
+            self.model, self.likelihood, train_loader, n_scales, progress_bar, file
         )
-        if not override and self._fitted is not None:
-            found = found.merged(self._fitted.accumulated)
+        if earlier is not None:
+            found = found.merged(earlier.accumulated)
         self._finish(found, begin)
         if file is not None:
             file.remove()
@@ -346,13 +305,13 @@ class Laplace(PosteriorPredictive):
             self.model,
             found,
             self._features,
-            damping=self._damping,
+            damping=self._choice.damping,
             enable_backprop=self.enable_backprop,
             begin=begin,
         )
         fitted.check_mean(self._prior_mean)
         fitted.check_noise(self._sigma_noise)
-        self._prior_of(fitted, self._prior_precision)
+        fitted.closed(self._stated_prior(fitted, self._prior_precision), self._prior_projection)
         self._fitted, self._posterior = fitted, None
 
     @property
@@ -368,7 +327,8 @@ class Laplace(PosteriorPredictive):
     @property
     def subnetwork_indices(self) -> Int[Tensor, " k"] | None:
         """The coordinates of the subnetwork in the flat vector, increasing; None for whole parameters."""
-        return self._selection.indices if isinstance(self._selection, Subnetwork) else None
+        selection = self._choice.selection
+        return selection.indices if isinstance(selection, Subnetwork) else None
 
     @property
     def n_data(self) -> int:
@@ -732,7 +692,7 @@ class Laplace(PosteriorPredictive):
                 f"optimize_noise needs a likelihood with noise, found {self.likelihood.name}"
             )
         if optimize_noise:
-            check_knows_noise(self._columns)
+            check_knows_noise(self._choice.columns)
         start, noise = self._start(prior_structure), self._sigma_noise.detach()
         bound = method == "bound"
         evidence = self._evidence_bound(train_loader, progress_bar) if bound else self._evidence()
@@ -804,7 +764,7 @@ class Laplace(PosteriorPredictive):
         return self._fitted
 
     def _predictor(self, pred_type: str, progress_bar: bool = False) -> Predictor:
-        check_pred_type(pred_type, FunctionSpace in self._structures)
+        check_pred_type(pred_type, self._choice.in_function_space)
         if pred_type == "nn" and self._features is not None:
             raise UnsupportedError(
                 "pred_type='nn' runs the network at draws of its weights, and a posterior with a feature_map has none; "
@@ -841,26 +801,10 @@ class Laplace(PosteriorPredictive):
     def _check_unchanged(self) -> None:
         self._fit.check_unchanged(self.model, self._features)
 
-    def _summed(self, continued: bool) -> list[StructureFactory]:
-        """What sums the curvature: one state, or one for each output where these have noise scales of their own."""
-        n_outputs = len(self._sigma_noise) if self._sigma_noise.ndim else 0
-        if continued and self._fitted is not None:
-            n_outputs = self._fitted.curvature.n_noise_scales
-        return self._by_output(n_outputs)
-
-    def _by_output(self, n_outputs: int) -> list[StructureFactory]:
-        """One state, or one for each of several outputs."""
-        if n_outputs == 0:
-            return self._structures
-        if self._damping:
-            raise UnsupportedError("damping=True takes one sigma_noise for all outputs; give one number")
-        if self._hessian is not None or self._columns.kind != "exact":
-            raise UnsupportedError(
-                "one sigma_noise for each output is served for curvature='ggn' only; give one number"
-            )
-        return [
-            partial(PerOutput, structure=structure, n_outputs=n_outputs) for structure in self._structures
-        ]
+    @property
+    def _n_noise_scales(self) -> int:
+        """How many outputs have one of their own; 0 where all have one."""
+        return len(self._sigma_noise) if self._sigma_noise.ndim else 0
 
     def _evidence(self) -> Evidence:
         fit = self._fit
@@ -887,7 +831,7 @@ class Laplace(PosteriorPredictive):
             precision = check_precision(precision)
         noise = self._sigma_noise
         if sigma_noise is not None:
-            noise = checked_noise(sigma_noise, self.likelihood, self._columns)
+            noise = checked_noise(sigma_noise, self.likelihood, self._choice.columns)
         self._fit.check_noise(noise)
         mean = self._prior_mean if prior_mean is None else checked_mean(prior_mean)
         self._fit.check_mean(mean)
@@ -896,35 +840,14 @@ class Laplace(PosteriorPredictive):
         return evidence.log_marginal_likelihood(self._prior(precision, mean), noise)
 
     def _prior(self, precision: Tensor | PrecisionOperator, mean: Tensor | None = None) -> Prior:
-        return self._prior_of(self._fit, precision, mean)
-
-    def _prior_of(
-        self, fitted: Fitted, precision: Tensor | PrecisionOperator, mean: Tensor | None = None
-    ) -> Prior:
-        """The prior as it enters the posterior."""
-        stated = self._stated_prior(fitted, precision, mean)
-        if fitted.curvature.damped is not None:
-            fitted.curvature.damped.check(stated)
-            return stated
-        return closed(stated, fitted.curvature.total, self._prior_projection)
+        """The prior as it enters the posterior, at this precision (and mean)."""
+        return self._fit.closed(self._stated_prior(self._fit, precision, mean), self._prior_projection)
 
     def _stated_prior(
         self, fitted: Fitted, precision: Tensor | PrecisionOperator, mean: Tensor | None = None
     ) -> Prior:
         mean = self._prior_mean if mean is None else mean
-        deviation = fitted.mean.double() - mean.to(fitted.mean).double()
-        if self._features is not None and self._features.stands_in:
-            return self._features.prior(precision, deviation)
-        if isinstance(precision, PrecisionOperator):
-            if precision.size != len(deviation):
-                raise ValueError(
-                    f"prior_precision must have {len(deviation)} rows like the posterior, found "
-                    f"{precision.size}"
-                )
-            return OperatorPrior(precision, deviation)
-        space = fitted.accumulated.space
-        structure = infer_structure(space, precision, self._prior_structure)
-        return GroupedPrior.of(space, structure, precision.reshape(-1), deviation)
+        return fitted.prior(precision, mean, self._prior_structure, self._features)
 
     def _start(self, prior_structure: str) -> GroupedPrior:
         """The current precision, over the groups of another structure."""

@@ -67,18 +67,6 @@ class Subset:
             ParameterSpace.of(model, name)  # say now what is wrong with it
         return cls(name, name)
 
-    def check_hessian(self) -> None:
-        """Whether a Hessian can be had of it.
-
-        Raises:
-            UnsupportedError: if it cannot.
-        """
-        if isinstance(self.selection, Subnetwork):
-            raise UnsupportedError(
-                "curvature='hessian' is not supported for a subnetwork; take curvature='ggn', or whole parameters by "
-                "name"
-            )
-
 
 def _is(selection: Selection, name: str) -> bool:
     return isinstance(selection, str) and selection == name

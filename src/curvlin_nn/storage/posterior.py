@@ -8,9 +8,7 @@ loaded for. The sums over the data are stored, not what is made of them: a fit g
 from __future__ import annotations
 
 import copy
-import functools
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +16,12 @@ import torch
 from torch import nn
 
 from curvlin_nn.capture.state import device_of
-from curvlin_nn.curvature import Accumulated, State
+from curvlin_nn.curvature import Accumulated
 from curvlin_nn.errors import StorageError
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.fingerprint import check_same
 from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.parameters import ParameterSpace, Selection
-from curvlin_nn.products.hessian_states import empty_state
 from curvlin_nn.storage import options, plain
 from curvlin_nn.storage.files import VERSION
 from curvlin_nn.structures import StructureChoice
@@ -51,16 +48,14 @@ def choices_of(la: Laplace) -> dict[str, Any]:
     subset: Selection | list[str] = la.subset_of_weights
     if callable(subset):
         subset = list(ParameterSpace.of(la.model, subset).names)
-    subnetwork = la._selection if isinstance(la._selection, Subnetwork) else None
     return {
         "likelihood": options.of_likelihood(la.likelihood),
         "subset_of_weights": subset if isinstance(subset, str) else list(subset),
-        "subnetwork_indices": None if subnetwork is None else subnetwork.indices,
+        "subnetwork_indices": la.subnetwork_indices,
         "last_layer_name": la.last_layer_name,
         "feature_reduction": la.feature_reduction,
-        "hessian_structure": la._hessian[0] if la._hessian else options.of_structure(la._structures[0]),
-        "curvature": la._curvature,
-        "indefinite": la._hessian[1] if la._hessian else "raise",
+        "curvature": la._choice.name,
+        **la._choice.described(),
         "feature_map": None if la._features is None else la._features.description(),
     }
 
@@ -76,13 +71,13 @@ def state_of(la: Laplace) -> dict[str, Any]:
     return {
         "version": VERSION,
         **choices_of(la),
-        "generator": options.of_generator(la._columns.generator),
+        "generator": options.of_generator(la._choice.columns.generator),
         "prior_precision": options.of_prior(la.prior_precision),
         "prior_structure": la._prior_structure,
         "prior_mean": la.prior_mean.detach(),
         "sigma_noise": la.sigma_noise.detach(),
         "temperature": la.temperature,
-        "damping": la._damping,
+        "damping": la._choice.damping,
         "prior_projection": la._prior_projection,
         "enable_backprop": la.enable_backprop,
         "n_subset": la.n_subset,
@@ -131,15 +126,13 @@ def take_up(la: Laplace, state: dict[str, Any]) -> None:
     """See `Laplace.load_state_dict`."""
     _check(la, state)
     check_same(state["model"], la.model)
-    states: list[Callable[[ParameterSpace], State]] = [*la._by_output(state["n_noise_scales"])]
-    if la._hessian is not None:
-        structure, indefinite = la._hessian
-        states = [functools.partial(empty_state, structure=structure, indefinite=indefinite)]
-    subset = la._selection if isinstance(la._selection, (Subnetwork, FeatureMap)) else None
+    selection, states = la._choice.selection, la._choice.empty_states(state["n_noise_scales"])
+    subset = selection if isinstance(selection, (Subnetwork, FeatureMap)) else None
     found = Accumulated.of(state["sums"], la.model, states, subset, la.feature_reduction)
     changed = copy.copy(la)
     changed._fitted = None
-    changed._damping, changed._prior_projection = state["damping"], state["prior_projection"]
+    changed._choice = replace(la._choice, damping=state["damping"])
+    changed._prior_projection = state["prior_projection"]
     changed.enable_backprop, changed.n_subset = state["enable_backprop"], state["n_subset"]
     changed.dict_key_y = state["dict_key_y"]
     changed._prior_structure = state["prior_structure"]
