@@ -1,15 +1,17 @@
 """The scalar prior precision that scores best on held-out data: by grid, by Brent's method, by cross-validation.
 
 Only variances depend on the prior. Outputs and features of held-out data are computed once, and turned into the
-eigenbasis of the curvature, where the posterior precision is diagonal; each precision that is tried then costs one
-quadratic form, ``var = sum_i q_i^2 / (lambda_i + delta)``.
+eigenbasis of the curvature, where the posterior precision is diagonal: ``var = sum_i q_i^2 / (lambda_i + delta)``, for
+all precisions that are tried in one product of matrices.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +23,18 @@ from tqdm import tqdm
 from curvlin._check import positive_integer
 from curvlin_nn.batches import batches
 from curvlin_nn.capture.inputs import select_samples
-from curvlin_nn.capture.state import device_of, random_state_kept
+from curvlin_nn.capture.state import device_of, random_state, random_state_kept, set_random_state
 from curvlin_nn.curvature import Accumulated
 from curvlin_nn.errors import DataError, UnsupportedError
 from curvlin_nn.evidence import Curvature
 from curvlin_nn.feature_maps import FeatureMap
+from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.kept_features import Kept, View
-from curvlin_nn.scores import Score, new_score
+from curvlin_nn.likelihoods import Likelihood
+from curvlin_nn.predictive.predictor import Answer, answer, needs_covariance
+from curvlin_nn.predictive.request import Request, check_pred_type
+from curvlin_nn.predictive.response import Response
+from curvlin_nn.scores import new_score
 from curvlin_nn.subnetwork_space import Subnetwork
 
 if TYPE_CHECKING:
@@ -65,7 +72,7 @@ class Scoring:
         pred_type: as in `Laplace.__call__`.
         link_approx: likewise.
         n_samples: likewise.
-        generator: likewise; each precision that is tried sees the same draws.
+        generator: likewise; each precision that is tried sees the same draws, also without one.
     """
 
     loss: object | None = None
@@ -73,6 +80,21 @@ class Scoring:
     link_approx: str = "probit"
     n_samples: int = 100
     generator: torch.Generator | None = None
+
+    def request(self, likelihood: Likelihood) -> Request:
+        """The predictions that are scored, noise included where the negative log-likelihood is.
+
+        Raises:
+            UnsupportedError: if they are not served.
+        """
+        noise = self.loss is None and likelihood.has_additive_noise
+        return Request(
+            self.pred_type,
+            self.link_approx,
+            n_samples=self.n_samples,
+            generator=self.generator,
+            observation_noise=noise,
+        ).checked(likelihood)
 
 
 @dataclass(frozen=True)
@@ -110,92 +132,126 @@ class HeldOut:
 
     Args:
         pairs: fitted objects, and batches that they have not been fitted to.
-        request: what to predict.
-        progress_bar: whether to show one over the precisions that are tried.
+        scoring: what to predict.
+        progress_bar: whether to show one over the batches.
     """
 
     def __init__(
         self,
         pairs: Sequence[tuple[Laplace, Sequence[tuple[Any, Tensor]]]],
-        request: Scoring,
+        scoring: Scoring,
         progress_bar: bool = False,
     ) -> None:
         first = pairs[0][0]
-        self._new_score = new_score(first.likelihood, request.loss)
-        self._noise = request.loss is None and first.likelihood.has_additive_noise
-        self._request, self._progress_bar = request, progress_bar
+        check_pred_type(scoring.pred_type, first._choice.in_function_space)
+        self._new_score = new_score(first.likelihood, scoring.loss)
+        self._generator, self._device = scoring.generator, device_of(first.model)
+        self._progress_bar = progress_bar
+        request = scoring.request(first.likelihood)
         self._parts: list[_Part] = []
         for la, data in pairs:
             asked = copy.copy(la)
             asked._fitted = replace(la._fit, known_unchanged=True)  # `search` has compared the model
-            view = None if request.pred_type == "nn" else View.of(asked)
-            self._parts += [_Part(asked, view, x, targets) for x, targets in data]
+            if request.pred_type == "nn":
+                self._parts += [_Sampled(asked, request, x, targets) for x, targets in data]
+            else:
+                view = View.of(asked)
+                self._parts += [_Linearised(view, request, x, targets) for x, targets in data]
 
     def scores(self, precisions: Float[Tensor, " G"]) -> Float[Tensor, " G"]:
         """The score at each precision."""
-        tried = [(float(delta), self._new_score()) for delta in precisions]
+        scores = [self._new_score() for _ in precisions]
         room = KEPT_BUDGET
         for part in tqdm(self._parts, desc="held-out batches", disable=not self._progress_bar):
-            part.keep(room)
-            room -= part.kept_entries
-            for la, x, outputs, targets in part:
-                self._update(tried, la, x, outputs, targets)
-        return torch.tensor([score.value() for _, score in tried], dtype=torch.float64)
+            room -= part.keep(room)
+            for answers, outputs, targets in part.answered(precisions):
+                to_the_same_draws = self._returns()
+                for score in scores:
+                    to_the_same_draws()
+                    score.update(next(answers), outputs, targets)
+        return torch.tensor([score.value() for score in scores], dtype=torch.float64)
 
-    def _update(
-        self, tried: list[tuple[float, Score]], la: Laplace, x: Any, outputs: Tensor, targets: Tensor
-    ) -> None:
-        generator = self._request.generator
-        state = None if generator is None else generator.get_state()
-        for delta, score in tried:
-            if generator is not None and state is not None:
-                generator.set_state(state)
-            la.prior_precision = delta
-            prediction = la(
-                x,
-                pred_type=self._request.pred_type,
-                link_approx=self._request.link_approx,
-                n_samples=self._request.n_samples,
-                generator=generator,
-                observation_noise=self._noise,
-            )
-            score.update(prediction, outputs, targets)
+    def _returns(self) -> Callable[[], object]:
+        """What sets the source of randomness back to where it is now."""
+        if self._generator is None:
+            return partial(set_random_state, self._device, random_state(self._device))
+        return partial(self._generator.set_state, self._generator.get_state())
 
 
-class _Part:
-    """One batch; its outputs and features are kept where there is room."""
+class _Part(ABC):
+    """One batch."""
 
-    def __init__(self, la: Laplace, view: View | None, x: Any, targets: Tensor) -> None:
-        self._la, self._view, self._x, self._targets = la, view, x, targets
-        self._kept: list[Kept] | None = None
-        self.kept_entries = 0
+    @abstractmethod
+    def keep(self, room: int) -> int:
+        """Compute what fits into `room` entries, unless it is there already: how many there are."""
 
-    def keep(self, room: int) -> None:
-        """Compute what fits into `room` entries, unless it is there already."""
-        if self._kept is not None or self._view is None:
-            return
-        kept: list[Kept] = []
-        for piece in self._view.pieces(self._x):
-            self.kept_entries += piece.entries
-            if self.kept_entries > room:
-                self.kept_entries = 0
-                return
-            kept.append(piece)
-        self._kept = kept
+    @abstractmethod
+    def answered(self, precisions: Float[Tensor, " G"]) -> Iterator[tuple[Iterator[Answer], Tensor, Tensor]]:
+        """Some samples at a time: the answer at each precision, made when it is asked for; outputs; targets."""
 
-    def __iter__(self) -> Iterator[tuple[Laplace, Any, Tensor, Tensor]]:
-        """The posterior to ask, what to ask it, outputs and targets."""
-        if self._view is None:
-            with torch.no_grad():
-                outputs = self._la._fit.accumulated.recorder(self._x).outputs.detach()
-            yield self._la, self._x, outputs, self._targets
-            return
+
+@dataclass
+class _Sampled(_Part):
+    """Predictions of the network at draws of its weights."""
+
+    la: Laplace
+    request: Request
+    x: Any
+    targets: Tensor
+
+    def keep(self, room: int) -> int:
+        """See `_Part.keep`: nothing is the same for all precisions."""
+        return 0
+
+    def answered(self, precisions: Float[Tensor, " G"]) -> Iterator[tuple[Iterator[Answer], Tensor, Tensor]]:
+        """See `_Part.answered`."""
+        with torch.no_grad():
+            outputs = self.la._fit.accumulated.recorder(self.x).outputs.detach()
+        yield self._answers(precisions), outputs, self.targets
+
+    def _answers(self, precisions: Float[Tensor, " G"]) -> Iterator[Answer]:
+        for delta in precisions.tolist():
+            self.la.prior_precision = delta
+            yield self.la._predictor(self.request.pred_type)(self.x, self.request)
+
+
+@dataclass
+class _Linearised(_Part):
+    """Predictions of the linearised network; outputs and features are kept where there is room."""
+
+    view: View
+    request: Request
+    x: Any
+    targets: Tensor
+    kept: list[Kept] | None = None
+
+    def keep(self, room: int) -> int:
+        """See `_Part.keep`."""
+        if self.kept is None:
+            found, entries = [], 0
+            for piece in self.view.pieces(self.x):
+                found.append(piece)
+                entries += piece.entries
+                if entries > room:
+                    return 0
+            self.kept = found
+        return sum(piece.entries for piece in self.kept)
+
+    def answered(self, precisions: Float[Tensor, " G"]) -> Iterator[tuple[Iterator[Answer], Tensor, Tensor]]:
+        """See `_Part.answered`."""
         start = 0
-        for piece in self._kept if self._kept is not None else self._view.pieces(self._x):
+        for piece in self.view.pieces(self.x) if self.kept is None else self.kept:
             stop = start + len(piece.outputs)
-            outputs = piece.outputs.reshape(-1, *self._la._fit.accumulated.output_shape)
-            yield self._view.la, piece, outputs, self._targets[start:stop]
+            outputs = piece.outputs.reshape(-1, *piece.output_shape)
+            yield self._answers(piece, precisions), outputs, self.targets[start:stop]
             start = stop
+
+    def _answers(self, piece: Kept, precisions: Float[Tensor, " G"]) -> Iterator[Answer]:
+        la = self.view.la
+        response = Response(la.likelihood, lambda: piece.output_shape, la.sigma_noise.detach())
+        variances = not needs_covariance(response, self.request)
+        for spread in self.view.spreads(piece, precisions, variances=variances):
+            yield answer(response, self.request, piece.outputs, spread)
 
 
 def held_out_data(la: Laplace, loader: Iterable[Any] | None, name: str) -> list[tuple[Any, Tensor]]:
@@ -264,11 +320,12 @@ METHODS = ("gridsearch", "brent", "cv")
 """The methods of `Laplace.optimize_prior_precision` that score held-out data."""
 
 
+@outside_inference_mode()
 def search(
     la: Laplace,
     method: str,
     grid: Grid,
-    request: Scoring,
+    scoring: Scoring,
     loader: Iterable[Any] | None,
     *,
     n_folds: int,
@@ -284,7 +341,7 @@ def search(
     la._check_unchanged()
     data = held_out_data(la, loader, "train_loader" if method == "cv" else "val_loader")
     pairs = folds(la, data, n_folds) if method == "cv" else [(la, data)]
-    held_out = HeldOut(pairs, request, progress_bar and method != "brent")
+    held_out = HeldOut(pairs, scoring, progress_bar and method != "brent")
     return by_brent(held_out, grid, tolerance) if method == "brent" else by_grid(held_out, grid)
 
 

@@ -25,6 +25,7 @@ from feature_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from curvlin import (
     BlockDiag,
@@ -365,6 +366,36 @@ def test_routes_agree(S: int, R: int) -> None:
     close(contraction._pairs_tokens(left, right, (left, right, w)), rows, RTOL)
     rows = contraction._pairs_rows(left, right, contraction._prepared_rows(left, right, None))
     close(contraction._pairs_tokens(left, right, (left, right, None)), rows, RTOL)
+
+
+@pytest.mark.parametrize("batch", [(7,), (2, 3), (1,)])
+@pytest.mark.parametrize("S", [1, 4, 12])
+def test_many_weights_share_the_rows(S: int, batch: tuple[int, ...]) -> None:
+    """A batch of weights with features of none, by each route, is each weight by itself; so are two derivatives."""
+    g = generator(76)
+    left, right = randn(g, 3, 4, S, OUT), randn(g, 3, S, IN)
+    w = randn(g, *batch, OUT, IN).square()
+    rows = contraction.multiplied(left, right)
+    expected = (rows * w.flatten(-2)[..., None, None, :]) @ rows.mT
+    close(contraction.per_sample(left, right, w), expected, RTOL)
+    close(contraction.per_sample_diagonal(left, right, w), expected.diagonal(dim1=-2, dim2=-1), RTOL)
+    if S > 1:
+        close(contraction._rows_of_pairs(left, right, w), expected, RTOL)
+    args = [left[:1, :2].clone().requires_grad_(), right[:1].clone().requires_grad_()]
+    for contract in (contraction.per_sample, contraction.per_sample_diagonal):
+        assert torch.autograd.gradgradcheck(contract, (*args, w.clone().requires_grad_()))
+
+
+def test_many_weights_multiply_rows_out_once() -> None:
+    """100 weights cost what their one product of matrices does, not 100 times the rows."""
+    g = generator(77)
+    left, right, w = randn(g, 2, 3, 50, OUT), randn(g, 2, 50, IN), randn(g, 100, OUT, IN).square()
+    with FlopCounterMode(display=False) as one:
+        contraction.per_sample_diagonal(left, right, w[0])
+    with FlopCounterMode(display=False) as many:
+        contraction.per_sample_diagonal(left, right, w)
+    products = 2 * 100 * 2 * 3 * OUT * IN
+    assert many.get_total_flops() == one.get_total_flops() + products
 
 
 # -- accuracy and scale ----------------------------------------------------------------------------------------

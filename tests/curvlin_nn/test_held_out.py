@@ -109,6 +109,40 @@ def test_every_link_is_scored_with_the_same_draws(link_approx, pred_type):
         assert float(score) == pytest.approx(float(F.nll_loss(again.log(), y)), rel=1e-6)
 
 
+@pytest.mark.parametrize("pred_type", ["glm", "nn"])
+def test_precisions_are_tried_with_the_same_draws_without_a_generator(pred_type):
+    """Two that are almost the same have almost the same score, which they have not by other draws."""
+    p = problem("mlp", "classification")
+    la, data = fitted(p), validation(p)
+    options = {"pred_type": pred_type, "link_approx": "mc", "n_samples": 4, "grid_size": 3}
+    near = {"log_prior_prec_min": 0, "log_prior_prec_max": 1e-9}
+    found = la.optimize_prior_precision("gridsearch", val_loader=data, **options, **near)
+    torch.testing.assert_close(found.scores, found.scores[:1].expand(3), rtol=1e-7, atol=0)
+    again = la.optimize_prior_precision("gridsearch", val_loader=data, **options, **near)
+    assert float((again.scores - found.scores).abs().max()) > 1e-4  # draws go on, and matter
+
+
+@pytest.mark.parametrize("link_approx", ["probit", "mc"])
+def test_covariances_that_do_not_fit_at_once_are_had_in_turn(link_approx, monkeypatch):
+    p = problem("cnn", "classification")
+    la, data = fitted(p), validation(p)
+    generator = torch.Generator()
+
+    def found():
+        return la.optimize_prior_precision(
+            "gridsearch",
+            val_loader=data,
+            grid_size=7,
+            link_approx=link_approx,
+            generator=generator.manual_seed(1),
+        )
+
+    at_once = found()
+    for budget in (0, 50):
+        monkeypatch.setattr(kept_features, "SPREAD_BUDGET", budget)
+        torch.testing.assert_close(found().scores, at_once.scores, rtol=1e-12, atol=0)
+
+
 class Total(Metric):
     """A metric that adds up, so that a missing reset shows."""
 

@@ -100,6 +100,24 @@ def by_rows(
     return joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
 
 
+@register(CONGRUENCE, DenseFeatures, Diagonal)
+def _dense_diagonal(
+    Phi: DenseFeatures, Psi: Features, P: Diagonal, factors: Any, layout: str, chunk: Chunk
+) -> Tensor:
+    """As for every P; but the rows of a batch of diagonals are the same, and their products are summed for all."""
+    if layout == "joint" or not P.batch_shape or Phi.batch_shape or repeats(Phi.matrix, -3):
+        return by_rows(Phi, Psi, P, factors, layout, chunk)
+    diagonal = layout == "diagonal"
+
+    def some(n: slice) -> Tensor:
+        return contraction.rows_with_many_weights(Phi.matrix[n].double(), 1 / P.values, diagonal=diagonal)
+
+    products = Phi.n_rows * (1 if diagonal else Phi.n_rows)
+    samples = pieces(Phi.n_samples, 8 * (Phi.n_rows + products) * Phi.size, chunk, _worth_a_call(Phi))
+    kernel = recomputing(some, len(samples), *_tensors(Phi, P))
+    return joined([kernel(n) for n in samples], dim=-2 if diagonal else -3)
+
+
 def _split(X: Tensor, rows: Tensor | FeatureOperator) -> Tensor:
     """Columns ``(..., m, n R)`` as rows per sample ``(..., n, R, m)``."""
     return X.mT.reshape(*X.shape[:-2], *rows.shape[-3:-1], X.shape[-2])

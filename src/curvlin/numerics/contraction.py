@@ -15,7 +15,9 @@ count of multiplications over the shapes chooses; for `per_sample`, per sample,
     rows     multiply the rows out, one chunk at a time:               R S D + R^2 D
     tokens   ``k_st,o = sum_i a_si w_oi a_ti``, then against g twice:  S^2 D + R S^2 out + R^2 S out
 
-where with ``w = 1`` the token products ``k_st = a_s . a_t`` do not depend on o.
+where with ``w = 1`` the token products ``k_st = a_s . a_t`` do not depend on o. For a batch of weights with features
+that have none, rows are multiplied out once for all, and their products summed with all weights in one product of
+matrices.
 
 Temporaries are bounded by `chunk` samples at a time, or as `curvlin.numerics.chunks` chooses when it is None; where
 one sample alone exceeds its ceiling, the sum over o is cut as well.
@@ -232,16 +234,26 @@ class _SampleRoute(NamedTuple):
 def _sample_route(g: Tensor, a: Tensor, w: Tensor | None, *, diagonal: bool) -> _SampleRoute:
     (R, S, out), inputs, item = g.shape[-3:], a.shape[-1], _weight_bytes(g, w)
     D, columns = out * inputs, 1 if diagonal else R
+    many = _n_weights(g, a, w)
     if S == 1 and diagonal and repeats(g, -4):
         return _SampleRoute(_single_diagonal, item * (inputs + 2 * (R + out)))
     if S == 1:
         return _SampleRoute(_single_diagonal if diagonal else _single, item * (inputs + 2 * R * out))
-    rows = R * S * D + R * columns * D
+    rows = R * S * D + many * R * columns * D
     tokens = S * S * (inputs if w is None else D) + R * S * S * out + R * columns * S * out
-    if tokens <= rows:
+    if many * tokens <= rows:
         kernel = _tokens_diagonal if diagonal else _tokens
         return _SampleRoute(kernel, item * (S * S * (inputs + out) + 2 * R * S * out))
+    if many > 1 and not diagonal:
+        return _SampleRoute(_rows_of_pairs, g.element_size() * (R + R * R) * D)
+    item = g.element_size() if many > 1 else item
     return _SampleRoute(_rows_diagonal if diagonal else _rows, item * 2 * R * D)
+
+
+def _n_weights(g: Tensor, a: Tensor, w: Tensor | None) -> int:
+    """How many weights share features that have no batch; 1 where there is one each."""
+    shared = math.prod(g.shape[:-4]) == math.prod(a.shape[:-3]) == 1
+    return math.prod(w.shape[:-2]) if shared and w is not None else 1
 
 
 def _single_weight(a: Tensor, w: Tensor | None) -> Tensor:
@@ -274,7 +286,36 @@ def _rows(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
 
 
 def _rows_diagonal(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
-    return _weighted(multiplied(g, a).square(), w).sum(-1)
+    rows = multiplied(g, a)
+    if w is not None and _n_weights(g, a, w) > 1:
+        return rows_with_many_weights(rows, w.flatten(-2), diagonal=True)
+    return _weighted(rows.square(), w).sum(-1)
+
+
+def _rows_of_pairs(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
+    assert w is not None
+    return rows_with_many_weights(multiplied(g, a), w.flatten(-2), diagonal=False)
+
+
+def rows_with_many_weights(
+    rows: Float[Tensor, "*ones N R D"], w: Float[Tensor, "*b D"], *, diagonal: bool
+) -> Float[Tensor, "*b N R"] | Float[Tensor, "*b N R R"]:
+    """``Phi_n diag(w) Phi_n^T`` for each sample and each of the weights, or its diagonal: one product of matrices."""
+    R = rows.shape[-2]
+    if diagonal:
+        return _summed(rows.square(), w)
+    first, second = torch.triu_indices(R, R, device=rows.device)
+    sums = _summed(rows[..., first, :] * rows[..., second, :], w)
+    place = torch.empty((R, R), dtype=torch.long, device=rows.device)
+    place[first, second] = place[second, first] = torch.arange(len(first), device=rows.device)
+    return sums[..., place]
+
+
+def _summed(products: Tensor, w: Tensor) -> Tensor:
+    """``(*ones, n, J, D) -> (*b, n, J)`` with each of the weights ``(*b, D)``."""
+    sums = products.reshape(products.shape[-3:]) @ w.flatten(0, -2).mT
+    batch = torch.broadcast_shapes(products.shape[:-3], w.shape[:-1])
+    return sums.movedim(-1, 0).reshape(*batch, *sums.shape[:-1])
 
 
 def _through(products: Tensor, w: Tensor, own: int) -> Tensor:

@@ -33,11 +33,9 @@ class Predictor(ABC):
 
     response: Response
 
+    @abstractmethod
     def __call__(self, x: Any, request: Request) -> Answer:
         """See `PosteriorPredictive.__call__`."""
-        if self.response.likelihood.has_link:
-            return self._expected_link(x, request)
-        return self._moments(x, request)
 
     @abstractmethod
     def functional_samples(
@@ -58,14 +56,6 @@ class Predictor(ABC):
     @abstractmethod
     def predict(self, x: Any, request: Request) -> Prediction:
         """See `PosteriorPredictive.predict`."""
-
-    @abstractmethod
-    def _expected_link(self, x: Any, request: Request) -> Tensor:
-        """The mean of the link, in the shape of the outputs."""
-
-    @abstractmethod
-    def _moments(self, x: Any, request: Request) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of what the outputs stand for, or its variance."""
 
 
 @dataclass(frozen=True)
@@ -106,35 +96,54 @@ class GaussianPredictor(Predictor):
             mean = self.response.expected_link(request.link_approx, f, spread)
         return Prediction(self.response, mean, f, V, outputs)
 
-    def _expected_link(self, x: Any, request: Request) -> Tensor:
-        if request.link_approx == "mc":
-            if request.diagonal_output:
-                f, variance = self.predictive.mean_and_variance(x)
-                V = torch.diag_embed(variance)
-            else:
-                f, V = self.predictive.mean_and_covariance(x)
-            return self.response.values(draw(f, V, request.n_samples, request.generator)).mean(0)
-        if self.response.needs_covariance(request.link_approx):
-            return self.response.expected_link(request.link_approx, *self.predictive.mean_and_covariance(x))
-        return self.response.expected_link(request.link_approx, *self.predictive.mean_and_variance(x))
-
-    def _moments(self, x: Any, request: Request) -> tuple[Tensor, Tensor]:
-        if self.response.likelihood.is_linear and request.diagonal_output:
-            f, variance = self.predictive.mean_and_variance(x)
-            if request.observation_noise:
-                variance = variance + self.response.noise_covariance(f, None).diagonal()
-            return f, variance
+    def __call__(self, x: Any, request: Request) -> Answer:
+        """See `Predictor.__call__`."""
         if request.joint:
             return self._joint(x, request.observation_noise)
-        f, V = self.predictive.mean_and_covariance(x)
-        mean, covariance = self.response.moments(f, V)
-        if request.observation_noise:
-            covariance = covariance + self.response.noise_covariance(f, V)
-        return mean, covariance.diagonal(dim1=-2, dim2=-1) if request.diagonal_output else covariance
+        if needs_covariance(self.response, request):
+            return answer(self.response, request, *self.predictive.mean_and_covariance(x))
+        return answer(self.response, request, *self.predictive.mean_and_variance(x))
 
     def _joint(self, x: Any, observation_noise: bool) -> tuple[Float[Tensor, " NC"], Float[Tensor, "NC NC"]]:
         mean, covariance = self.predictive.joint(x)
         return mean, covariance + _repeated(self.response, mean) if observation_noise else covariance
+
+
+def needs_covariance(response: Response, request: Request) -> bool:
+    """Whether `answer` takes covariances of the outputs; else it takes their variances."""
+    if not response.likelihood.has_link:
+        return not (response.likelihood.is_linear and request.diagonal_output)
+    if request.link_approx == "mc":
+        return not request.diagonal_output
+    return response.needs_covariance(request.link_approx)
+
+
+def answer(
+    response: Response,
+    request: Request,
+    mean: Float[Tensor, "N C"],
+    spread: Float[Tensor, "N C"] | Float[Tensor, "N C C"],
+) -> Answer:
+    """What Gaussian outputs say to a request that is not joint.
+
+    Args:
+        response: what outputs mean.
+        request: checked.
+        mean: of the outputs.
+        spread: their covariances, or variances; see `needs_covariance`.
+    """
+    if response.likelihood.has_link:
+        if request.link_approx != "mc":
+            return response.expected_link(request.link_approx, mean, spread)
+        V = torch.diag_embed(spread) if request.diagonal_output else spread
+        return response.values(draw(mean, V, request.n_samples, request.generator)).mean(0)
+    if not needs_covariance(response, request):
+        noise = response.noise_covariance(mean, None).diagonal() if request.observation_noise else 0.0
+        return mean, spread + noise
+    values, covariance = response.moments(mean, spread)
+    if request.observation_noise:
+        covariance = covariance + response.noise_covariance(mean, spread)
+    return values, covariance.diagonal(dim1=-2, dim2=-1) if request.diagonal_output else covariance
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,12 @@ class SampledPredictor(Predictor):
 
     response: Response
     weights: WeightSpace
+
+    def __call__(self, x: Any, request: Request) -> Answer:
+        """See `Predictor.__call__`."""
+        if self.response.likelihood.has_link:
+            return self._expected_link(x, request)
+        return self._moments(x, request)
 
     def functional_samples(
         self, x: Any, n_samples: int, generator: torch.Generator | None
