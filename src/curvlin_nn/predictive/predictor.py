@@ -70,6 +70,14 @@ class GaussianPredictor(Predictor):
     response: Response
     predictive: OutputGaussian
 
+    def __call__(self, x: Any, request: Request) -> Answer:
+        """See `Predictor.__call__`."""
+        if request.joint:
+            return self._joint(x, request.observation_noise)
+        if needs_covariance(self.response, request):
+            return answer(self.response, request, *self.predictive.mean_and_covariance(x))
+        return answer(self.response, request, *self.predictive.mean_and_variance(x))
+
     def functional_samples(
         self, x: Any, n_samples: int, generator: torch.Generator | None
     ) -> Float[Tensor, "S N C"]:
@@ -95,14 +103,6 @@ class GaussianPredictor(Predictor):
             spread = V if wide else V.diagonal(dim1=-2, dim2=-1)
             mean = self.response.expected_link(request.link_approx, f, spread)
         return Prediction(self.response, mean, f, V, outputs)
-
-    def __call__(self, x: Any, request: Request) -> Answer:
-        """See `Predictor.__call__`."""
-        if request.joint:
-            return self._joint(x, request.observation_noise)
-        if needs_covariance(self.response, request):
-            return answer(self.response, request, *self.predictive.mean_and_covariance(x))
-        return answer(self.response, request, *self.predictive.mean_and_variance(x))
 
     def _joint(self, x: Any, observation_noise: bool) -> tuple[Float[Tensor, " NC"], Float[Tensor, "NC NC"]]:
         mean, covariance = self.predictive.joint(x)
