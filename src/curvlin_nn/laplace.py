@@ -308,6 +308,7 @@ class Laplace(PosteriorPredictive):
         begin = time.perf_counter()
         if not override and self._fitted is not None:
             self._check_unchanged()
+            self._fitted.accumulated.check_mergeable()
         if checkpoint is not None and self._hessian is not None and self._hessian[0] == "lowrank":
             raise UnsupportedError(
                 "checkpoint is not supported for hessian_structure='lowrank' of a Hessian, whose passes sum nothing; "

@@ -76,7 +76,8 @@ class Graph:
     @property
     def columns_at_once(self) -> int:
         """How many columns' gradients stay in cache: more gain nothing, and are written to memory and read back."""
-        return max(1, COLUMN_BUDGET // max((use.shape.numel() for use in self.uses), default=1))
+        largest = max((use.shape.numel() for use in self.uses), default=0)
+        return max(1, COLUMN_BUDGET // max(1, largest))  # a layer may have seen nothing: an expert without samples
 
     def gradients(
         self, columns: Float[Tensor, "V N C"], *, differentiable: bool = False

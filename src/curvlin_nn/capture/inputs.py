@@ -42,7 +42,8 @@ def _outline(batch: Any) -> str:
     """What a batch is, with the names in a mapping: one of them may be the one that was meant."""
     if not isinstance(batch, Mapping):
         return type(batch).__name__
-    return f"{type(batch).__name__} with {', '.join(map(str, batch))}; name the targets with dict_key_y"
+    keys = ", ".join(map(str, batch))
+    return f"{type(batch).__name__} with {keys}; say how the targets are called with dict_key_y, or rename them"
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
