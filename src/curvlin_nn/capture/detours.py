@@ -5,12 +5,14 @@
     attention           by kernels whose gradients have none; its matrix products have
     recurrent layers    in cuDNN, which has no backward pass in evaluation mode
     checkpoints         run again in the backward pass, when the model is no longer as it was in the forward pass
+    compiled code       of `torch.compile`, which would be compiled anew for every way that a capture runs the model in
 
 The flags and functions are torch's own, for the whole process, and are put back.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +77,16 @@ def checkpoints_run_directly() -> Iterator[None]:
         yield
     finally:
         module.CheckpointFunction, module._checkpoint_without_reentrant_generator = kept  # type: ignore[misc]
+
+
+@contextmanager
+def compiled_code_as_written() -> Iterator[None]:
+    """What `torch.compile` made runs as the Python code that it was made of inside."""
+    if "torch._dynamo" not in sys.modules:  # which takes a second to import: nothing was compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from curvlin_nn.capture.detours import (
     attention_unfused,
     checkpoints_run_directly,
+    compiled_code_as_written,
     recurrent_layers_without_cudnn,
 )
 from curvlin_nn.capture.inputs import arguments, dtypes_of, map_tensors, outputs_of, tensors_of
@@ -56,6 +57,7 @@ def capturing(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
         attention_unfused(),
         recurrent_layers_without_cudnn(model),
         checkpoints_run_directly(),
+        compiled_code_as_written(),
         gradients_required(parameters),
         random_state_kept(device_of(model)),
     ):
