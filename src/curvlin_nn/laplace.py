@@ -31,7 +31,7 @@ from curvlin_nn.errors import (
     UnsupportedError,
     one_of,
 )
-from curvlin_nn.evidence import Evidence
+from curvlin_nn.evidence import Evidence, prior_not_lost
 from curvlin_nn.evidence_bound import left_out_curvature
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_posterior import FeatureSpace
@@ -405,13 +405,19 @@ class Laplace(PosteriorPredictive):
     @property
     @outside_inference_mode()
     def posterior_precision(self) -> PrecisionOperator:
-        """``P = H / (sigma^2 T) + P0``, factored; made once for each choice of hyperparameters."""
+        """``P = H / (sigma^2 T) + P0``, factored; made once for each choice of hyperparameters.
+
+        Raises:
+            NotFittedError: before `fit`.
+            LostPriorError: if a small prior precision is lost in the rounding of H, and P is not positive definite.
+        """
         tensors = [t for t in (self._prior_precision, self._sigma_noise) if isinstance(t, Tensor)]
         versions = tuple(t._version for t in tensors)
         if self._posterior is None or self._posterior[0] != versions:
             prior = self._prior(self._prior_precision)
             P = self._fit.curvature.posterior(prior, self._sigma_noise.detach(), self._temperature)
-            self._posterior = versions, P.detach().factor(self._fit.mean.dtype)
+            with prior_not_lost():
+                self._posterior = versions, P.detach().factor(self._fit.mean.dtype)
         return self._posterior[1]
 
     @property
@@ -698,7 +704,7 @@ class Laplace(PosteriorPredictive):
             DataError: if the held-out data cannot be used, or have no finite score.
             NoFiniteOptimumError: if there is none; it says why.
             ConvergenceError: if `max_steps` do not suffice.
-            NotPositiveDefiniteError: if the prior precision at the maximum is lost in the rounding of the
+            LostPriorError: if the prior precision at the maximum is lost in the rounding of the
                 curvature.
         """
         arguments.refuse(unknown, self.optimize_prior_precision, arguments.SEARCH)
@@ -764,7 +770,7 @@ class Laplace(PosteriorPredictive):
 
         Raises:
             NotFittedError: before `fit`.
-            NotPositiveDefiniteError: if the prior is lost in the rounding of the curvature.
+            LostPriorError: if the prior is lost in the rounding of the curvature.
         """
         fit, prior, noise = self._fit, self._prior(self._prior_precision), self._sigma_noise.detach()
         with torch.no_grad():

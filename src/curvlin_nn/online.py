@@ -92,7 +92,8 @@ def marglik_training(
 
     Args:
         model: the network, which is trained in place; parameters that require a gradient take part.
-        train_loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`; gone through once to be counted, and for each epoch and update.
+        train_loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`; gone through
+            once to be counted, and for each epoch and update.
         likelihood: as in `Laplace`.
         hessian_structure: as in `Laplace`; over all weights.
         optimizer_cls: of the parameters.

@@ -413,7 +413,7 @@ def test_structures_that_do_not_merge_have_two_folds_and_no_more(structure):
     la = fitted(p, structure)
     seen = []
     p.model[0].register_forward_pre_hook(lambda *_: seen.append(1))
-    with pytest.raises(UnsupportedError, match="n_folds=5 adds .*; take n_folds=2"):
+    with pytest.raises(UnsupportedError, match=r"n_folds=5 adds .*; take n_folds=2"):
         la.optimize_prior_precision("cv", train_loader=p.batches())
     with pytest.raises(UnsupportedError, match="cannot"):
         la.fit(p.batches(), override=False)

@@ -425,7 +425,8 @@ def test_compiled_code_runs_as_written_and_is_compiled_for_its_caller_only(make)
     draws = {"pred_type": "nn", "n_samples": 3}
     for options in ({}, draws):
         found, by_hand = (
-            posterior(x, generator=torch.Generator().manual_seed(1), **options) for posterior in (la, expected)
+            posterior(x, generator=torch.Generator().manual_seed(1), **options)
+            for posterior in (la, expected)
         )
         torch.testing.assert_close(found, by_hand, rtol=1e-10, atol=1e-14)
     fm = FMGP(model, "classification", n_inducing=3, generator=torch.Generator().manual_seed(0))

@@ -77,7 +77,9 @@ class Graph:
     def columns_at_once(self) -> int:
         """How many columns' gradients stay in cache: more gain nothing, and are written to memory and read back."""
         largest = max((use.shape.numel() for use in self.uses), default=0)
-        return max(1, COLUMN_BUDGET // max(1, largest))  # a layer may have seen nothing: an expert without samples
+        return max(
+            1, COLUMN_BUDGET // max(1, largest)
+        )  # a layer may have seen nothing: an expert without samples
 
     def gradients(
         self, columns: Float[Tensor, "V N C"], *, differentiable: bool = False

@@ -43,7 +43,9 @@ def _outline(batch: Any) -> str:
     if not isinstance(batch, Mapping):
         return type(batch).__name__
     keys = ", ".join(map(str, batch))
-    return f"{type(batch).__name__} with {keys}; say how the targets are called with dict_key_y, or rename them"
+    return (
+        f"{type(batch).__name__} with {keys}; say how the targets are called with dict_key_y, or rename them"
+    )
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
