@@ -303,6 +303,12 @@ def test_nothing_is_kept_from_inference_mode():
             r"batch 0 must be a pair \(inputs, targets\) with targets a tensor",
         ),
         ([{"x": torch.zeros(3, 4), "y": torch.zeros(3)}], "batch 0 must be a pair .*, found dict"),
+        ([(torch.zeros(3, 4).numpy(), torch.zeros(3).numpy())], "found tuple of ndarray, ndarray"),
+        (
+            TensorDataset(torch.zeros(3, 4), torch.zeros(3).long()),
+            "targets of batch 0 .*, found a single number; give",
+        ),
+        ([{"x": torch.zeros(4), "labels": torch.tensor(1)}], "targets of batch 0 .* DataLoader"),
     ],
 )
 def test_loaders_that_yield_no_pairs_are_refused(loader, message):
@@ -391,6 +397,11 @@ def test_what_a_model_caches_is_as_it_was_and_out_of_date_in_no_batch():
 def test_parameters_that_no_input_has_given_a_shape_are_refused_by_name():
     with pytest.raises(UnsupportedError, match=r"parameter 'weight' is uninitialized.* call the model once"):
         curvature(nn.LazyLinear(2), "regression", [(torch.randn(3, 2), torch.randn(3, 2))])
+
+
+def test_parameters_without_values_are_refused_by_name():
+    with pytest.raises(UnsupportedError, match=r"parameter 'weight' is on the device 'meta'.*to_empty"):
+        curvature(nn.Linear(2, 2, device="meta"), "regression", [(torch.randn(3, 2), torch.randn(3, 2))])
 
 
 class Plain(nn.Module):
