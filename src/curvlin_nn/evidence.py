@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin.errors import NotPositiveDefiniteError
+from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.curvature import State
 from curvlin_nn.damping import DampedCurvature
@@ -67,11 +67,23 @@ class Curvature:
     def posterior(
         self, prior: Prior, sigma_noise: Float[Tensor, "*C"], temperature: float | Tensor
     ) -> PrecisionOperator:
-        """P, not factored, float64."""
+        """P, not factored, float64.
+
+        Raises:
+            NotClosedError: if H and the prior have no sum in closed form.
+        """
         if self.damped is not None:
             return self.damped.precision(prior, curvature_scale(sigma_noise, temperature))
         H = self.scaled(sigma_noise, temperature)
-        return H + prior.operator(H)
+        P0 = prior.operator(H)
+        try:
+            return H + P0
+        except NotClosedError as error:
+            raise NotClosedError(
+                f"prior_precision, a {type(P0).__name__} here, does not add in closed form to the curvature, a "
+                f"{type(H).__name__}, expected one number for each of its blocks; take prior_projection='kronecker' or "
+                "'isotropic', or hessian_structure='full' or 'diag'"
+            ) from error
 
     def scaled(self, sigma_noise: Float[Tensor, "*C"], temperature: float | Tensor) -> PrecisionOperator:
         """``H / (sigma^2 T)``, or ``sum_c H_c / (sigma_c^2 T)``, float64."""
