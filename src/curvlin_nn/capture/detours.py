@@ -5,6 +5,7 @@
     attention           by kernels whose gradients have none; its matrix products have
     recurrent layers    in cuDNN, which has no backward pass in evaluation mode
     checkpoints         run again in the backward pass, when the model is no longer as it was in the forward pass
+    instance norms      of one sample, whose backward pass misreads a gradient in another order of memory
     compiled code       of `torch.compile`, which would be compiled anew for every way that a capture runs the model in
 
 The flags and functions are torch's own, for the whole process, and are put back.
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -95,6 +96,20 @@ def loops_of_vmap_unannounced() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
         yield
+
+
+INSTANCE_NORMS = (F.instance_norm, torch.instance_norm)
+"""The functions whose results `apart` is for."""
+
+
+def apart(output: Tensor) -> Tensor:
+    """The result of an instance normalisation, to which gradients come in the order of memory that it has.
+
+    Of one picture, and a gradient with channels last, torch's backward pass takes entries of other channels (seen in
+    2.13 on a CPU). A view through a flat tensor orders the gradient; the copy is no view itself, so that an activation
+    that works in place leaves the result's place in the graph.
+    """
+    return output.flatten().view_as(output).clone()
 
 
 class _Direct:

@@ -104,7 +104,9 @@ class Graph:
         if found is None:
             found = self._one_by_one(columns, edges, differentiable)
         return [
-            columns.new_zeros(len(columns), *use.shape) if gradient is None else gradient
+            columns.new_zeros(len(columns), *use.shape)
+            if gradient is None
+            else gradient.reshape(len(columns), *use.shape)  # as at what the output is a view of
             for use, gradient in zip(self.uses, found, strict=True)
         ]
 

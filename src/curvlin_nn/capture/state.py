@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from curvlin_nn.capture.detours import (
+    INSTANCE_NORMS,
+    apart,
     attention_unfused,
     checkpoints_run_directly,
     compiled_code_as_written,
@@ -53,7 +55,7 @@ def capturing(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
         evaluation_mode(model),
         attributes_kept(model),
         module_hooks_suspended(model),
-        TensorHooksSuspended(),
+        FunctionsForCaptures(),
         attention_unfused(),
         recurrent_layers_without_cudnn(model),
         checkpoints_run_directly(),
@@ -116,8 +118,12 @@ def module_hooks_suspended(model: nn.Module) -> Iterator[None]:
             registry.update(hooks)
 
 
-class TensorHooksSuspended(TorchFunctionMode):
-    """While active, `Tensor.register_hook` does nothing: what a forward pass attaches would act on a capture."""
+class FunctionsForCaptures(TorchFunctionMode):
+    """While active, two of torch's functions do what they would but for a capture, or should.
+
+    `Tensor.register_hook` does nothing: what a forward pass attaches would act on a capture. `instance_norm` returns a
+    tensor of its own; see `detours.apart`.
+    """
 
     def __torch_function__(
         self,
@@ -128,7 +134,8 @@ class TensorHooksSuspended(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.register_hook:
             return RemovableHandle(OrderedDict())
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        return apart(output) if func in INSTANCE_NORMS else output
 
 
 @contextmanager
