@@ -138,11 +138,6 @@ def check_model(model: object) -> None:
             raise UnsupportedError(
                 f"parameter {name!r} is uninitialized, expected one with a shape; call the model once on an input"
             )
-        if p.is_meta:
-            raise UnsupportedError(
-                f"parameter {name!r} is on the device 'meta', which holds no values, expected one with values; call "
-                "model.to_empty(device=...) and load them"
-            )
         if p.is_inference():
             raise UnsupportedError(
                 f"parameter {name!r} was made in torch.inference_mode, expected an ordinary one; make the model "

@@ -31,14 +31,21 @@ def device_of(model: nn.Module) -> torch.device:
     """Where the model's parameters are.
 
     Raises:
-        UnsupportedError: if it is no model that can be run, has no parameters, or has them on several devices.
+        UnsupportedError: if it is no model that can be run, has no parameters, or has them on several devices or
+            without values.
     """
     check_model(model)
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1:
         found = ", ".join(sorted(map(str, devices))) or "no parameter"
         raise UnsupportedError(f"the model must have parameters, all on one device, found {found}")
-    return devices.pop()
+    (device,) = devices
+    if device.type == "meta":
+        raise UnsupportedError(
+            "the model is on the device 'meta', which holds no values, expected one that does; call "
+            "model.to_empty(device='cpu') and load its parameters"
+        )
+    return device
 
 
 @contextmanager
