@@ -593,3 +593,11 @@ def test_an_activation_in_place_leaves_a_layer_its_rule(name, n):
     layer, shape = VIEWS[name]
     model = Net(lambda net, x: torch.tanh(F.leaky_relu_(net.layer(x), 0.1).flatten(1)[:, :3]), layer=layer)
     assert_served(model, torch.randn(n, *shape, generator=torch.Generator().manual_seed(1)).double())
+
+
+def test_a_group_norm_of_channels_last_is_served_without_the_layers_before_it():
+    """Torch's own backward pass ends the process there; the oracle has the usual order of memory."""
+    x = torch.randn(3, 4, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    model = pooled(nn.GroupNorm(2, 4))
+    _, features = feature_maps.JacobianMap(model)(x.contiguous(memory_format=torch.channels_last))
+    assert_close(features.to_dense(), jacobian(model, x))

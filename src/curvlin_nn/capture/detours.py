@@ -6,6 +6,7 @@
     recurrent layers    in cuDNN, which has no backward pass in evaluation mode
     checkpoints         run again in the backward pass, when the model is no longer as it was in the forward pass
     instance norms      of one sample, whose backward pass misreads a gradient in another order of memory
+    group norms         of channels last, whose backward pass may end the process
     compiled code       of `torch.compile`, which would be compiled anew for every way that a capture runs the model in
 
 The flags and functions are torch's own, for the whole process, and are put back.
@@ -110,6 +111,21 @@ def apart(output: Tensor) -> Tensor:
     that works in place leaves the result's place in the graph.
     """
     return output.flatten().view_as(output).clone()
+
+
+GROUP_NORMS = (F.group_norm, torch.group_norm)
+"""The functions whose arguments `contiguous_first` is for."""
+
+
+def contiguous_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a group normalisation, with its input in the usual order of memory.
+
+    With channels last, and an input that requires no gradient, torch's backward pass ends the process (seen in 2.13 on
+    a CPU).
+    """
+    if args:
+        return (args[0].contiguous(), *args[1:]), kwargs
+    return args, kwargs | {"input": kwargs["input"].contiguous()}
 
 
 class _Direct:

@@ -15,11 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from curvlin_nn.capture.detours import (
+    GROUP_NORMS,
     INSTANCE_NORMS,
     apart,
     attention_unfused,
     checkpoints_run_directly,
     compiled_code_as_written,
+    contiguous_first,
     recurrent_layers_without_cudnn,
 )
 from curvlin_nn.capture.inputs import arguments, dtypes_of, map_tensors, outputs_of, tensors_of
@@ -126,10 +128,10 @@ def module_hooks_suspended(model: nn.Module) -> Iterator[None]:
 
 
 class FunctionsForCaptures(TorchFunctionMode):
-    """While active, two of torch's functions do what they would but for a capture, or should.
+    """While active, some of torch's functions do what a capture needs.
 
     `Tensor.register_hook` does nothing: what a forward pass attaches would act on a capture. `instance_norm` returns a
-    tensor of its own; see `detours.apart`.
+    tensor of its own, and `group_norm` takes one in the usual order of memory; see `detours`.
     """
 
     def __torch_function__(
@@ -141,7 +143,10 @@ class FunctionsForCaptures(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.register_hook:
             return RemovableHandle(OrderedDict())
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in GROUP_NORMS:
+            args, kwargs = contiguous_first(args, kwargs)
+        output = func(*args, **kwargs)
         return apart(output) if func in INSTANCE_NORMS else output
 
 
