@@ -39,6 +39,9 @@ from curvlin_nn.subnetwork_structure import SubnetworkStructure
 class State(Protocol):
     """What is kept of data: a sum that merges with the sum over other data."""
 
+    def check_merge(self, other: Any) -> None:
+        """Whether `merge` would add `other`."""
+
     def merge(self, other: Any) -> None:
         """Add the sum over other data."""
 
@@ -136,6 +139,15 @@ class Accumulated:
             mine.merge(theirs)
         n_data, statistics = self.n_data + other.n_data, self.statistics + other.statistics
         return replace(self, n_data=n_data, statistics=statistics)
+
+    def check_mergeable(self) -> None:
+        """Whether these sums merge with others like them, asked before passes over data are made for those.
+
+        Raises:
+            UnsupportedError: if they do not.
+        """
+        for state in self.states:
+            state.check_merge(state)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums as tensors and plain values; the recorder is made again."""

@@ -11,6 +11,7 @@ __all__ = [
     "CouplingError",
     "DataError",
     "IndefiniteHessianError",
+    "LostPriorError",
     "ModifiedInputError",
     "NoFiniteOptimumError",
     "NotFittedError",
@@ -94,6 +95,23 @@ class IndefiniteHessianError(NotPositiveDefiniteError):
         self.args = (
             f"{where} is not positive semidefinite: found a least eigenvalue of {value:.3e}, expected >= 0; train "
             "further, take kind='ggn', or name what to do with indefinite='clip' or 'abs'",
+        )
+
+
+class LostPriorError(NotPositiveDefiniteError):
+    """A prior precision below the rounding of the curvature that it is added to, so that their sum is singular.
+
+    Attributes:
+        where: which operator or block is.
+        value: its least eigenvalue or pivot.
+    """
+
+    def __init__(self, where: str, value: float, suggested_damping: float | None = None) -> None:
+        super().__init__(where, value, suggested_damping)
+        self.args = (
+            f"{where} is not positive definite in float64: found eigenvalue or pivot {value:.3e}, expected one above "
+            "the rounding of the curvature; raise prior_precision, or take hessian_structure='gp' or 'diag', which "
+            "add it to no dense matrix",
         )
 
 

@@ -12,6 +12,8 @@ On the coordinates of a feature map it may count what the features leave out, an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,10 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin import NotPositiveDefiniteError
+from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn.curvature import State
 from curvlin_nn.damping import DampedCurvature
+from curvlin_nn.errors import LostPriorError
 from curvlin_nn.grouped_eigenvalues import GroupedEigenvalues
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
@@ -64,11 +67,23 @@ class Curvature:
     def posterior(
         self, prior: Prior, sigma_noise: Float[Tensor, "*C"], temperature: float | Tensor
     ) -> PrecisionOperator:
-        """P, not factored, float64."""
+        """P, not factored, float64.
+
+        Raises:
+            NotClosedError: if H and the prior have no sum in closed form.
+        """
         if self.damped is not None:
             return self.damped.precision(prior, curvature_scale(sigma_noise, temperature))
         H = self.scaled(sigma_noise, temperature)
-        return H + prior.operator(H)
+        P0 = prior.operator(H)
+        try:
+            return H + P0
+        except NotClosedError as error:
+            raise NotClosedError(
+                f"prior_precision, a {type(P0).__name__} here, does not add in closed form to the curvature, a "
+                f"{type(H).__name__}, expected one number for each of its blocks; take prior_projection='kronecker' or "
+                "'isotropic', or hessian_structure='full' or 'diag'"
+            ) from error
 
     def scaled(self, sigma_noise: Float[Tensor, "*C"], temperature: float | Tensor) -> PrecisionOperator:
         """``H / (sigma^2 T)``, or ``sum_c H_c / (sigma_c^2 T)``, float64."""
@@ -91,6 +106,19 @@ class Curvature:
         if self.spectrum is None or self.damped is not None:
             return None
         return GroupedEigenvalues.of(self.spectrum, torch.zeros_like(self.spectrum.block), n_groups=1)
+
+
+@contextmanager
+def prior_not_lost() -> Iterator[None]:
+    """Where a sum of H, which is positive semidefinite, and a prior is factored.
+
+    Raises:
+        LostPriorError: if it is not positive definite.
+    """
+    try:
+        yield
+    except NotPositiveDefiniteError as error:
+        raise LostPriorError(f"the posterior precision ({error.where})", error.value) from error
 
 
 def curvature_scale(sigma_noise: Float[Tensor, "*C"], temperature: float | Tensor) -> Float[Tensor, "*C"]:
@@ -121,7 +149,7 @@ class Evidence:
         """log Z in nats, float64, differentiable in the prior precision and mean, the noise and the temperature.
 
         Raises:
-            NotPositiveDefiniteError: if the prior is lost in the rounding of H; predictions then raise as well.
+            LostPriorError: if the prior is lost in the rounding of H, beside which its eigenvalues are found.
         """
         known = None if sigma_noise.ndim else self.relevant_spectrum(prior)
         if known is not None and isinstance(prior, GroupedPrior):
@@ -131,7 +159,7 @@ class Evidence:
                 first = known.eigenvalues.reshape(-1, len(known.block))[0, some]
                 eigenvalues = scale * first + prior.precision[prior.groups[some]]
                 if bool((lost := eigenvalues <= scale * known.floor[some]).any()):
-                    raise NotPositiveDefiniteError("the posterior precision", float(eigenvalues[lost].min()))
+                    raise LostPriorError("the posterior precision", float(eigenvalues[lost].min()))
         return self.value(prior, sigma_noise)
 
     def value(self, prior: Prior, sigma_noise: Float[Tensor, "*C"]) -> Float[Tensor, ""]:
@@ -170,4 +198,7 @@ class Evidence:
             known, scale = self.relevant_spectrum(prior), self.scale(sigma_noise)
             if known is not None:
                 return torch.log1p(known.ratios(scale, prior.by_coordinate)).sum()
-        return self.curvature.posterior(prior, sigma_noise, self.temperature).logdet() - prior.logdet()
+        P = self.curvature.posterior(prior, sigma_noise, self.temperature)
+        with prior_not_lost():
+            logdet = P.logdet()
+        return logdet - prior.logdet()

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlin._check import positive_integer
-from curvlin_nn.batches import batches
+from curvlin_nn.batches import Labelled, batches
 from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.capture.state import device_of, random_state, random_state_kept, set_random_state
 from curvlin_nn.curvature import Accumulated
@@ -254,18 +254,21 @@ class _Linearised(_Part):
             yield answer(response, self.request, piece.outputs, spread)
 
 
-def held_out_data(la: Laplace, loader: Iterable[Any] | None, name: str) -> list[tuple[Any, Tensor]]:
+def held_out_data(la: Laplace, loader: Iterable[Any] | None, method: str) -> list[tuple[Any, Tensor]]:
     """The batches, kept: every precision is scored on the same data.
 
     Raises:
         UnsupportedError: if there is no loader.
         DataError: if it yields nothing.
     """
+    name = "train_loader" if method == "cv" else "val_loader"
     if loader is None:
-        raise UnsupportedError(f"this method needs {name}, batches (inputs, targets); found None")
+        raise UnsupportedError(
+            f"method={method!r} needs {name}, batches (inputs, targets) or mappings; found None"
+        )
     device = device_of(la.model)
     with random_state_kept(device):
-        data = list(batches(loader, device))
+        data = list(batches(Labelled(loader, la.dict_key_y), device))
     if not data:
         raise DataError(f"{name} yielded no batch, expected at least one (inputs, targets)")
     return data
@@ -285,6 +288,14 @@ def folds(la: Laplace, data: Sequence[tuple[Any, Tensor]], n_folds: int) -> list
         raise UnsupportedError("method='cv' is not served for curvature='hessian'; use curvature='ggn'")
     if positive_integer("n_folds", n_folds) < 2:
         raise ValueError(f"n_folds must be at least 2, found {n_folds}")
+    if n_folds > 2:
+        try:
+            la._fit.accumulated.check_mergeable()
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"method='cv' with n_folds={n_folds} adds the sums over several folds, and those of this "
+                "hessian_structure do not add, expected one whose do; take n_folds=2, or 'kron'"
+            ) from error
     dealt: list[list[tuple[Any, Tensor]]] = [[] for _ in range(n_folds)]
     seen = 0
     for x, targets in data:
@@ -339,7 +350,7 @@ def search(
         DataError: for data that cannot be used.
     """
     la._check_unchanged()
-    data = held_out_data(la, loader, "train_loader" if method == "cv" else "val_loader")
+    data = held_out_data(la, loader, method)
     pairs = folds(la, data, n_folds) if method == "cv" else [(la, data)]
     held_out = HeldOut(pairs, scoring, progress_bar and method != "brent")
     return by_brent(held_out, grid, tolerance) if method == "brent" else by_grid(held_out, grid)

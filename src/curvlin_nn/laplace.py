@@ -23,7 +23,7 @@ from curvlin_nn.curvature import Accumulated
 from curvlin_nn.curvature_choice import curvature_choice
 from curvlin_nn.data_subset import random_subset
 from curvlin_nn.errors import NoFiniteOptimumError, NotFittedError, UnsupportedError, one_of
-from curvlin_nn.evidence import Evidence
+from curvlin_nn.evidence import Evidence, prior_not_lost
 from curvlin_nn.evidence_bound import left_out_curvature
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_posterior import FeatureSpace
@@ -282,6 +282,7 @@ class Laplace(PosteriorPredictive):
         begin = time.perf_counter()
         if not override and self._fitted is not None:
             self._check_unchanged()
+            self._fitted.accumulated.check_mergeable()
         train_loader = Labelled(train_loader, self.dict_key_y)
         file = None if checkpoint is None else Checkpoint(checkpoint, every, stored.summed_choices_of(self))
         if self.n_subset is not None:
@@ -364,13 +365,19 @@ class Laplace(PosteriorPredictive):
     @property
     @outside_inference_mode()
     def posterior_precision(self) -> PrecisionOperator:
-        """``P = H / (sigma^2 T) + P0``, factored; made once for each choice of hyperparameters."""
+        """``P = H / (sigma^2 T) + P0``, factored; made once for each choice of hyperparameters.
+
+        Raises:
+            NotFittedError: before `fit`.
+            LostPriorError: if a small prior precision is lost in the rounding of H, and P is not positive definite.
+        """
         tensors = [t for t in (self._prior_precision, self._sigma_noise) if isinstance(t, Tensor)]
         versions = tuple(t._version for t in tensors)
         if self._posterior is None or self._posterior[0] != versions:
             prior = self._prior(self._prior_precision)
             P = self._fit.curvature.posterior(prior, self._sigma_noise.detach(), self._temperature)
-            self._posterior = versions, P.detach().factor(self._fit.mean.dtype)
+            with prior_not_lost():
+                self._posterior = versions, P.detach().factor(self._fit.mean.dtype)
         return self._posterior[1]
 
     @property
@@ -657,7 +664,7 @@ class Laplace(PosteriorPredictive):
             DataError: if the held-out data cannot be used, or have no finite score.
             NoFiniteOptimumError: if there is none; it says why.
             ConvergenceError: if `max_steps` do not suffice.
-            NotPositiveDefiniteError: if the prior precision at the maximum is lost in the rounding of the
+            LostPriorError: if the prior precision at the maximum is lost in the rounding of the
                 curvature.
         """
         arguments.refuse(unknown, self.optimize_prior_precision, arguments.SEARCH)
@@ -723,7 +730,7 @@ class Laplace(PosteriorPredictive):
 
         Raises:
             NotFittedError: before `fit`.
-            NotPositiveDefiniteError: if the prior is lost in the rounding of the curvature.
+            LostPriorError: if the prior is lost in the rounding of the curvature.
         """
         fit, prior, noise = self._fit, self._prior(self._prior_precision), self._sigma_noise.detach()
         with torch.no_grad():

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from curvlin._check import positive_integer
 from curvlin_nn import likelihoods
 from curvlin_nn._check import numbers
-from curvlin_nn.batches import batches
+from curvlin_nn.batches import Labelled, batches
 from curvlin_nn.capture.inputs import arguments, outputs_of
 from curvlin_nn.capture.state import device_of, prepared
 from curvlin_nn.errors import DataError, UnsupportedError
@@ -77,6 +77,7 @@ def marglik_training(
     sigma_noise_init: float = 1.0,
     temperature: float = 1.0,
     fix_sigma_noise: bool = False,
+    dict_key_y: str = "labels",
     progress_bar: bool = False,
 ) -> OnlineLaplace:
     """Train a network and its prior precisions (and noise), and keep what had the largest marginal likelihood.
@@ -91,7 +92,8 @@ def marglik_training(
 
     Args:
         model: the network, which is trained in place; parameters that require a gradient take part.
-        train_loader: batches ``(inputs, targets)``, gone through once to be counted, and for each epoch and update.
+        train_loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`; gone through
+            once to be counted, and for each epoch and update.
         likelihood: as in `Laplace`.
         hessian_structure: as in `Laplace`; over all weights.
         optimizer_cls: of the parameters.
@@ -109,6 +111,7 @@ def marglik_training(
         sigma_noise_init: the noise scale of the first epochs; regression only.
         temperature: T.
         fix_sigma_noise: whether the noise stays at `sigma_noise_init`.
+        dict_key_y: the name of the targets in loaders that yield mappings.
         progress_bar: whether to show one over the epochs.
 
     Returns:
@@ -127,6 +130,7 @@ def marglik_training(
     if (optimizer_kwargs or {}).get("weight_decay"):
         raise UnsupportedError("optimizer_kwargs sets a weight_decay, but the prior is one; leave it out")
     check_structure(prior_structure)
+    train_loader = Labelled(train_loader, dict_key_y)
     family = likelihoods.resolve(likelihood)
     space = ParameterSpace.of(model, "all")
     groups = group_of_coordinate(space, prior_structure).to(device_of(model))
@@ -148,6 +152,7 @@ def marglik_training(
             prior_structure=prior_structure,
             sigma_noise=at.sigma_noise,
             temperature=temperature,
+            dict_key_y=dict_key_y,
         )
         return la.fit(train_loader)
 

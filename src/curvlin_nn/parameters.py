@@ -23,8 +23,8 @@ Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 """``"all"``, names of parameters or modules, or a predicate of a parameter's name and value."""
 
 _EXPECTED = (
-    "expected 'all', 'last_layer', a list of names of parameters or modules, "
-    "or a predicate of name and parameter"
+    "expected 'all', 'last_layer', 'subnetwork', a list of names of parameters or modules, a predicate of name and "
+    "parameter, or a mask of curvlin_nn.subnetwork"
 )
 
 
@@ -45,7 +45,7 @@ class ParameterSpace:
         """The parameters of `model` that `select` chooses.
 
         Args:
-            model: any module; tied parameters count once, under their first name.
+            model: any module; tied parameters count once, under their first name, and those without entries do not.
             select: ``"all"`` (those that require a gradient), names of parameters or of modules (which stand
                 for everything below them), or a predicate ``(name, parameter) -> bool``.
 
@@ -55,7 +55,7 @@ class ParameterSpace:
         """
         check_model(model)
         chosen = _chosen(model, select)
-        parameters = {name: p for name, p in model.named_parameters() if name in chosen}
+        parameters = {name: p for name, p in model.named_parameters() if name in chosen and p.numel()}
         if not parameters:
             raise UnsupportedError(
                 "subset_of_weights chooses no parameter of the model; expected at least one "

@@ -145,7 +145,7 @@ def maximise(
             eigenvalues.
         NoFiniteOptimumError: if log Z increases without end towards zero or infinity in some hyperparameter.
         ConvergenceError: if `max_steps` do not suffice.
-        NotPositiveDefiniteError: if the prior precision at the maximum is lost in the rounding of the curvature.
+        LostPriorError: if the prior precision at the maximum is lost in the rounding of the curvature.
     """
     objective = _Objective.of(evidence, prior, optimize_noise)
     _check_optimum_exists(objective)

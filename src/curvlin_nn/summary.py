@@ -144,7 +144,7 @@ def summarise(
         fit_seconds: how long the fit took.
 
     Raises:
-        NotPositiveDefiniteError: if the prior is lost in the rounding of the curvature.
+        LostPriorError: if the prior is lost in the rounding of the curvature.
     """
     space, H = accumulated.space, evidence.curvature.total
     log_z = float(evidence.log_marginal_likelihood(prior, sigma_noise))

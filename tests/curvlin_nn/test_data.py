@@ -11,7 +11,7 @@ from networks import mlp
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from curvlin_nn import Laplace
+from curvlin_nn import Laplace, marglik_training, metrics
 from curvlin_nn.errors import DataError
 
 N = 12
@@ -165,6 +165,37 @@ def test_mappings_hold_their_targets_under_a_name(kind, make, key):
         torch.testing.assert_close(
             triples.curvature.to_dense(), la.curvature.to_dense(), rtol=1e-10, atol=1e-13
         )
+
+
+@pytest.mark.parametrize("method", ["gridsearch", "cv"])
+def test_every_loader_of_mappings_is_read_by_the_name_that_the_posterior_has(method):
+    torch.manual_seed(0)
+    model = Words().double()
+    ids, mask, labels = words()
+    named = [{"input_ids": ids, "attention_mask": mask, "target": labels}]
+    pairs = [(BatchEncoding({"input_ids": ids, "attention_mask": mask}), labels)]
+    la = Laplace(model, "classification", "all", "full", dict_key_y="target").fit(named)
+    expected = Laplace(model, "classification", "all", "full").fit(pairs)
+    loader = "val_loader" if method == "gridsearch" else "train_loader"
+    found = la.optimize_prior_precision(method, grid_size=3, **{loader: named})
+    best = expected.optimize_prior_precision(method, grid_size=3, **{loader: pairs})
+    torch.testing.assert_close(found.scores, best.scores, rtol=1e-12, atol=0)
+    assert metrics.evaluate(la, named) == metrics.evaluate(expected, pairs)
+    other = [{"input_ids": ids, "attention_mask": mask, "labels": labels}]
+    assert metrics.evaluate(la, other, dict_key_y="labels") == metrics.evaluate(expected, pairs)
+
+
+def test_training_by_the_evidence_reads_mappings_too():
+    ids, mask, labels = words()
+    found = []
+    for loader, options in (
+        ([{"input_ids": ids, "attention_mask": mask, "target": labels}], {"dict_key_y": "target"}),
+        ([(BatchEncoding({"input_ids": ids, "attention_mask": mask}), labels)], {}),
+    ):
+        torch.manual_seed(0)
+        found.append(marglik_training(Words().double(), loader, n_epochs=3, **options))
+    assert found[0].margliks == found[1].margliks
+    assert found[0].la.dict_key_y == "target"
 
 
 def test_a_mapping_without_targets_says_which_names_it_has():

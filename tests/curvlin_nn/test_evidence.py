@@ -10,9 +10,8 @@ from networks import Problem, problem
 from scipy.optimize import minimize
 from torch import nn
 
-from curvlin import NotPositiveDefiniteError
 from curvlin_nn import Laplace, grouped_eigenvalues, prior_search
-from curvlin_nn.errors import ConvergenceError, NoFiniteOptimumError, UnsupportedError
+from curvlin_nn.errors import ConvergenceError, LostPriorError, NoFiniteOptimumError, UnsupportedError
 
 STRUCTURES = ("full", "diag", "kron")
 
@@ -207,7 +206,7 @@ def test_evidence_and_predictions_refuse_a_prior_that_rounding_hides(structure, 
         la.prior_precision = torch.full((n_groups,), 1e-18).double()
         x = torch.zeros(1, 2, dtype=la.mean.dtype)
         for ask in (la.log_marginal_likelihood, lambda la=la, x=x: la(x)):
-            with pytest.raises(NotPositiveDefiniteError):
+            with pytest.raises(LostPriorError, match="rounding of the curvature; raise prior_precision"):
                 ask()
 
 

@@ -341,6 +341,20 @@ def test_samples_may_differ_in_what_they_use():
         assert_close(features(batch)[1].to_dense(), oracle(model, batch))
 
 
+def test_an_expert_may_have_no_sample_where_no_other_layer_is_served_by_a_rule():
+    def forward(net, x):
+        rows, out = (x[:, 0] > 0).nonzero().squeeze(1), net.mix[0] * x[:, :2].sin()
+        return out.index_add(0, rows, net.expert(x[rows]))
+
+    model = Net(forward, mix=nn.ParameterList([weight(2)]), expert=nn.Linear(3, 2))
+    x = torch.randn(5, 3).double()
+    x[:, 0] = torch.tensor([-1.0, 2.0, 1.0, -3.0, -2.0]).double()
+    recorder = Recorder(model, ParameterSpace.of(model))
+    for batch in (x, x[:1], x[3:]):
+        _, features = feature_maps.JacobianMap.of(recorder)(batch)
+        assert_close(features.to_dense(), oracle(model, batch))
+
+
 def test_a_sample_may_use_nothing_of_what_is_served_alone():
     def forward(net, x):
         chosen = [

@@ -441,11 +441,18 @@ def test_what_is_not_served_says_so_and_changes_nothing(options, error, message)
     assert la.posterior_precision is posterior
 
 
-@pytest.mark.parametrize("structure", ["ekfac", "lowrank"])
-def test_structures_that_do_not_merge_have_no_folds(structure):
+@pytest.mark.parametrize("structure", ["ekfac", "kfoc", "lowrank", {"0": "ekfac", "*": "full"}])
+def test_structures_that_do_not_merge_have_two_folds_and_no_more(structure):
     p = problem("mlp", "classification", n=9)
+    la = fitted(p, structure)
+    seen = []
+    p.model[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    with pytest.raises(UnsupportedError, match=r"n_folds=5 adds .*; take n_folds=2"):
+        la.optimize_prior_precision("cv", train_loader=p.batches())
     with pytest.raises(UnsupportedError, match="cannot"):
-        fitted(p, structure).optimize_prior_precision("cv", train_loader=p.batches())
+        la.fit(p.batches(), override=False)
+    assert not seen  # said before the model is run on all data
+    la.optimize_prior_precision("cv", train_loader=p.batches(), n_folds=2, grid_size=3)
 
 
 def test_a_changed_model_is_not_tuned():

@@ -552,3 +552,52 @@ def test_random_networks(data, n, steps, depth):
     _, features = feature_maps.JacobianMap(model)(x)
     assert_same(before, state(model))
     assert_close(features.to_dense(), jacobian(model, x))
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3), (4, 2, 3, 2)])
+def test_an_instance_norm_has_one_jacobian_for_one_sample_and_in_a_batch(shape):
+    """Torch's backward pass of one sample misreads gradients with channels last; the oracle has a batch of two."""
+    kind = {2: nn.InstanceNorm1d, 3: nn.InstanceNorm2d, 4: nn.InstanceNorm3d}[len(shape)]
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        h = net.norm(x * net.scale)
+        return net.head(torch.tanh(h.movedim(1, -1))).flatten(1)[:, :3]
+
+    model = Net(
+        forward, scale=nn.Parameter(torch.ones(())), norm=kind(4, affine=True, eps=0.1), head=nn.Linear(4, 2)
+    )
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).double()
+    parameters = tuple(model.parameters())
+    recorder = Recorder(model, ParameterSpace.of(model))
+    for batch in (x, x[:1]):
+        _, features = feature_maps.JacobianMap.of(recorder)(batch)
+        for sample, rows in zip(batch, features.to_dense(), strict=True):
+            outputs = model(torch.stack([sample, sample]))[0]
+            expected = [torch.autograd.grad(f, parameters, retain_graph=True) for f in outputs]
+            expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in expected])
+            torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-13)
+    assert recorder.served["norm.weight"] == "rule"
+
+
+VIEWS = {
+    "linear": (nn.Linear(4, 3), (5, 4)),
+    "instance norm": (nn.InstanceNorm2d(4, affine=True), (4, 2, 3)),
+    "conv": (nn.Conv1d(4, 3, 2), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_activation_in_place_leaves_a_layer_its_rule(name, n):
+    """Torch returns a view of some results, whose place in the graph the activation takes."""
+    layer, shape = VIEWS[name]
+    model = Net(lambda net, x: torch.tanh(F.leaky_relu_(net.layer(x), 0.1).flatten(1)[:, :3]), layer=layer)
+    assert_served(model, torch.randn(n, *shape, generator=torch.Generator().manual_seed(1)).double())
+
+
+def test_a_group_norm_of_channels_last_is_served_without_the_layers_before_it():
+    """Torch's own backward pass ends the process there; the oracle has the usual order of memory."""
+    x = torch.randn(3, 4, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    model = pooled(nn.GroupNorm(2, 4))
+    _, features = feature_maps.JacobianMap(model)(x.contiguous(memory_format=torch.channels_last))
+    assert_close(features.to_dense(), jacobian(model, x))

@@ -296,6 +296,21 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize(
+    "family",
+    [
+        likelihoods.Categorical(),
+        likelihoods.Categorical(weight=torch.ones(4)),
+        likelihoods.Categorical(class_dim=3),
+    ],
+)
+def test_labels_that_fit_another_axis_of_classes_say_which(family):
+    pictures, labels = torch.zeros(2, 4, 3, 5), torch.full((2, 3, 5), 3)
+    with pytest.raises(DataError, match=r"found \(2, 3, 5\); take likelihoods.Categorical\(class_dim=1\)"):
+        family.check(pictures, labels, "batch 0")
+    assert likelihoods.Categorical(class_dim=1).check(pictures, labels, "batch 0").shape == (2, 15)
+
+
+@pytest.mark.parametrize(
     ("family", "shape", "targets", "message"),
     [
         (

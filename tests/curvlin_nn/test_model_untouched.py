@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvlin_nn import Laplace, curvature, feature_maps, low_rank, matrix_free
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
+from curvlin_nn.variational import FMGP
 
 
 class Model(nn.Module):
@@ -302,6 +303,12 @@ def test_nothing_is_kept_from_inference_mode():
             r"batch 0 must be a pair \(inputs, targets\) with targets a tensor",
         ),
         ([{"x": torch.zeros(3, 4), "y": torch.zeros(3)}], "batch 0 must be a pair .*, found dict"),
+        ([(torch.zeros(3, 4).numpy(), torch.zeros(3).numpy())], "found tuple of ndarray, ndarray"),
+        (
+            TensorDataset(torch.zeros(3, 4), torch.zeros(3).long()),
+            "targets of batch 0 .*, found a single number; give",
+        ),
+        ([{"x": torch.zeros(4), "labels": torch.tensor(1)}], "targets of batch 0 .* DataLoader"),
     ],
 )
 def test_loaders_that_yield_no_pairs_are_refused(loader, message):
@@ -390,3 +397,53 @@ def test_what_a_model_caches_is_as_it_was_and_out_of_date_in_no_batch():
 def test_parameters_that_no_input_has_given_a_shape_are_refused_by_name():
     with pytest.raises(UnsupportedError, match=r"parameter 'weight' is uninitialized.* call the model once"):
         curvature(nn.LazyLinear(2), "regression", [(torch.randn(3, 2), torch.randn(3, 2))])
+
+
+def test_parameters_without_values_are_refused():
+    with pytest.raises(UnsupportedError, match=r"the model is on the device 'meta'.*to_empty"):
+        curvature(nn.Linear(2, 2, device="meta"), "regression", [(torch.randn(3, 2), torch.randn(3, 2))])
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.activation, self.head = nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.activation(self.body(x)))
+
+
+@pytest.mark.parametrize("make", ["wrapped", "in place", "inside"])
+def test_compiled_code_runs_as_written_and_is_compiled_for_its_caller_only(make):
+    torch.manual_seed(0)
+    plain = Plain().double()
+    x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    expected = Laplace(plain, "classification", "all", "full").fit([(x, y)])
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    model: nn.Module = copy.deepcopy(plain)
+    if make == "wrapped":
+        model = torch.compile(model, backend=backend)
+    elif make == "in place":
+        model.compile(backend=backend)
+    else:
+        model.activation.forward = torch.compile(lambda z: torch.tanh(z), backend=backend)
+    la = Laplace(model, "classification", "all", "full").fit([(x, y)])
+    draws = {"pred_type": "nn", "n_samples": 3}
+    for options in ({}, draws):
+        found, by_hand = (
+            posterior(x, generator=torch.Generator().manual_seed(1), **options)
+            for posterior in (la, expected)
+        )
+        torch.testing.assert_close(found, by_hand, rtol=1e-10, atol=1e-14)
+    fm = FMGP(model, "classification", n_inducing=3, generator=torch.Generator().manual_seed(0))
+    fm.fit([(x, y)], n_steps=1)
+    assert not compiled
+    with torch.no_grad():
+        model(x)
+    assert compiled
+    torch._dynamo.reset()

@@ -1,10 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import mlp
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from curvlin_nn import ParameterSpace
+from curvlin_nn import ParameterSpace, curvature
 from curvlin_nn.errors import UnsupportedError
 
 
@@ -77,3 +78,24 @@ def test_mixed_dtypes_are_refused():
         UnsupportedError, match=r"must share one dtype and device, found torch.float32 on cpu, torch.f"
     ):
         ParameterSpace.of(model)
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag", "block"])
+def test_parameters_without_entries_have_no_coordinates(structure):
+    """Of a model that prunes a layer away: no input, or no output."""
+
+    class Pruned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.empty = nn.Linear(3, 2), nn.Parameter(torch.zeros(0, 4))
+            self.none = nn.Parameter(torch.zeros(2, 0))
+
+        def forward(self, x):
+            return self.body(x) + F.linear(x[:, :0], self.none)
+
+    torch.manual_seed(0)
+    model, x, y = Pruned().double(), torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    pruned = curvature(model, "regression", [(x, y)], structure)
+    whole = curvature(model.body, "regression", [(x, y)], structure)
+    torch.testing.assert_close(pruned.to_dense(), whole.to_dense(), rtol=1e-12, atol=0)
+    assert ParameterSpace.of(model).names == ("body.weight", "body.bias")

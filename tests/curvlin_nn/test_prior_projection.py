@@ -56,7 +56,7 @@ def test_a_projected_prior_is_the_nearest_block_by_block_and_its_error_is_true(k
     P0 = first.posterior_precision
     if given == "diagonal":
         P0 = 0.1 + 5 * torch.rand(first.n_params, generator=torch.Generator().manual_seed(0)).double()
-        with pytest.raises(NotClosedError):
+        with pytest.raises(NotClosedError, match="take prior_projection='kronecker' or 'isotropic'"):
             _ = fitted(p, "kron", prior_precision=P0).posterior_precision
     la = fitted(p, "kron", prior_precision=P0, prior_mean=0.1, prior_projection=onto)
     dense = torch.diag(P0) if given == "diagonal" else P0.to_dense()

@@ -437,6 +437,26 @@ def test_one_sample_one_point_and_float32() -> None:
     close(covariance.double(), J @ torch.linalg.solve(P, J.mT), 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+def test_a_model_of_half_precision_is_trained_as_one_of_double(
+    kind: str, dtype: torch.dtype, rtol: float
+) -> None:
+    """Inputs move by less than such a dtype tells apart, and some of their squared gradients are zero in it."""
+    likelihood, n_outputs = PROBLEMS[kind]
+    model, x, y = network(n_outputs, dtype=dtype), X.to(dtype), targets(likelihood, n_outputs)
+    found = []
+    for own in (dtype, F64):
+        va = VaLLA(model.to(own), likelihood, 6, "random", generator=generator())
+        y_own = y.to(own) if y.is_floating_point() else y
+        found.append(va.fit(batched(x.to(own), y_own), n_steps=60, lr=1e-3))
+    half, double = found
+    close(half._fit.sparse.prior_precision, double._fit.sparse.prior_precision, rtol)
+    moved = double.inducing_points.inputs.to(dtype)
+    assert half.inducing_points.inputs.dtype == dtype
+    close(half.inducing_points.inputs.double(), moved.double(), rtol)
+
+
 def test_some_of_the_weights() -> None:
     model, data = network(3), batched(X, targets("classification", 3))
     va = VaLLA(model, "classification", 6, "random", subset_of_weights="last_layer", generator=generator())
@@ -553,6 +573,7 @@ def test_arguments_are_checked(arguments: dict[str, Any], kind: type[Exception],
 FITS = [
     ({"train_loader": []}, DataError, "no batch"),
     ({"train_loader": iter(batched(X, targets("classification", 3)))}, DataError, "several times"),
+    ({"train_loader": iter(batched(X, targets("classification", 3), N))}, DataError, "no batch again"),
     ({"validation_loader": []}, DataError, "no"),
     ({"lr": 0.0}, ValueError, "lr"),
     ({"lr": "fast"}, TypeError, "lr"),

@@ -5,12 +5,16 @@
     attention           by kernels whose gradients have none; its matrix products have
     recurrent layers    in cuDNN, which has no backward pass in evaluation mode
     checkpoints         run again in the backward pass, when the model is no longer as it was in the forward pass
+    instance norms      of one sample, whose backward pass misreads a gradient in another order of memory
+    group norms         of channels last, whose backward pass may end the process
+    compiled code       of `torch.compile`, which would be compiled anew for every way that a capture runs the model in
 
 The flags and functions are torch's own, for the whole process, and are put back.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -78,11 +82,50 @@ def checkpoints_run_directly() -> Iterator[None]:
 
 
 @contextmanager
+def compiled_code_as_written() -> Iterator[None]:
+    """What `torch.compile` made runs as the Python code that it was made of inside."""
+    if "torch._dynamo" not in sys.modules:  # which takes a second to import: nothing was compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def loops_of_vmap_unannounced() -> Iterator[None]:
     """No warning inside where torch batches an operation (fused attention) by a loop, as one would do otherwise."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
         yield
+
+
+INSTANCE_NORMS = (F.instance_norm, torch.instance_norm)
+"""The functions whose results `apart` is for."""
+
+
+def apart(output: Tensor) -> Tensor:
+    """The result of an instance normalisation, to which gradients come in the order of memory that it has.
+
+    Of one picture, and a gradient with channels last, torch's backward pass takes entries of other channels (seen in
+    2.13 on a CPU). A view through a flat tensor orders the gradient; the copy is no view itself, so that an activation
+    that works in place leaves the result's place in the graph.
+    """
+    return output.flatten().view_as(output).clone()
+
+
+GROUP_NORMS = (F.group_norm, torch.group_norm)
+"""The functions whose arguments `contiguous_first` is for."""
+
+
+def contiguous_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a group normalisation, with its input in the usual order of memory.
+
+    With channels last, and an input that requires no gradient, torch's backward pass ends the process (seen in 2.13 on
+    a CPU).
+    """
+    if args:
+        return (args[0].contiguous(), *args[1:]), kwargs
+    return args, kwargs | {"input": kwargs["input"].contiguous()}
 
 
 class _Direct:

@@ -76,7 +76,10 @@ class Graph:
     @property
     def columns_at_once(self) -> int:
         """How many columns' gradients stay in cache: more gain nothing, and are written to memory and read back."""
-        return max(1, COLUMN_BUDGET // max((use.shape.numel() for use in self.uses), default=1))
+        largest = max((use.shape.numel() for use in self.uses), default=0)
+        return max(
+            1, COLUMN_BUDGET // max(1, largest)
+        )  # a layer may have seen nothing: an expert without samples
 
     def gradients(
         self, columns: Float[Tensor, "V N C"], *, differentiable: bool = False
@@ -101,7 +104,9 @@ class Graph:
         if found is None:
             found = self._one_by_one(columns, edges, differentiable)
         return [
-            columns.new_zeros(len(columns), *use.shape) if gradient is None else gradient
+            columns.new_zeros(len(columns), *use.shape)
+            if gradient is None
+            else gradient.reshape(len(columns), *use.shape)  # as at what the output is a view of
             for use, gradient in zip(self.uses, found, strict=True)
         ]
 

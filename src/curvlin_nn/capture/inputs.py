@@ -27,10 +27,12 @@ def split_batch(batch: Any, where: str, key: str = "labels") -> tuple[Any, Tenso
         DataError: if it is neither.
     """
     if isinstance(batch, Mapping) and isinstance(batch.get(key), Tensor):
+        _check_axis(batch[key], where)
         inputs = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
         del inputs[key]
         return inputs, batch[key]
     if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[-1], Tensor):
+        _check_axis(batch[-1], where)
         return batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
     raise DataError(
         f"{where} must be a pair (inputs, targets) with targets a tensor, or a mapping with a tensor under {key!r}, "
@@ -38,11 +40,30 @@ def split_batch(batch: Any, where: str, key: str = "labels") -> tuple[Any, Tenso
     )
 
 
+def _check_axis(targets: Tensor, where: str) -> None:
+    """Whether targets have an axis of samples.
+
+    Raises:
+        DataError: if they have none, as in a data set that is given in the place of its loader.
+    """
+    if targets.ndim == 0:
+        raise DataError(
+            f"targets of {where} must have one entry for each sample along axis 0, found a single number; give "
+            "batches, such as those of a DataLoader over the data set"
+        )
+
+
 def _outline(batch: Any) -> str:
-    """What a batch is, with the names in a mapping: one of them may be the one that was meant."""
+    """What a batch is, with its parts: one name in a mapping may be the one that was meant."""
+    if isinstance(batch, (tuple, list)):
+        parts = ", ".join(type(part).__name__ for part in batch[:4])
+        return f"{type(batch).__name__} of {parts or 'nothing'}"
     if not isinstance(batch, Mapping):
         return type(batch).__name__
-    return f"{type(batch).__name__} with {', '.join(map(str, batch))}; name the targets with dict_key_y"
+    keys = ", ".join(map(str, batch))
+    return (
+        f"{type(batch).__name__} with {keys}; say how the targets are called with dict_key_y, or rename them"
+    )
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:

@@ -34,6 +34,7 @@ class Use:
         shape: the shape of the output.
         edge: the output's place in the autograd graph, fixed before anything can change the output in place.
         version: the input's version counter at the time of use.
+        viewed: if the output is a view, all of another tensor in the same order, the place of that one.
     """
 
     rule: LayerRule
@@ -42,6 +43,7 @@ class Use:
     shape: torch.Size
     edge: GradientEdge
     version: int
+    viewed: GradientEdge | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,7 +70,6 @@ class Interceptor(TorchFunctionMode):
         strict: whether uses that cannot be served at all are refused, or passed over.
 
     Attributes:
-        uses: those that a layer rule covers.
         unserved: what the other uses are, by parameter, in the words of an `UnsupportedUseError`.
     """
 
@@ -77,8 +78,22 @@ class Interceptor(TorchFunctionMode):
         load_entry_points()
         self._strict = strict
         self._references = References(tracked)
-        self.uses: list[Use] = []
+        self._found: list[tuple[Use, Tensor]] = []
         self.unserved: dict[str, str] = {}
+
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """Those that a layer rule covers, at the places in the graph that they have now.
+
+        Of some layers torch returns a view. What changes that in place takes the view's own place in the graph, and
+        leaves the place of what is viewed.
+        """
+        return tuple(
+            replace(use, edge=use.viewed)
+            if use.viewed is not None and use.edge != get_gradient_edge(output)
+            else use
+            for use, output in self._found
+        )
 
     def __torch_function__(
         self,
@@ -141,8 +156,9 @@ class Interceptor(TorchFunctionMode):
                 references[role] = reference
         self.unserved |= {name: f"is an input of {_name(func)}" for name, left in names.items() if left > 0}
         if references:
-            edge = get_gradient_edge(output)
-            self.uses.append(Use(rule, call, references, output.shape, edge, call.input._version))
+            edge, viewed = get_gradient_edge(output), _viewed(output)
+            use = Use(rule, call, references, output.shape, edge, call.input._version, viewed)
+            self._found.append((use, output))
 
     def _check_unchanging(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -158,6 +174,14 @@ class Interceptor(TorchFunctionMode):
 
     def _is_cast(self, tensor: Tensor, output: Tensor) -> bool:
         return self._references.name(tensor) is not None and tensor.dtype != output.dtype
+
+
+def _viewed(output: Tensor) -> GradientEdge | None:
+    """The place of what an output is a view of, if that is the same numbers in the same order of memory."""
+    viewed = output._base
+    if viewed is None or viewed.numel() != output.numel():
+        return None
+    return get_gradient_edge(viewed) if viewed.is_contiguous() and output.is_contiguous() else None
 
 
 def _name(func: Callable[..., Any]) -> str:

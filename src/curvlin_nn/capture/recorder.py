@@ -218,7 +218,7 @@ class Recorder:
                 check_dependent(outputs, where)
             rows = outputs.reshape(len(outputs), -1)
             names = {id(t): name for tensors in (leaves, originals) for name, t in tensors.items()}
-            uses, course = tuple(interceptor.uses), Course.of(rows, names, tensors_of(x))
+            uses, course = interceptor.uses, Course.of(rows, names, tensors_of(x))
             direct = len(uses) == 1 and uses[0].edge == get_gradient_edge(outputs)
             if self.feature_reduction is not None:
                 uses, direct = (reduced(uses, outputs, self.feature_reduction, where),), True

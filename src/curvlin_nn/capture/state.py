@@ -15,8 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from curvlin_nn.capture.detours import (
+    GROUP_NORMS,
+    INSTANCE_NORMS,
+    apart,
     attention_unfused,
     checkpoints_run_directly,
+    compiled_code_as_written,
+    contiguous_first,
     recurrent_layers_without_cudnn,
 )
 from curvlin_nn.capture.inputs import arguments, dtypes_of, map_tensors, outputs_of, tensors_of
@@ -28,14 +33,21 @@ def device_of(model: nn.Module) -> torch.device:
     """Where the model's parameters are.
 
     Raises:
-        UnsupportedError: if it is no model that can be run, has no parameters, or has them on several devices.
+        UnsupportedError: if it is no model that can be run, has no parameters, or has them on several devices or
+            without values.
     """
     check_model(model)
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1:
         found = ", ".join(sorted(map(str, devices))) or "no parameter"
         raise UnsupportedError(f"the model must have parameters, all on one device, found {found}")
-    return devices.pop()
+    (device,) = devices
+    if device.type == "meta":
+        raise UnsupportedError(
+            "the model is on the device 'meta', which holds no values, expected one that does; call "
+            "model.to_empty(device='cpu') and load its parameters"
+        )
+    return device
 
 
 @contextmanager
@@ -52,10 +64,11 @@ def capturing(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
         evaluation_mode(model),
         attributes_kept(model),
         module_hooks_suspended(model),
-        TensorHooksSuspended(),
+        FunctionsForCaptures(),
         attention_unfused(),
         recurrent_layers_without_cudnn(model),
         checkpoints_run_directly(),
+        compiled_code_as_written(),
         gradients_required(parameters),
         random_state_kept(device_of(model)),
     ):
@@ -114,8 +127,12 @@ def module_hooks_suspended(model: nn.Module) -> Iterator[None]:
             registry.update(hooks)
 
 
-class TensorHooksSuspended(TorchFunctionMode):
-    """While active, `Tensor.register_hook` does nothing: what a forward pass attaches would act on a capture."""
+class FunctionsForCaptures(TorchFunctionMode):
+    """While active, some of torch's functions do what a capture needs.
+
+    `Tensor.register_hook` does nothing: what a forward pass attaches would act on a capture. `instance_norm` returns a
+    tensor of its own, and `group_norm` takes one in the usual order of memory; see `detours`.
+    """
 
     def __torch_function__(
         self,
@@ -126,7 +143,11 @@ class TensorHooksSuspended(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.register_hook:
             return RemovableHandle(OrderedDict())
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in GROUP_NORMS:
+            args, kwargs = contiguous_first(args, kwargs)
+        output = func(*args, **kwargs)
+        return apart(output) if func in INSTANCE_NORMS else output
 
 
 @contextmanager

@@ -77,11 +77,14 @@ class Categorical(Likelihood):
         """Labels, -1 where ignored; or t of the class's docstring, if targets are soft or smoothed."""
         axis = self._axis(outputs, where)
         n_classes = outputs.shape[axis]
+        soft = targets.is_floating_point() and targets.shape == outputs.shape
+        if not soft:
+            self._check_shape(outputs, targets, where)
         if self.weight is not None and len(self.weight) != n_classes:
             raise OutputError(
                 f"outputs on {where} must have {len(self.weight)} classes like weight, found {n_classes}"
             )
-        if targets.is_floating_point() and targets.shape == outputs.shape:
+        if soft:
             if not bool(((targets >= 0) & torch.isfinite(targets)).all()):
                 raise DataError(f"probabilities of {where} must be finite and not negative")
             return self._soft(self.terms(targets).double())
@@ -89,12 +92,27 @@ class Categorical(Likelihood):
         if self.ignore_index is not None:
             kept = targets != self.ignore_index
         _check.labels(targets[kept], n_classes, where)
-        _check.target_shape(targets, outputs.movedim(axis, -1).shape[:-1], where)
         labels = torch.where(kept, targets.long(), -1).reshape(len(outputs), -1)
         if not self.label_smoothing:
             return labels
         one_hot = F.one_hot(labels.clamp(min=0), n_classes).double()
         return torch.where(labels[..., None] >= 0, self._soft(one_hot), 0.0)
+
+    def _check_shape(self, outputs: Tensor, targets: Tensor, where: str) -> None:
+        """Whether there is one label for each term.
+
+        Raises:
+            DataError: if there is not; it says which axis of classes these labels would fit.
+        """
+        by_axis = [outputs.movedim(axis, -1).shape[:-1] for axis in range(outputs.ndim)]
+        expected = by_axis[self.class_dim]
+        if targets.shape != expected and targets.shape in by_axis[1:]:
+            fits = by_axis.index(targets.shape, 1)
+            raise DataError(
+                f"targets of {where} must have shape {tuple(expected)} as classes stand along axis {self.class_dim} of "
+                f"the outputs, found {tuple(targets.shape)}; take likelihoods.Categorical(class_dim={fits})"
+            )
+        _check.target_shape(targets, expected, where)
 
     def _axis(self, outputs: Tensor, where: str) -> int:
         """The axis of classes, counted from the right."""

@@ -47,6 +47,7 @@ def evaluate(
     n_bins: int = 15,
     levels: Sequence[float] = LEVELS,
     ignore_index: int | None = None,
+    dict_key_y: str | None = None,
     progress_bar: bool = False,
     **prediction: Any,
 ) -> dict[str, float]:
@@ -59,7 +60,7 @@ def evaluate(
             predicted with their noise; or a function of inputs that returns probabilities with classes along the last
             axis, or mean and variance (of outputs, or covariances). ``lambda x: model(x).softmax(-1)`` is the network
             without its posterior.
-        loader: batches ``(inputs, targets)``.
+        loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`.
         metrics: ``"nll"``, ``"accuracy"``, ``"ece"``, ``"adaptive_ece"`` and ``"brier"`` of probabilities; ``"nll"``,
             ``"rmse"``, ``"crps"``, ``"coverage"`` and ``"sharpness"`` of Gaussians; ``"auroc"`` and ``"aupr"`` with
             `ood_loader`. None takes all that apply.
@@ -69,6 +70,8 @@ def evaluate(
         n_bins: of the calibration errors.
         levels: the nominal levels of ``"coverage"``, reported as ``"coverage_0.95"``.
         ignore_index: the label of targets that do not count; None takes that of the likelihood, if it has one.
+        dict_key_y: the name of the targets in loaders that yield mappings; None takes that of the posterior, and
+            ``"labels"`` for a function.
         progress_bar: whether to show one.
         **prediction: options of `PosteriorPredictive.__call__`, such as ``link_approx="mc"``.
 
@@ -94,7 +97,11 @@ def evaluate(
         and isinstance(la.likelihood, Categorical)
     ):
         ignore_index = la.likelihood.ignore_index
-    question = _Question(la, prediction, ignore_index, SCORES[ood_score], with_covariance="nll" in wanted)
+    if dict_key_y is None:
+        dict_key_y = la.dict_key_y if isinstance(la, PosteriorPredictive) else PosteriorPredictive.dict_key_y
+    question = _Question(
+        la, prediction, ignore_index, dict_key_y, SCORES[ood_score], with_covariance="nll" in wanted
+    )
     running: dict[str, Running] = {}
     detection = {name: metric for name, metric in DETECTION.items() if name in wanted}
     if detection:
@@ -158,13 +165,14 @@ class _Question:
     la: PosteriorPredictive | Callable[[Any], Prediction]
     options: Mapping[str, Any]
     ignore_index: int | None
+    dict_key_y: str
     score: Callable[[Tensor], Tensor]
     with_covariance: bool
 
     def answers(self, loader: Iterable[Any], progress_bar: bool) -> Iterator[tuple[Prediction, Tensor]]:
         """Predictions and targets in shapes that fit, batch by batch."""
         for index, batch in enumerate(tqdm(loader, desc="evaluation", disable=not progress_bar)):
-            x, targets = split_batch(batch, f"batch {index}")
+            x, targets = split_batch(batch, f"batch {index}", self.dict_key_y)
             with torch.no_grad():
                 if isinstance(self.la, PosteriorPredictive):
                     found = self._of_posterior(self.la, x)

@@ -135,7 +135,7 @@ def evidence_curve(
 
     Raises:
         ValueError: if `prior_precision` is empty or not positive.
-        NotPositiveDefiniteError: if a prior precision is lost in the rounding of the curvature.
+        LostPriorError: if a prior precision is lost in the rounding of the curvature.
     """
     ax = axes(ax)
     here = la.prior_precision

@@ -22,9 +22,11 @@ class PosteriorPredictive(ABC):
 
     Attributes:
         likelihood: of targets given outputs.
+        dict_key_y: the name of the targets in loaders that yield mappings.
     """
 
     likelihood: Likelihood
+    dict_key_y: str = "labels"
 
     @outside_inference_mode()
     def __call__(

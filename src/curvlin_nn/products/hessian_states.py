@@ -31,7 +31,7 @@ class LowRankHessian:
     pairs: Eigenpairs
     indefinite: str
 
-    def merge(self, other: object) -> None:
+    def check_merge(self, other: object) -> None:
         """Not possible: the eigenpairs of a sum are not those of its terms.
 
         Raises:
@@ -41,6 +41,10 @@ class LowRankHessian:
             "hessian_structure='lowrank' of a Hessian cannot continue with other data, expected all at once; fit with "
             "override=True, or take 'full', 'block' or 'diag'"
         )
+
+    def merge(self, other: object) -> None:
+        """See `check_merge`."""
+        self.check_merge(other)
 
     def finish(self) -> PrecisionOperator:
         """See `Eigenpairs.operator`."""

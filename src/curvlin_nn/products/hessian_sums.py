@@ -114,6 +114,9 @@ class HessianSum:
         self.resolution = torch.finfo(batch.dtype).eps
         self._add(list(_blocks(batch, self.structure, self.sizes)))
 
+    def check_merge(self, other: HessianSum) -> None:
+        """Whether `merge` would add `other`: always."""
+
     def merge(self, other: HessianSum) -> None:
         """Add the sums over other data."""
         self._add(other.blocks)

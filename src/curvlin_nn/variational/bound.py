@@ -70,8 +70,9 @@ class Sparse:
         outputs, Phi = recording.outputs, rows_of_outputs(recording)
         targets = likelihood.check(outputs, targets, where)
         coupled = couples_outputs(likelihood)
-        # Noise may be far below the prior's variance; what a link takes are variances beside one.
-        Phi, rows = (Phi.to(torch.float64), self._exact_rows) if coupled else (Phi, self.rows)
+        # Noise may be far below the prior's variance; what a link takes are variances beside one, within the range.
+        exact = coupled or torch.finfo(Phi.dtype).bits < 32
+        Phi, rows = (Phi.to(torch.float64), self._exact_rows) if exact else (Phi, self.rows)
         prior = Isotropic(torch.ones((), dtype=Phi.dtype, device=Phi.device), Phi.size)
         E = self.dual.explained(Phi.gram(rows).squeeze(-1).double() / self.prior_precision)
         if coupled:
@@ -125,9 +126,9 @@ class Variables:
                 f"the model does not take the inducing points: {str(error).partition(chr(10))[0]}; give inputs like "
                 "those of the data"
             ) from error
-        kernel = self._rows.gram().flatten(2).flatten(0, 1)
+        kernel = self._rows.to(torch.float64).gram().flatten(2).flatten(0, 1)
         device = kernel.device
-        self._scale = float(kernel.diagonal().double().mean())
+        self._scale = float(kernel.diagonal().mean())
         if not self._scale > 0:
             raise OutputError(
                 "the Jacobian at the inducing points is zero, expected outputs that depend on the parameters there"
@@ -145,7 +146,8 @@ class Variables:
     ) -> list[dict[str, Any]]:
         """What an optimiser gets, with gradients from now on, and learning rates."""
         if inducing:
-            self.inputs = self._points.inputs.clone()
+            # As all that is trained: in half precision steps are lost, and the optimiser divides by zero.
+            self.inputs = self._points.inputs.to(torch.float64, copy=True)
         many = [self.log_diagonal, self.below, *([self.inputs] if inducing else [])]
         few = [*([self.log_precision] if prior_precision else []), *([self.log_noise] if noise else [])]
         for tensor in (*many, *few):
@@ -156,8 +158,13 @@ class Variables:
     @property
     def points(self) -> InducingPoints:
         """Where the inducing points are now."""
-        moved = isinstance(self.inputs, Tensor) and self.inputs.requires_grad
-        return replace(self._points, inputs=self.inputs.detach().clone()) if moved else self._points
+        if not self._moving:
+            return self._points
+        return replace(self._points, inputs=self.inputs.detach().to(self._points.inputs.dtype, copy=True))
+
+    @property
+    def _moving(self) -> bool:
+        return isinstance(self.inputs, Tensor) and self.inputs.requires_grad
 
     def sparse(self) -> Sparse:
         """The posterior that the numbers stand for.
@@ -166,9 +173,9 @@ class Variables:
             FloatingPointError: if there is none.
         """
         rows = self._rows
-        if isinstance(self.inputs, Tensor) and self.inputs.requires_grad:
+        if self._moving:
             try:
-                points = replace(self._points, inputs=self.inputs)
+                points = replace(self._points, inputs=self.inputs.to(self._points.inputs.dtype))
                 rows = points.rows(self._recorder, differentiable=torch.is_grad_enabled())
             except OutputError as error:
                 raise FloatingPointError(str(error)) from error

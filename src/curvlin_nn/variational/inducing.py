@@ -19,6 +19,7 @@ from curvlin_nn.data_subset import random_subset
 from curvlin_nn.errors import DataError, UnsupportedError, one_of
 from curvlin_nn.feature_maps.jacobian import features
 from curvlin_nn.feature_maps.pool import joined
+from curvlin_nn.variational.training import no_batches
 
 PLACEMENTS = ("kmeans", "random")
 """How inducing points are placed, by name."""
@@ -108,12 +109,21 @@ class Counted:
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self._loader, self.n_data = loader, 0
+        self._begun = False
 
     def __iter__(self) -> Iterator[Any]:
+        """The batches.
+
+        Raises:
+            DataError: if there are none, or none any more.
+        """
+        again, self._begun = self._begun, True
         self.n_data = 0
         for index, batch in enumerate(self._loader):
             self.n_data += len(split_batch(batch, f"batch {index}")[1])
             yield batch
+        if not self.n_data:
+            raise no_batches(again)
 
 
 def placed(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from curvlin_nn.capture.checks import checked_outputs
+from curvlin_nn.capture.detours import compiled_code_as_written
 from curvlin_nn.capture.state import (
     attributes_kept,
     device_of,
@@ -88,6 +89,7 @@ class Points:
             torch.no_grad(),
             evaluation_mode(self.model),
             attributes_kept(self.model),
+            compiled_code_as_written(),
             random_state_kept(device_of(self.model)),
             watch if self.with_last_layer else nullcontext(),
         ):

@@ -132,6 +132,14 @@ def train(
     return _Training(optimizer, options, score, history).run(loss, loader, device, description, progress_bar)
 
 
+def no_batches(again: bool) -> DataError:
+    """What to raise of a loader that yields nothing, or nothing again."""
+    return DataError(
+        f"the loader yielded no batch{' again' if again else ''}, expected at least one (inputs, targets) in every "
+        "pass; give one that can be iterated several times"
+    )
+
+
 def passes(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[str, Any, Tensor]]:
     """The batches of a loader, again and again: what to call each, its inputs and its targets.
 
@@ -145,11 +153,7 @@ def passes(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[str, A
             empty = False
             yield f"batch {index}", x, targets
         if empty:
-            again = " again" if n_passes else ""
-            raise DataError(
-                f"the loader yielded no batch{again}, expected at least one (inputs, targets) in every pass; give one "
-                "that can be iterated several times"
-            )
+            raise no_batches(again=n_passes > 0)
         n_passes += 1
 
 
