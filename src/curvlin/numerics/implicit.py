@@ -231,7 +231,8 @@ class _LogDet(torch.autograd.Function):
     @staticmethod
     def forward(structure: Structure, _: None, *tensors: Tensor) -> Tensor:
         pair = build(structure, tensors)
-        value: Tensor = pair.operator._logdet_value(pair.factors)
+        # Tensors may be expanded to a batch after the factorisation, which then has none.
+        value: Tensor = pair.operator._logdet_value(pair.factors).expand(pair.operator.batch_shape)
         return value
 
     @staticmethod
