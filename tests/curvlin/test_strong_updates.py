@@ -36,7 +36,14 @@ def updated(base: str, columns: int, strength: float) -> Any:
     return Woodbury(Isotropic(torch.tensor(2.0, dtype=f64), D), U, core=spd(columns, 3))
 
 
-UPDATED = [("diagonal", D), ("diagonal", D + 3), ("kronecker", D), ("kronecker", D + 3), ("core", D), ("core", D + 3)]
+UPDATED = [
+    ("diagonal", D),
+    ("diagonal", D + 3),
+    ("kronecker", D),
+    ("kronecker", D + 3),
+    ("core", D),
+    ("core", D + 3),
+]
 
 
 def exact(P: Any) -> Reference:

@@ -23,7 +23,7 @@ from curvlin._tables import CONGRUENCE, lookup
 from curvlin._tree import build, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.features.base import FeatureOperator
-from curvlin.numerics import tall
+from curvlin.numerics import linear, tall
 from curvlin.numerics.implicit import graft
 from curvlin.numerics.low_rank import (
     ALWAYS_ORTHONORMAL,
@@ -264,7 +264,10 @@ class Woodbury(ImplicitLogdetOperator):
             assert isinstance(full.U, Tensor)
             diagonal = full._inverse_diagonal(factors)
             solved = full._solve(full.U.double(), factors)
-            return [diagonal.sum(-1) if isinstance(self.base, Isotropic) else diagonal, 2 * self.sign * solved]
+            return [
+                diagonal.sum(-1) if isinstance(self.base, Isotropic) else diagonal,
+                2 * self.sign * solved,
+            ]
         structure = full._structure()
 
         def live(*tensors: Tensor) -> Tensor:
@@ -282,7 +285,7 @@ class Woodbury(ImplicitLogdetOperator):
         eager = self._is_concrete() and not torch.is_grad_enabled()
         if not (self._is_plain(factors) and eager) or self.batch_shape:
             return super()._logdet_pull_back(g, factors)
-        assert isinstance(self.U, Tensor)
+        assert isinstance(self.U, Tensor) and isinstance(self.base, (Diagonal, Isotropic))
         gradient = torch.empty_like(self.U)
         scale = self.base._column().rsqrt()
         leverage = leverages(self.U, scale, factors, out=gradient, weight=2 * self.sign * g)
@@ -395,7 +398,7 @@ class Woodbury(ImplicitLogdetOperator):
         others, factors = others._factored()
         root = ChangedIdentity(others._unweighted(), factors).capacitance_root()[1]
         assert isinstance(kept.U, Tensor)
-        return kept._with(U=torch.linalg.solve(root, kept.U.double().mT).mT.to(self.dtype))
+        return kept._with(U=linear.solve(root, kept.U.double().mT).mT.to(self.dtype))
 
     def _to_dense(self) -> Tensor:
         eye = torch.eye(self.rank, dtype=self.dtype, device=self.device)
