@@ -128,8 +128,14 @@ def push_forward(
         )
 
     primals = tuple(leaf for leaf, m in zip(leaves, moving, strict=True) if m)
-    derivative = torch.func.jvp(of_moving, primals, tuple(t for t in tangents if t is not None))[1]
+    derivative: Tensor = directional(of_moving, primals, tuple(t for t in tangents if t is not None))
     return derivative
+
+
+def directional(function: Callable[..., Any], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Any:
+    """The derivative of a function at some tensors along others, forwards."""
+    # Forward mode gives a tangent the strides of its tensor, and cannot write to one that was expanded.
+    return torch.func.jvp(function, tuple(t.contiguous() for t in at), along)[1]
 
 
 def saved(ctx: Any) -> tuple[Tensor, ...]:
@@ -231,8 +237,7 @@ class _LogDet(torch.autograd.Function):
     @staticmethod
     def forward(structure: Structure, _: None, *tensors: Tensor) -> Tensor:
         pair = build(structure, tensors)
-        # Tensors may be expanded to a batch after the factorisation, which then has none.
-        value: Tensor = pair.operator._logdet_value(pair.factors).expand(pair.operator.batch_shape)
+        value: Tensor = pair.operator._logdet_value(pair.factors)
         return value
 
     @staticmethod

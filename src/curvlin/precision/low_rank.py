@@ -259,7 +259,8 @@ class Woodbury(ImplicitLogdetOperator):
         return graft(value, self._unweighted()._live_logdet(factors)) if self._needs_grad() else value
 
     def _logdet_gradient(self, factors: Any) -> list[Tensor]:
-        full = self.expand(self.batch_shape)
+        # The factors as well: a kernel with a batch in its tensors alone would count derivatives once per element.
+        full, factors = self.expand(self.batch_shape), factors.expand(self.batch_shape)
         if self._is_plain(factors) and factors.Q is not None:
             assert isinstance(full.U, Tensor)
             diagonal = full._inverse_diagonal(factors)
