@@ -845,6 +845,30 @@ def test_a_factor_is_stale_after_an_edit_in_place(kind: str) -> None:
     torch.testing.assert_close(kept.factor().solve(x), case.operator.solve(x))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_factor_in_another_dtype_is_stale_after_an_edit_of_the_original(kind: str) -> None:
+    """It answers from the tensors that were factorised, which are still those of P."""
+    P = make_case(kind, Spec(size=6, seed=1)).operator
+    kept = P.factor(torch.float32)
+    kept.solve(torch.ones(6))
+    next(P._tensors())[0].mul_(2.0)
+    for ask in (lambda: kept.solve(torch.ones(6)), kept.logdet, kept.inverse_diagonal):
+        with pytest.raises(StaleFactorError):
+            ask()
+
+
+def test_a_factor_of_many_columns_in_a_wider_dtype_goes_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large U is widened where it is used, so the factor refers to the narrow one."""
+    monkeypatch.setattr("curvlin.precision.low_rank.ALWAYS_ORTHONORMAL", 0)
+    U = torch.ones(6, 2)
+    kept = LowRankPlusDiag(torch.ones(6), U).factor(f64)
+    x = torch.ones(6, dtype=f64)
+    kept.solve(x)
+    U.mul_(2.0)
+    with pytest.raises(StaleFactorError):
+        kept.solve(x)
+
+
 COPIES: dict[str, Callable[[Any], Any]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,

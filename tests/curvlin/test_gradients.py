@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import kl_divergence
 
-from curvlin import Dense, Diagonal, Gaussian, KroneckerSum, LowRankPlusDiag, NotClosedError
+from curvlin import Dense, Diagonal, Gaussian, KroneckerSum, LowRankPlusDiag, NotClosedError, Woodbury
 from curvlin.precision.base import PrecisionOperator
 from curvlin.testing import KINDS, LAWS, Case, Spec, make_case
 
@@ -180,6 +180,32 @@ def test_derivatives_of_a_trace_with_other_structures(kind: str, other: str) -> 
         found = first_and_second([P, Q], lambda x: P.rebuilt(x[0]).trace_solve(Q.rebuilt(x[1])))  # noqa: B023
         exact = first_and_second([P, Q], lambda x: (torch.linalg.inv(P.dense(x[0])) * Q.dense(x[1])).sum())  # noqa: B023
         torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["dense", "low_rank_plus_diag", "downdated", "kronecker_two", "block_diag"])
+def test_the_batch_of_an_update_broadcasts_against_its_base(kind: str) -> None:
+    """The determinant of the base has no batch, its derivatives have that of the columns."""
+    P = make_case(kind, Spec(size=6, seed=1))
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=f64)
+    leaves = [*P.tensors, make_case("dense", Spec(size=6, seed=2, batch=(3,))).matrix[..., :2]]
+
+    def found(*leaves: Tensor) -> Tensor:
+        logdet = Woodbury(P.rebuilt(leaves[:-1]), leaves[-1]).logdet()
+        assert logdet.shape == (3,)
+        return (logdet * weights).sum()
+
+    def right(*leaves: Tensor) -> Tensor:
+        return ((P.dense(leaves[:-1]) + leaves[-1] @ leaves[-1].mT).logdet() * weights).sum()
+
+    derivatives = []
+    for total in (found, right):
+        live = [t.clone().requires_grad_() for t in leaves]
+        first = torch.autograd.grad(total(*live), live, create_graph=True)
+        second = torch.autograd.grad(sum(t.square().sum() for t in first), live)
+        derivatives.append([*first, *second])
+    torch.testing.assert_close(*derivatives, rtol=1e-9, atol=1e-9)
+    hessians = [torch.func.hessian(total)(*leaves) for total in (found, right)]
+    torch.testing.assert_close(*hessians, rtol=1e-9, atol=1e-9)
 
 
 def test_a_divergence_between_batches_has_the_derivatives_of_its_elements() -> None:

@@ -460,7 +460,7 @@ def _less_low_rank(
     return joined([kernel(n) for n in samples], dim=-2 if layout == "diagonal" else -3)
 
 
-_KEPT = 1e-4
+KEPT = 1e-4
 """The part that a difference may leave of its terms before its twelve good digits are too few."""
 
 _KEPT_ACROSS = 1e-2
@@ -471,7 +471,7 @@ def _has_cancelled(result: Tensor, kept: Tensor, layout: str, cross: bool) -> bo
     """Whether values may be looked at, and are far smaller than what they are left of."""
     if not is_concrete(result):
         return False
-    least = _KEPT_ACROSS if cross else _KEPT
+    least = _KEPT_ACROSS if cross else KEPT
     return bool((_sizes(result, layout, cross) < least * _sizes(kept, layout, cross)).any())
 
 

@@ -4,7 +4,7 @@
     Q: Woodbury kinds            the base's trace plus tr(C U^T P^-1 U), for every P
     P: Isotropic, Diagonal       sum of Q's diagonal over p, for every Q
     P or Q: Dense                a dense solve
-    P: Woodbury kinds            the base's trace less tr(M W^T Q W), W = Z^-1 U, for every Q that the base knows
+    P: Woodbury kinds            the base's trace less tr(M W^T Q W), W = Z^-1 U, for every other Q that the base knows
     Kronecker with Kronecker     in the eigenbasis of P, equal sizes (Isotropic is I (x) I)
     BlockDiag with BlockDiag     block by block, equal partitions
 
@@ -13,13 +13,19 @@ A rule takes P and Q in float64 and the factors of P.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvlin._tables import TRACE_SOLVE, lookup, register
+from curvlin._tree import is_concrete
+from curvlin.algebra.congruence import KEPT
 from curvlin.errors import NotClosedError
+from curvlin.index import identity_columns
 from curvlin.numerics import frozen_basis
+from curvlin.numerics.chunks import pieces, recomputing
 from curvlin.numerics.implicit import graft
 from curvlin.numerics.low_rank import LowRankFactors
 from curvlin.precision.base import PrecisionOperator
@@ -75,6 +81,9 @@ def _of_diagonal(P: PrecisionOperator, Q: Isotropic | Diagonal, factors: Any) ->
 @register(TRACE_SOLVE, PrecisionOperator, Isotropic)
 @register(TRACE_SOLVE, PrecisionOperator, Diagonal)
 @register(TRACE_SOLVE, PrecisionOperator, Woodbury)
+@register(TRACE_SOLVE, Woodbury, Isotropic)
+@register(TRACE_SOLVE, Woodbury, Diagonal)
+@register(TRACE_SOLVE, Woodbury, Woodbury)
 def by_the_right_operand(P: PrecisionOperator, Q: PrecisionOperator, factors: Any) -> Tensor:
     return trace_solve(P, Q, factors)
 
@@ -87,6 +96,7 @@ def diagonal_anything(P: Isotropic | Diagonal, Q: PrecisionOperator, factors: No
 
 @register(TRACE_SOLVE, Dense, PrecisionOperator)
 @register(TRACE_SOLVE, PrecisionOperator, Dense)
+@register(TRACE_SOLVE, Woodbury, Dense)
 def dense_anything(P: PrecisionOperator, Q: PrecisionOperator, factors: Any) -> Tensor:
     return P._solve(Q.to_dense(), factors).diagonal(dim1=-2, dim2=-1).sum(-1)
 
@@ -95,11 +105,27 @@ def dense_anything(P: PrecisionOperator, Q: PrecisionOperator, factors: Any) -> 
 def low_rank_anything(P: Woodbury, Q: PrecisionOperator, factors: Any) -> Tensor:
     if isinstance(factors, LowRankFactors):
         normal = P._unweighted()
-        less = removed_trace(normal, Q, factors)
-        trace = trace_solve(normal.base, Q, factors.base) - P.sign * less
+        before = trace_solve(normal.base, Q, factors.base)
+        trace = before - P.sign * removed_trace(normal, Q, factors)
+        if P.sign > 0 and is_concrete(trace) and bool((trace < KEPT * before).any()):
+            return _by_columns(P, Q, factors)
         return P._over_weight(trace, 0)
     value = trace_solve(factors.operator, Q, factors.factors)
     return graft(value, _with_core(P, Q, factors)) if P._needs_grad() else value
+
+
+def _by_columns(P: Woodbury, Q: PrecisionOperator, factors: LowRankFactors) -> Tensor:
+    """The diagonal of ``P^-1 Q``, solved for by the columns of Q: where the update takes nearly all of the trace."""
+
+    def some(columns: slice) -> Tensor:
+        index = torch.arange(P.size, device=P.device)[columns]
+        solved = P._solve(Q._matmul(identity_columns(index, P.size, P.dtype)), factors)
+        return solved[..., columns, :].diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    batch = torch.broadcast_shapes(P.batch_shape, Q.batch_shape).numel()
+    parts = pieces(P.size, 2 * 8 * batch * P.size, least=P.rank)
+    kernel = recomputing(some, len(parts), *(t for X in (P, Q) for t, _ in X._tensors()))
+    return functools.reduce(torch.add, (kernel(columns) for columns in parts))
 
 
 def _with_core(P: Woodbury, Q: PrecisionOperator, factors: CanonicalFactors) -> Tensor:

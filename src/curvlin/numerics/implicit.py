@@ -128,8 +128,14 @@ def push_forward(
         )
 
     primals = tuple(leaf for leaf, m in zip(leaves, moving, strict=True) if m)
-    derivative = torch.func.jvp(of_moving, primals, tuple(t for t in tangents if t is not None))[1]
+    derivative: Tensor = directional(of_moving, primals, tuple(t for t in tangents if t is not None))
     return derivative
+
+
+def directional(function: Callable[..., Any], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Any:
+    """The derivative of a function at some tensors along others, forwards."""
+    # Forward mode gives a tangent the strides of its tensor, and cannot write to one that was expanded.
+    return torch.func.jvp(function, tuple(t.contiguous() for t in at), along)[1]
 
 
 def saved(ctx: Any) -> tuple[Tensor, ...]:

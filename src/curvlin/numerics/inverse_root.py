@@ -111,7 +111,10 @@ class _InverseRoot(torch.autograd.Function):
         grad_z = inverse_root(pair.operator, G, pair.factors).sum_to_size(Z.shape)
         wanted = ctx.needs_input_grad[2:]
         grads: list[Tensor | None] = [None] * len(wanted)
-        for shifted, factors, weights in pair.operator._quadrature(pair.factors) if any(wanted) else ():
+        batch = max(Z.ndim, G.ndim) - 2
+        for shifted, factors, weights in (
+            pair.operator._quadrature(pair.factors, batch) if any(wanted) else ()
+        ):
             x = implicit.solve(shifted, Z, factors)
             y = implicit.solve(shifted, weights * G, factors)
             parts = implicit.pull_back(pair, wanted, _product_with(x), -y)
@@ -123,7 +126,7 @@ class _InverseRoot(torch.autograd.Function):
         Z, *tensors = saved(ctx)
         pair = build(ctx.structure, tensors)
         total = None if dZ is None else inverse_root(pair.operator, dZ, pair.factors)
-        for shifted, factors, weights in pair.operator._quadrature(pair.factors):
+        for shifted, factors, weights in pair.operator._quadrature(pair.factors, Z.ndim - 2):
             x = implicit.solve(shifted, Z, factors)
             change = implicit.push_forward(pair, tangents, _product_with(-x))
             if change is None:

@@ -133,10 +133,12 @@ def full_spectrum(factors: LowRankFactors) -> tuple[Tensor, Tensor]:
 
 
 def over_capacitance(c: Tensor, factors: LowRankFactors) -> Tensor:
-    """``H^-1 c``; directions beyond the columns of W have no gain."""
-    W, along = factors.W, factors.W.mT @ c
-    inside = W @ (along / factors.h.unsqueeze(-1))
-    return inside if W.shape[-1] == W.shape[-2] else inside + (c - W @ along)
+    """``H^-1 c`` for c in the range of ``V^T``, which the columns of W span.
+
+    What c has beside them is rounding, and no gain would divide it.
+    """
+    W = factors.W
+    return W @ ((W.mT @ c) / factors.h.unsqueeze(-1))
 
 
 def root_of_middle(factors: LowRankFactors) -> Tensor:

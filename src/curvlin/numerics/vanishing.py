@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curvlin._tree import hide_from_compiler
 from curvlin.errors import NotClosedError
-from curvlin.numerics.implicit import saved
+from curvlin.numerics.implicit import directional, saved
 
 
 def vanishing(
@@ -118,7 +118,7 @@ class _Vanishing(torch.autograd.Function):
         def pushed(*arguments: Tensor) -> tuple[Tensor, ...]:
             directions, tensors = arguments[:n], arguments[n:]
             primals = tuple(tensors[i] for i in moving)
-            change: tuple[Tensor, ...] = torch.func.jvp(term.of(moving, tensors), primals, directions)[1]
+            change: tuple[Tensor, ...] = directional(term.of(moving, tensors), primals, directions)
             return change
 
         push = term.derivative(pushed, term.shapes)

@@ -448,7 +448,8 @@ class PrecisionOperator(Tree, ABC):
         """The same operator with its factorisation kept, for callers that ask it more than one question.
 
         The result is equal to P and of the same type; what is made from it (`to`, `+`, a copy, ...) is not factored.
-        If a tensor of P is changed in place afterwards, using the factored operator raises `StaleFactorError`.
+        If a tensor of P is changed in place afterwards, using the factored operator raises `StaleFactorError`; edits
+        that PyTorch does not count, through `.data` or a NumPy array that shares the memory, go unseen.
 
         Args:
             dtype: of the result, of what it is applied to and of its answers. What needs an inverse is answered

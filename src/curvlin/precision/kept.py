@@ -23,7 +23,8 @@ class Kept:
         working: the operator in float64, that was factorised.
         live: whether derivatives could be asked for when it was made, in which case `working` is part of a graph.
         factors: of `working`.
-        marks: the state of each tensor of the operator at that time.
+        marks: the state at that time of each tensor of the operator and of `working`, which shares those of the
+            original where the operator has another dtype.
     """
 
     working: Any
@@ -35,16 +36,21 @@ class Kept:
     def of(cls, P: PrecisionOperator, holder: PrecisionOperator) -> Kept:
         """The factors of P, to be kept by `holder`: P itself, or P in another dtype."""
         working = P._working()
-        marks = tuple(_mark(t) for t, _ in holder._tensors())
+        marks = tuple(map(_mark, _distinct(holder, working)))
         return cls(working, P._needs_grad(), factorize(working), marks)
 
     def check(self, holder: PrecisionOperator) -> None:
-        """Raise `StaleFactorError` if a tensor of the holder was changed in place."""
-        pairs = zip(holder._tensors(), self.marks, strict=True)
-        if not all(_unchanged(t, mark) for (t, _), mark in pairs):
+        """Raise `StaleFactorError` if a tensor of the holder, or one that was factorised, was changed in place."""
+        if not all(map(_unchanged, _distinct(holder, self.working), self.marks)):
             raise StaleFactorError(
                 f"a tensor of this {type(holder).__name__} was changed in place after factor(); call factor() again"
             )
+
+
+def _distinct(holder: PrecisionOperator, working: PrecisionOperator) -> list[Tensor]:
+    """The tensors of both, each once."""
+    tensors = [t for P in (holder, working) for t, _ in P._tensors()]
+    return list({id(t): t for t in tensors}.values())
 
 
 def _mark(tensor: Tensor) -> int | Tensor:

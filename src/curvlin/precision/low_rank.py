@@ -23,7 +23,7 @@ from curvlin._tables import CONGRUENCE, lookup
 from curvlin._tree import build, static_field, tensor_field
 from curvlin.errors import NotClosedError, NotPositiveDefiniteError
 from curvlin.features.base import FeatureOperator
-from curvlin.numerics import tall
+from curvlin.numerics import linear, tall
 from curvlin.numerics.implicit import graft
 from curvlin.numerics.low_rank import (
     ALWAYS_ORTHONORMAL,
@@ -259,7 +259,16 @@ class Woodbury(ImplicitLogdetOperator):
         return graft(value, self._unweighted()._live_logdet(factors)) if self._needs_grad() else value
 
     def _logdet_gradient(self, factors: Any) -> list[Tensor]:
-        full = self.expand(self.batch_shape)
+        # The factors as well: a kernel with a batch in its tensors alone would count derivatives once per element.
+        full, factors = self.expand(self.batch_shape), factors.expand(self.batch_shape)
+        if self._is_plain(factors) and factors.Q is not None:
+            assert isinstance(full.U, Tensor)
+            diagonal = full._inverse_diagonal(factors)
+            solved = full._solve(full.U.double(), factors)
+            return [
+                diagonal.sum(-1) if isinstance(self.base, Isotropic) else diagonal,
+                2 * self.sign * solved,
+            ]
         structure = full._structure()
 
         def live(*tensors: Tensor) -> Tensor:
@@ -274,16 +283,20 @@ class Woodbury(ImplicitLogdetOperator):
 
     def _logdet_pull_back(self, g: Tensor, factors: Any) -> list[Tensor]:
         """For ``diag(d) + s U U^T``, in one pass over U: ``g diag(P^-1)`` (summed for one d) and ``2 s g P^-1 U``."""
-        plain = isinstance(self.U, Tensor) and isinstance(factors, LowRankFactors) and self.weight is None
         eager = self._is_concrete() and not torch.is_grad_enabled()
-        if not (plain and eager) or self.batch_shape or not isinstance(self.base, (Diagonal, Isotropic)):
+        if not (self._is_plain(factors) and eager) or self.batch_shape:
             return super()._logdet_pull_back(g, factors)
-        assert isinstance(self.U, Tensor)
+        assert isinstance(self.U, Tensor) and isinstance(self.base, (Diagonal, Isotropic))
         gradient = torch.empty_like(self.U)
         scale = self.base._column().rsqrt()
         leverage = leverages(self.U, scale, factors, out=gradient, weight=2 * self.sign * g)
         diagonal = g * low_rank_variances.from_leverage(self, leverage, factors)
         return [diagonal.sum() if isinstance(self.base, Isotropic) else diagonal, gradient]
+
+    def _is_plain(self, factors: Any) -> bool:
+        """Whether P is ``diag(d) + s U U^T`` with a matrix U, and no core or weight."""
+        plain = isinstance(self.U, Tensor) and isinstance(factors, LowRankFactors) and self.weight is None
+        return plain and isinstance(self.base, (Diagonal, Isotropic))
 
     def _live_logdet(self, factors: LowRankFactors) -> Tensor:
         """``log det H`` around the accurate spectrum: its derivative ``H^-1 dH`` comes from there."""
@@ -386,7 +399,7 @@ class Woodbury(ImplicitLogdetOperator):
         others, factors = others._factored()
         root = ChangedIdentity(others._unweighted(), factors).capacitance_root()[1]
         assert isinstance(kept.U, Tensor)
-        return kept._with(U=torch.linalg.solve(root, kept.U.double().mT).mT.to(self.dtype))
+        return kept._with(U=linear.solve(root, kept.U.double().mT).mT.to(self.dtype))
 
     def _to_dense(self) -> Tensor:
         eye = torch.eye(self.rank, dtype=self.dtype, device=self.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from curvlin._tree import Tree, static_field, tensor_field
 from curvlin.features.combined import combined_columns
+from curvlin.numerics import linear
 from curvlin.numerics.implicit import without_derivative
 from curvlin.numerics.rounding import rounding_level
 
@@ -109,4 +110,4 @@ def removed(P: Woodbury, base_factors: Any) -> tuple[Tensor, Tensor]:
     assert P.core is not None
     columns = P.U.double() if isinstance(P.U, Tensor) else torch.cat([*P._column_parts()], dim=-1)
     W = P.base._solve(columns, base_factors)
-    return W @ torch.linalg.solve(P._capacitance(base_factors), P.core, left=False), W
+    return W @ linear.solve(P._capacitance(base_factors), P.core, left=False), W

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from curvlin._tree import needs_grad
+from curvlin.numerics import linear
 from curvlin.numerics.implicit import graft
 from curvlin.numerics.low_rank import (
     INVERSE_ROOT,
@@ -62,7 +63,7 @@ class ChangedIdentity:
         if P._needs_grad() or needs_grad(Z):
             H, S = self.capacitance_root()
             u = P.base._unwhiten(Z, factors.base)
-            c = P.sign * torch.linalg.solve(H + S, P._collect(u))
+            c = P.sign * linear.solve(H + S, P._collect(u))
             value = graft(value, u - P.base._solve(P._spread(c), factors.base))
         return value
 
@@ -84,7 +85,7 @@ class ChangedIdentity:
         value = self.shrink(P.base._root_solve(G, factors.base), INVERSE_ROOT)
         if P._needs_grad() or needs_grad(G):
             H, S = self.capacitance_root()
-            c = P.sign * torch.linalg.solve(H + S, P._collect(P.base._solve(G, factors.base)))
+            c = P.sign * linear.solve(H + S, P._collect(P.base._solve(G, factors.base)))
             value = graft(value, P.base._root_solve(G - P._spread(c), factors.base))
         return value
 
@@ -135,4 +136,4 @@ class ChangedIdentity:
 
 def _after_identity(S: Tensor, c: Tensor) -> Tensor:
     """``(I + S)^-1 c``."""
-    return torch.linalg.solve(S + torch.eye(S.shape[-1], dtype=S.dtype, device=S.device), c)
+    return linear.solve(S + torch.eye(S.shape[-1], dtype=S.dtype, device=S.device), c)

@@ -31,8 +31,11 @@ def inverse_diagonal(P: Woodbury, factors: LowRankFactors) -> Tensor:
     value = _accurate_inverse_diagonal(P, factors)
     if not P._needs_grad():
         return value
-    removed = _removed_diagonal(P, _live_root_of_middle(P, factors), factors)
-    return graft(value, P.base._inverse_diagonal(factors.base) - P.sign * removed)
+    prior = P.base._inverse_diagonal(factors.base)
+    live = prior - P.sign * _removed_diagonal(P, _live_root_of_middle(P, factors), factors)
+    for rows in _cancelled(P, value, prior):
+        live = live.index_copy(-1, rows, P._inv_quad(identity_columns(rows, P.size, P.dtype), factors))
+    return graft(value, live)
 
 
 def _accurate_inverse_diagonal(P: Woodbury, factors: LowRankFactors) -> Tensor:
@@ -47,13 +50,16 @@ def _accurate_inverse_diagonal(P: Woodbury, factors: LowRankFactors) -> Tensor:
         columns = P.base._unwhiten(factors.Q, factors.base)
         removed = (columns.square() * (factors.gain / factors.h).unsqueeze(-2)).sum(-1)
     result = prior - P.sign * removed
-    if P.sign < 0 or not is_concrete(result):
-        return result
-    cancelled = (result < prior / 2).flatten(0, -2).any(0) if result.ndim > 1 else result < prior / 2
-    for rows in cancelled.nonzero().squeeze(-1).split(P._width()):
-        selection = identity_columns(rows, P.size, P.dtype)
-        result[..., rows] = P._inv_quad_value(selection, factors)
+    for rows in _cancelled(P, result, prior):
+        result[..., rows] = P._inv_quad_value(identity_columns(rows, P.size, P.dtype), factors)
     return result
+
+
+def _cancelled(P: Woodbury, variances: Tensor, prior: Tensor) -> Iterator[Tensor]:
+    """The coordinates in which an update takes more than half of the prior's variance, some at a time."""
+    if P.sign > 0 and is_concrete(variances):
+        taken = (variances < prior / 2).reshape(-1, P.size).any(0)
+        yield from taken.nonzero().squeeze(-1).split(P._width())
 
 
 def from_leverage(P: Woodbury, leverage: Tensor, factors: LowRankFactors) -> Tensor:
@@ -63,10 +69,11 @@ def from_leverage(P: Woodbury, leverage: Tensor, factors: LowRankFactors) -> Ten
     # Inside transforms values cannot be looked at, and the formula as it stands has to do.
     if P.sign > 0 and is_concrete(leverage) and bool((leverage > 0.5).any()):
         assert isinstance(P.U, Tensor)
-        V = P.base._root_solve(P.U.double(), factors.base)
-        V = V.expand(*leverage.shape[:-1], *V.shape[-2:]).flatten(0, -3) if leverage.ndim > 1 else V[None]
-        rows = leverage.reshape(-1, leverage.shape[-1])
-        share = torch.stack([leverage_split(v, h) for v, h in zip(V, rows, strict=True)]).view_as(leverage)
+        V, batch = P.base._root_solve(P.U.double(), factors.base), P.batch_shape
+        each = V.expand(*batch, *V.shape[-2:]).reshape(-1, *V.shape[-2:])
+        rows = leverage.expand(*batch, P.size).reshape(-1, P.size)
+        shares = [leverage_split(v, h) for v, h in zip(each, rows, strict=True)]
+        share = torch.stack(shares).reshape(*batch, P.size)
     return prior * share
 
 

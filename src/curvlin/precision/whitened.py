@@ -117,13 +117,20 @@ class CommutingSum(KroneckerSum):
         return factors.function(1 / factors.eigenvalues.sqrt(), Z)
 
     def _quadrature(
-        self, factors: KroneckerFactors
+        self, factors: KroneckerFactors, batch_ndim: int
     ) -> Iterator[tuple[CommutingSum, KroneckerFactors, Tensor]]:
-        """``K + t_q I`` with its factors and the weight w_q, a few nodes at a time as a leading batch dimension."""
+        """``K + t_q I`` with its factors and the weight w_q, a few nodes at a time as a leading dimension.
+
+        That stands left of the batch of K and of the `batch_ndim` dimensions of what K meets.
+        """
         d = factors.eigenvalues
         n = None if is_concrete(d) else _NODES_FOR_ANY_CONDITION
-        rule = inverse_square_root_rule(d.amin((-2, -1)), d.amax((-2, -1)), n)
-        for nodes, weights in zip(*(part.split(_NODES_AT_A_TIME) for part in rule), strict=True):
+        between = (1,) * (max(batch_ndim, len(self.batch_shape)) - (d.ndim - 2))
+        nodes_and_weights = (
+            part.reshape(part.shape[0], *between, *part.shape[1:]).split(_NODES_AT_A_TIME)
+            for part in inverse_square_root_rule(d.amin((-2, -1)), d.amax((-2, -1)), n)
+        )
+        for nodes, weights in zip(*nodes_and_weights, strict=True):
             shifted = self._with(shift=nodes if self.shift is None else self.shift + nodes)
             moved = KroneckerFactors(factors.left, factors.right, d + nodes[..., None, None])
             yield shifted, moved, weights[..., None, None]
