@@ -37,7 +37,9 @@ ResNet-20 on CIFAR-10, with trained weights that are public (270 thousand of the
 
     python benchmarks/calibration.py --data-dir DIR --splits {n}
 
-which writes this page from one file for each split. {about}
+which writes this page from one file for each split.
+
+{about}
 
 Seconds are of the processor, on one thread. A cell is a mean over splits ± its standard error; differences are of the
 same split.
