@@ -23,8 +23,8 @@ from curvlin_nn.input_parts import in_parts
 from curvlin_nn.predictive.draws import deviations
 from curvlin_nn.predictive.output_gaussian import OutputGaussian
 
-FEATURE_BUDGET = 2**23
-"""Entries of the tensors of features held at once: 32 MiB in float32."""
+FEATURE_BUDGET = 2**22
+"""Entries of the tensors of features held at once: 16 MiB in float32."""
 
 
 @dataclass(frozen=True)
