@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -70,18 +71,20 @@ def _tradeoff(rows: dict[str, list[Result]], path: Path) -> None:
     """The gain in likelihood against detection by entropy, with standard errors over seeds."""
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    markers = itertools.cycle("osD^vPX")  # more rows than colours are told apart by
     for name, found in rows.items():
         x, y = (
             over_seeds(found, value)
             for value in (score("AUC kmnist"), lambda result: result["NLL minus MAP"]["mean"])
         )
         assert x is not None and y is not None
-        axis.errorbar(x.mean, y.mean, y.error, x.error, "o", markersize=4, linewidth=1)
-        axis.annotate(name, (x.mean, y.mean), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        marker = next(markers)
+        axis.errorbar(x.mean, y.mean, y.error, x.error, marker, markersize=5, linewidth=1, label=name)
     axis.axhline(0, color="grey", linewidth=0.8, linestyle=":")
     axis.set_yscale("symlog", linthresh=1e-3)
-    axis.margins(0.15)  # room for the names
+    axis.margins(0.1)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     axis.set_xlabel("AUC of the predictive entropy, KMNIST")
     axis.set_ylabel("NLL minus that of MAP")
     figure.savefig(path, dpi=110)
