@@ -51,7 +51,6 @@ class CurvatureChoice(ABC):
     feature_reduction: str | None
     damping: bool
 
-    @abstractmethod
     def accumulated(
         self,
         model: nn.Module,
@@ -66,6 +65,20 @@ class CurvatureChoice(ABC):
         Raises:
             UnsupportedError: if it has no such sums, or none that a checkpoint can hold.
         """
+        return self._sums(n_outputs, checkpoint)(
+            model,
+            likelihood,
+            loader,
+            self.selection,
+            columns=self.columns,
+            feature_reduction=self.feature_reduction,
+            progress_bar=progress_bar,
+            checkpoint=checkpoint,
+        )
+
+    @abstractmethod
+    def _sums(self, n_outputs: int, checkpoint: Checkpoint | None) -> Callable[..., Accumulated]:
+        """What goes through the data, called as `accumulate` is but for the factories."""
 
     @abstractmethod
     def empty_states(self, n_outputs: int = 0) -> Sequence[Callable[[ParameterSpace], State]]:
@@ -128,27 +141,8 @@ class OfColumns(CurvatureChoice):
         """See `CurvatureChoice.in_function_space`."""
         return self.structure is FunctionSpace
 
-    def accumulated(
-        self,
-        model: nn.Module,
-        likelihood: Likelihood,
-        loader: Iterable[Any],
-        n_outputs: int = 0,
-        progress_bar: bool = False,
-        checkpoint: Checkpoint | None = None,
-    ) -> Accumulated:
-        """See `CurvatureChoice.accumulated`."""
-        return accumulate(
-            model,
-            likelihood,
-            loader,
-            self.selection,
-            self.empty_states(n_outputs),
-            columns=self.columns,
-            feature_reduction=self.feature_reduction,
-            progress_bar=progress_bar,
-            checkpoint=checkpoint,
-        )
+    def _sums(self, n_outputs: int, checkpoint: Checkpoint | None) -> Callable[..., Accumulated]:
+        return partial(accumulate, factories=self.empty_states(n_outputs))
 
     def empty_states(self, n_outputs: int = 0) -> list[StructureFactory]:
         """See `CurvatureChoice.empty_states`."""
@@ -179,16 +173,7 @@ class OfHessian(CurvatureChoice):
     structure: str
     indefinite: str
 
-    def accumulated(
-        self,
-        model: nn.Module,
-        likelihood: Likelihood,
-        loader: Iterable[Any],
-        n_outputs: int = 0,
-        progress_bar: bool = False,
-        checkpoint: Checkpoint | None = None,
-    ) -> Accumulated:
-        """See `CurvatureChoice.accumulated`."""
+    def _sums(self, n_outputs: int, checkpoint: Checkpoint | None) -> Callable[..., Accumulated]:
         if n_outputs:
             _refuse_by_output()
         if checkpoint is not None and self.structure == "lowrank":
@@ -196,18 +181,7 @@ class OfHessian(CurvatureChoice):
                 "checkpoint is not supported for hessian_structure='lowrank' of a Hessian, whose passes sum nothing; "
                 "leave it at None, or take 'full', 'block' or 'diag'"
             )
-        return accumulate_hessian(
-            model,
-            likelihood,
-            loader,
-            self.selection,
-            self.structure,
-            self.indefinite,
-            columns=self.columns,
-            feature_reduction=self.feature_reduction,
-            progress_bar=progress_bar,
-            checkpoint=checkpoint,
-        )
+        return partial(accumulate_hessian, structure=self.structure, indefinite=self.indefinite)
 
     def empty_states(self, n_outputs: int = 0) -> list[Callable[[ParameterSpace], State]]:
         """See `CurvatureChoice.empty_states`."""
