@@ -30,7 +30,6 @@ from curvlin_nn.evidence import Curvature
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.kept_features import Kept, View
-from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.predictive.predictor import Answer, answer, needs_covariance
 from curvlin_nn.predictive.request import Request, check_pred_type
 from curvlin_nn.predictive.response import Response
@@ -61,40 +60,6 @@ class HeldOutOptimum:
     precisions: Float[Tensor, " G"]
     scores: Float[Tensor, " G"]
     at_edge: bool
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What to predict, and how to score it.
-
-    Attributes:
-        loss: see `curvlin_nn.scores.new_score`.
-        pred_type: as in `Laplace.__call__`.
-        link_approx: likewise.
-        n_samples: likewise.
-        generator: likewise; each precision that is tried sees the same draws, also without one.
-    """
-
-    loss: object | None = None
-    pred_type: str = "glm"
-    link_approx: str = "probit"
-    n_samples: int = 100
-    generator: torch.Generator | None = None
-
-    def request(self, likelihood: Likelihood) -> Request:
-        """The predictions that are scored, noise included where the negative log-likelihood is.
-
-        Raises:
-            UnsupportedError: if they are not served.
-        """
-        noise = self.loss is None and likelihood.has_additive_noise
-        return Request(
-            self.pred_type,
-            self.link_approx,
-            n_samples=self.n_samples,
-            generator=self.generator,
-            observation_noise=noise,
-        ).checked(likelihood)
 
 
 @dataclass(frozen=True)
@@ -132,22 +97,26 @@ class HeldOut:
 
     Args:
         pairs: fitted objects, and batches that they have not been fitted to.
-        scoring: what to predict.
+        request: what to predict; each precision that is tried sees the same draws, also without a generator. Noise is
+            added where the negative log-likelihood is scored.
+        loss: see `curvlin_nn.scores.new_score`.
         progress_bar: whether to show one over the batches.
     """
 
     def __init__(
         self,
         pairs: Sequence[tuple[Laplace, Sequence[tuple[Any, Tensor]]]],
-        scoring: Scoring,
+        request: Request,
+        loss: object | None = None,
         progress_bar: bool = False,
     ) -> None:
         first = pairs[0][0]
-        check_pred_type(scoring.pred_type, first._choice.in_function_space)
-        self._new_score = new_score(first.likelihood, scoring.loss)
-        self._generator, self._device = scoring.generator, device_of(first.model)
+        check_pred_type(request.pred_type, first._choice.in_function_space)
+        self._new_score = new_score(first.likelihood, loss)
+        self._generator, self._device = request.generator, device_of(first.model)
         self._progress_bar = progress_bar
-        request = scoring.request(first.likelihood)
+        noise = loss is None and first.likelihood.has_additive_noise
+        request = replace(request, observation_noise=noise).checked(first.likelihood)
         self._parts: list[_Part] = []
         for la, data in pairs:
             asked = copy.copy(la)
@@ -336,7 +305,8 @@ def search(
     la: Laplace,
     method: str,
     grid: Grid,
-    scoring: Scoring,
+    request: Request,
+    loss: object | None,
     loader: Iterable[Any] | None,
     *,
     n_folds: int,
@@ -352,7 +322,7 @@ def search(
     la._check_unchanged()
     data = held_out_data(la, loader, method)
     pairs = folds(la, data, n_folds) if method == "cv" else [(la, data)]
-    held_out = HeldOut(pairs, scoring, progress_bar and method != "brent")
+    held_out = HeldOut(pairs, request, loss, progress_bar and method != "brent")
     return by_brent(held_out, grid, tolerance) if method == "brent" else by_grid(held_out, grid)
 
 

@@ -28,7 +28,7 @@ from curvlin_nn.evidence_bound import left_out_curvature
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.feature_posterior import FeatureSpace
 from curvlin_nn.fitted import Fitted
-from curvlin_nn.held_out import METHODS, Grid, HeldOutOptimum, Scoring, search
+from curvlin_nn.held_out import METHODS, Grid, HeldOutOptimum, search
 from curvlin_nn.hyperparameters import check_knows_noise, checked_mean, checked_noise, checked_temperature
 from curvlin_nn.inference_mode import outside_inference_mode
 from curvlin_nn.likelihoods import Likelihood
@@ -44,7 +44,7 @@ from curvlin_nn.predictive import (
     WeightSpace,
 )
 from curvlin_nn.predictive.linearised import functional_covariance
-from curvlin_nn.predictive.request import check_pred_type
+from curvlin_nn.predictive.request import Request, check_pred_type
 from curvlin_nn.prior import GroupedPrior, Prior, check_precision, check_structure
 from curvlin_nn.prior_projection import check_projection, project_prior
 from curvlin_nn.prior_search import Optimum, maximise
@@ -686,7 +686,8 @@ class Laplace(PosteriorPredictive):
                 self,
                 method,
                 Grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base),
-                Scoring(loss, pred_type, link_approx, n_samples, generator),
+                Request(pred_type, link_approx, n_samples=n_samples, generator=generator),
+                loss,
                 train_loader if method == "cv" else val_loader,
                 n_folds=n_folds,
                 tolerance=max(tolerance, 1e-3),
