@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,17 +92,13 @@ class GaussianPredictor(Predictor):
         def outputs() -> Tensor:
             return draw(f, V, request.n_samples, generator())
 
-        if not self.response.likelihood.has_link:
-            mean, covariance = self.response.moments(f, V)
-            noise = self.response.noise_covariance(f, V) if self.response.is_noisy else None
-            return Prediction(self.response, mean, f, V, outputs, covariance, noise)
-        if request.link_approx == "mc":
-            mean = self.response.values(outputs()).mean(0)
-        else:
-            wide = self.response.needs_covariance(request.link_approx)
-            spread = V if wide else V.diagonal(dim1=-2, dim2=-1)
-            mean = self.response.expected_link(request.link_approx, f, spread)
-        return Prediction(self.response, mean, f, V, outputs)
+        spread = V if needs_covariance(self.response, request) else V.diagonal(dim1=-2, dim2=-1)
+        found = answer(self.response, replace(request, generator=generator()), f, spread)
+        if isinstance(found, Tensor):
+            return Prediction(self.response, found, f, V, outputs)
+        mean, covariance = found
+        noise = self.response.noise_covariance(f, V) if self.response.is_noisy else None
+        return Prediction(self.response, mean, f, V, outputs, covariance, noise)
 
     def _joint(self, x: Any, observation_noise: bool) -> tuple[Float[Tensor, " NC"], Float[Tensor, "NC NC"]]:
         mean, covariance = self.predictive.joint(x)
