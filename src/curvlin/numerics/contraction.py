@@ -244,9 +244,9 @@ def _sample_route(g: Tensor, a: Tensor, w: Tensor | None, *, diagonal: bool) -> 
     if many * tokens <= rows:
         kernel = _tokens_diagonal if diagonal else _tokens
         return _SampleRoute(kernel, item * (S * S * (inputs + out) + 2 * R * S * out))
-    if many > 1 and not diagonal:
-        return _SampleRoute(_rows_of_pairs, g.element_size() * (R + R * R) * D)
-    item = g.element_size() if many > 1 else item
+    if many > 1:
+        kernel = _rows_of_squares if diagonal else _rows_of_pairs
+        return _SampleRoute(kernel, g.element_size() * (R + R * columns) * D)
     return _SampleRoute(_rows_diagonal if diagonal else _rows, item * 2 * R * D)
 
 
@@ -286,10 +286,12 @@ def _rows(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
 
 
 def _rows_diagonal(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
-    rows = multiplied(g, a)
-    if w is not None and _n_weights(g, a, w) > 1:
-        return rows_with_many_weights(rows, w.flatten(-2), diagonal=True)
-    return _weighted(rows.square(), w).sum(-1)
+    return _weighted(multiplied(g, a).square(), w).sum(-1)
+
+
+def _rows_of_squares(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
+    assert w is not None
+    return rows_with_many_weights(multiplied(g, a), w.flatten(-2), diagonal=True)
 
 
 def _rows_of_pairs(g: Tensor, a: Tensor, w: Tensor | None) -> Tensor:
