@@ -174,9 +174,8 @@ class VaLLA(VariationalPosterior[Fitted]):
             def fitted() -> Fitted:
                 return Fitted(variables.sparse(), variables.points, recorder, fingerprint, history, n_data)
 
-            held_out = None if validation_loader is None else Labelled(validation_loader, self.dict_key_y)
             optimizer = torch.optim.Adam(groups)
-            self._train(optimizer, loss, loader, options, history, fitted, held_out, progress_bar)
+            self._train(optimizer, loss, loader, options, history, fitted, validation_loader, progress_bar)
         return self
 
     @property
