@@ -77,9 +77,8 @@ class Graph:
     def columns_at_once(self) -> int:
         """How many columns' gradients stay in cache: more gain nothing, and are written to memory and read back."""
         largest = max((use.shape.numel() for use in self.uses), default=0)
-        return max(
-            1, COLUMN_BUDGET // max(1, largest)
-        )  # a layer may have seen nothing: an expert without samples
+        # A layer may have seen nothing: an expert without samples.
+        return max(1, COLUMN_BUDGET // max(1, largest))
 
     def gradients(
         self, columns: Float[Tensor, "V N C"], *, differentiable: bool = False
@@ -103,10 +102,11 @@ class Graph:
             found = None if None in parts else _joined([part for part in parts if part is not None])
         if found is None:
             found = self._one_by_one(columns, edges, differentiable)
+        # A gradient may be that of what the output is a view of.
         return [
             columns.new_zeros(len(columns), *use.shape)
             if gradient is None
-            else gradient.reshape(len(columns), *use.shape)  # as at what the output is a view of
+            else gradient.reshape(len(columns), *use.shape)
             for use, gradient in zip(self.uses, found, strict=True)
         ]
 
