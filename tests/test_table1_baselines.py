@@ -170,6 +170,14 @@ class TestMFVI:
 
         assert nll(kept) < nll(last)
 
+    def test_counts_the_distribution_that_it_starts_from(self):
+        """No step is better than the first, and SGD at rates of nearly nothing stays there."""
+        model, (x, y) = network(), classes()
+        at_start = mfvi.fit(model, x, y, seed=0, n_steps=1, lr_mean=1e-12, lr_log_std=1e-12, momentum=0.9)
+        kept = mfvi.fit(model, x, y, x_val=x, y_val=model(x).argmax(-1), seed=0, n_steps=50, lr_mean=1.0)
+        torch.testing.assert_close(kept(x).mean(0), at_start(x).mean(0), rtol=0, atol=0.05)
+        assert not torch.allclose(mfvi.fit(model, x, y, seed=0, n_steps=50, lr_mean=1.0)(x), kept(x), atol=0.5)
+
     def test_keeps_the_last_without_held_out_data(self):
         x, y = classes()
         settings = {"seed": 0, "n_steps": 30, "n_samples": 2}

@@ -111,13 +111,14 @@ def fit(
     batch_size: int = 100,
     lr_mean: float = 1e-4,
     lr_log_std: float = 1e-2,
+    momentum: float | None = None,
     n_checks: int = 8,
 ) -> WeightDraws:
     """Maximises the evidence lower bound from the network's weights on.
 
-    The published settings, except for two. Weight decay is left out, for the divergence already holds the prior. Adam
-    takes the place of SGD at rates of 1e-4 and 1e-3, which in 8,000 steps moves log standard deviations by 0.002 (their
-    gradient is about 1 / N): it reports the distribution that it starts from.
+    The published settings, but for weight decay, since the divergence already holds the prior, and for the optimiser.
+    The published one, SGD at 1e-4 and 1e-3, moves log standard deviations by 0.002 in 8,000 steps (their gradient is
+    about 1 / N): it reports the distribution that it starts from. Adam gets to the optimum of the bound.
 
     Args:
         model: trained; left as it is. All its parameters belong to linear layers and convolutions.
@@ -126,7 +127,7 @@ def fit(
         seed: of all that is random.
         seconds: CPU time after which to stop.
         x_val: inputs held out, perhaps none. With them the draws of the smallest negative log-likelihood among
-            `n_checks` on the way are kept, the last ones without.
+            `n_checks` on the way and those before any step are kept, the last ones without.
         y_val: their classes.
         n_samples: draws that predict.
         prior_precision: of every weight and bias, prior mean zero.
@@ -134,6 +135,7 @@ def fit(
         batch_size: examples per step.
         lr_mean: learning rate of means at first; it falls to zero along a cosine.
         lr_log_std: that of the log standard deviations.
+        momentum: of Nesterov's for SGD, as published, in the place of Adam.
         n_checks: on the held-out data, at equal distances, the last one at the end.
 
     Returns:
@@ -146,21 +148,20 @@ def fit(
     plain = copy.deepcopy(model).eval().requires_grad_(False)
     variational = _variational(copy.deepcopy(plain), generator)
     layers = {name: m for name, m in variational.named_modules() if isinstance(m, Flipout)}
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [p for layer in layers.values() for p in layer.mean.parameters()], "lr": lr_mean},
-            {
-                "params": [p for layer in layers.values() for p in layer.log_std.parameters()],
-                "lr": lr_log_std,
-            },
-        ]
+    means = [p for layer in layers.values() for p in layer.mean.parameters()]
+    log_stds = [p for layer in layers.values() for p in layer.log_std.parameters()]
+    groups = [{"params": means, "lr": lr_mean}, {"params": log_stds, "lr": lr_log_std}]
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.Adam(groups)
+        if momentum is None
+        else torch.optim.SGD(groups, momentum=momentum, nesterov=True)
     )
 
     def posterior() -> WeightDraws:
         return WeightDraws(plain, tuple(_draw(layers) for _ in range(n_samples)))
 
     has_held_out = x_val is not None and len(x_val) > 0
-    best, smallest, next_check = None, math.inf, 1 / n_checks
+    best, smallest, next_check = None, math.inf, 0.0
     for spent, batch in minibatches(len(x), batch_size, n_steps, seconds, generator):
         if has_held_out and spent >= next_check:
             next_check += 1 / n_checks

@@ -168,7 +168,8 @@ def _variational(posterior: VaLLA | FMGP, problem: Problem, **options: Any) -> F
 
 
 def mfvi(problem: Problem) -> Fit:
-    draw = table1.mfvi.fit(problem.model, *problem.data.train, **_training(problem))
+    optimizer = {"momentum": 0.9, "lr_log_std": 1e-3} if problem.published else {}
+    draw = table1.mfvi.fit(problem.model, *problem.data.train, **optimizer, **_training(problem))
     return Fit(lambda x: DrawnLogits(draw(x)), {"seconds": problem.seconds})
 
 
