@@ -176,7 +176,9 @@ class TestMFVI:
         at_start = mfvi.fit(model, x, y, seed=0, n_steps=1, lr_mean=1e-12, lr_log_std=1e-12, momentum=0.9)
         kept = mfvi.fit(model, x, y, x_val=x, y_val=model(x).argmax(-1), seed=0, n_steps=50, lr_mean=1.0)
         torch.testing.assert_close(kept(x).mean(0), at_start(x).mean(0), rtol=0, atol=0.05)
-        assert not torch.allclose(mfvi.fit(model, x, y, seed=0, n_steps=50, lr_mean=1.0)(x), kept(x), atol=0.5)
+        assert not torch.allclose(
+            mfvi.fit(model, x, y, seed=0, n_steps=50, lr_mean=1.0)(x), kept(x), atol=0.5
+        )
 
     def test_keeps_the_last_without_held_out_data(self):
         x, y = classes()
