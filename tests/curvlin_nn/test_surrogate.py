@@ -185,6 +185,22 @@ def test_leading_directions_are_the_singular_vectors_of_all_rows() -> None:
     assert relative_error(J @ found.V, J @ J.mT) == pytest.approx(least_error(J @ J.mT, rank), rel=1e-8)
 
 
+def test_leading_directions_are_near_the_optimum_without_being_asked_for_more_passes() -> None:
+    """A spectrum that falls by 1e4 within the rank: what the first passes miss of its end is as large as the end."""
+    generator, rank = seeded(), 40
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = (nn.Linear(10, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 3))
+    model = nn.Sequential(*layers).double()
+    x = torch.randn(100, 10, dtype=torch.float64, generator=generator)
+    J, recorded = jacobian(model, x), JacobianMap(model)
+    parts = [rows_of_outputs(recorded.record(part)) for part in x.split(20)]
+    found = leading_directions(lambda: iter(parts), rank, generator=generator)
+    gram = J @ J.mT
+    assert least_error(gram, rank) < 0.01
+    assert relative_error(J @ found.V, gram) < 1.1 * least_error(gram, rank)
+
+
 # -- trainings ---------------------------------------------------------------------------------------------------
 
 KINDS = [

