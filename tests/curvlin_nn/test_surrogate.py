@@ -33,7 +33,9 @@ from curvlin_nn.feature_maps.kernel_loss import (
 from curvlin_nn.feature_maps.leading import leading_directions
 from curvlin_nn.feature_maps.pool import Pool
 from curvlin_nn.feature_maps.probes import gram_by_products, probed, tangents
-from curvlin_nn.feature_maps.surrogate_network import WidenedHead, solve_head, widened
+from curvlin_nn.feature_maps.surrogate_head import WidenedHead, solve_heads
+from curvlin_nn.feature_maps.surrogate_network import tangents_of, widened
+from curvlin_nn.feature_maps.surrogate_tangents import Tangents, WithTangents
 from curvlin_nn.parameters import ParameterSpace
 
 
@@ -326,7 +328,7 @@ def test_the_published_protocol_begins_at_random_at_the_published_scale() -> Non
     assert float(fitted.surrogate.scale) == pytest.approx(math.sqrt(32 / 3))
     first = fitted.surrogate.network[0].weight
     assert (first - model[0].weight).abs().max() > 0.01
-    ours = SurrogateMap.fit(model, loader(x), rank=3, n_steps=1, lr=1e-12, generator=seeded())
+    ours = SurrogateMap.fit(model, loader(x), rank=3, n_steps=1, lr=1e-12, n_tangents=0, generator=seeded())
     torch.testing.assert_close(ours.surrogate.network[0].weight, model[0].weight, rtol=1e-8, atol=1e-8)
 
 
@@ -347,7 +349,7 @@ def test_the_head_begins_at_the_ridge_regression_of_the_features() -> None:
     model, x = mlp(), data(40)
     network = widened(model, x, 2, 3, fresh=False, seed=0)
     wanted = torch.randn(40, 2, 3, dtype=torch.float64, generator=seeded())
-    solve_head(network, zip(x.split(9), wanted.split(9), strict=True), ridge=0.1)
+    solve_heads(network, zip(x.split(9), wanted.split(9), strict=True), ridge=0.1)
     (head,) = (module for module in network.modules() if isinstance(module, WidenedHead))
     with torch.no_grad():
         h = model[:2](x)
@@ -359,6 +361,76 @@ def test_the_head_begins_at_the_ridge_regression_of_the_features() -> None:
     expected = inputs @ torch.linalg.solve(gram, inputs.mT @ wanted.flatten(1))
     torch.testing.assert_close(network(x).flatten(1), expected, rtol=1e-9, atol=1e-10)
     assert not head._forward_pre_hooks
+
+
+def wide_mlp() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        layers = (nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2))
+    return nn.Sequential(*layers).double()
+
+
+def test_tangents_are_derivatives_of_what_the_last_layer_sees() -> None:
+    """Three directions: of all layers, of the last one alone, and one that is a thousand times as long."""
+    model, x = wide_mlp(), data(9)
+    space = ParameterSpace.of(model)
+    V = torch.randn(3, space.size, dtype=torch.float64, generator=seeded())
+    V[1, : -2 * 5 - 2] = 0
+    V[2] *= 1e3
+    directions = [space.unflatten(v) for v in V]
+    tangents = Tangents(nn.Sequential(*model[:4], nn.Identity()), 3)
+    assert not tangents(x).any()
+    tangents.point(directions, x)
+    found = tangents(x).unflatten(-1, (3, 5))
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    trunk = model[:4]
+    names = [name for name in values if not name.startswith("4.")]
+    for k in (0, 2):
+        h, expected = torch.func.jvp(
+            lambda p: torch.func.functional_call(trunk, p, (x,)),
+            ({name: values[name] for name in names},),
+            ({name: directions[k][name] for name in names},),
+        )
+        expected *= h.norm() / expected.norm()
+        torch.testing.assert_close(found[:, k], expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+    assert not found[:, 1].any()
+    assert not any(p.requires_grad for p in tangents.parameters())
+
+
+def test_the_features_of_leading_directions_are_linear_in_tangents_and_the_last_inputs() -> None:
+    """Without a ridge the regression on both is ``J v``; without tangents it is not."""
+    model, x = wide_mlp(), data(60)
+    J = jacobian(model, x)
+    V = torch.linalg.svd(J).Vh[:2].mT
+    wanted = (J @ V).unflatten(0, (60, 2))
+    space = ParameterSpace.of(model)
+    errors = []
+    for n_tangents in (0, 2):
+        network = widened(model, x[:4], 2, 2, fresh=False, seed=0, n_tangents=n_tangents)
+        if (tangents := tangents_of(network)) is not None:
+            tangents.point([space.unflatten(v) for v in V.mT], x)
+        solve_heads(network, [(x[:25], wanted[:25]), (x[25:], wanted[25:])], ridge=1e-12)
+        errors.append(float((network(x).detach() - wanted).norm() / wanted.norm()))
+    assert errors[1] < 1e-5 < 1e-3 < errors[0]
+
+
+def test_tangents_are_kept_as_they_are_in_training_and_come_with_the_default_surrogate() -> None:
+    model, x = wide_mlp(), data(60)
+    fitted = SurrogateMap.fit(model, loader(x), rank=6, n_steps=5, generator=seeded())
+    network = fitted.surrogate.network
+    assert isinstance(network, WithTangents) and len(network.tangents.scales) == 4
+    base = {name: p for name, p in network.tangents.copies[0].named_parameters()}
+    for name, p in model[:4].named_parameters():
+        assert torch.equal(base[name], p)
+    assert network.network[0].weight.requires_grad
+    assert network.tangents.scales.all()
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 2).double(), nn.Sequential(nn.Linear(3, 2)).double()])
+def test_a_model_of_one_layer_has_no_tangents(model: nn.Module) -> None:
+    fitted = SurrogateMap.fit(model, loader(data(40)), rank=8, n_steps=2, generator=seeded())
+    assert tangents_of(fitted.surrogate.network) is None
+    assert fitted.history is not None and fitted.history.errors[0] < 0.05
 
 
 def test_layers_that_cannot_be_captured_are_probed() -> None:
@@ -565,6 +637,15 @@ def test_bad_data_is_refused() -> None:
         ({"lr": "large"}, ValueError, "lr must be a positive number, found 'large'"),
         ({"max_seconds": math.nan}, ValueError, "max_seconds"),
         ({"context_size": -1}, ValueError, "context_size"),
+        ({"n_tangents": -1}, ValueError, "n_tangents"),
+        ({"n_tangents": 3}, UnsupportedError, "n_tangents=3 is at most rank=2"),
+        ({"n_tangents": 1, "targets": "exact"}, UnsupportedError, "found targets='exact'; leave it out"),
+        ({"n_tangents": 1, "protocol": "published"}, UnsupportedError, "found targets='jvp'"),
+        (
+            {"n_tangents": 1, "surrogate": nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2))).double()},
+            UnsupportedError,
+            "a surrogate of your own; leave it out",
+        ),
         ({"every": 0}, ValueError, "every"),
     ],
 )

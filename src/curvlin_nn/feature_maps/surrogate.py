@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvlin import DenseFeatures
 from curvlin._check import positive_integer
-from curvlin_nn.capture import Recorder
+from curvlin_nn.capture import Recorder, last_layer
 from curvlin_nn.capture.checks import checked_outputs
 from curvlin_nn.capture.state import capturing, device_of, evaluation_mode, forward, prepared
 from curvlin_nn.errors import (
@@ -76,6 +76,7 @@ class SurrogateMap(FeatureMap):
         targets: str | None = None,
         biased: bool = False,
         n_probes: int = 1,
+        n_tangents: int | None = None,
         n_steps: int | None = None,
         max_seconds: float | None = None,
         batch_size: int | None = None,
@@ -103,7 +104,8 @@ class SurrogateMap(FeatureMap):
 
         - ``"distilled"`` (the default): the kernel in its K leading directions, ``Y = J V``, computed once for every
           sample in the pool; a step costs no derivative of the model. The head begins at the regression of Y on its
-          inputs. V has P K numbers.
+          inputs, among which are tangents of the model along the first `n_tangents` directions, which the kernel is
+          mostly made of: differences of copies of the model, at the price of a forward pass each. V has P K numbers.
         - ``"exact"``: the kernel of each batch, layer by layer.
         - ``"jvp"``: `n_probes` random probes; the default where layers cannot be captured. The history tells.
 
@@ -120,13 +122,15 @@ class SurrogateMap(FeatureMap):
             targets: ``"distilled"``, ``"exact"`` or ``"jvp"``.
             biased: whether the kernel between samples and context is taken to be zero (Eq. 9).
             n_probes: S, of ``targets="jvp"``.
+            n_tangents: of the default surrogate with distilled targets: 4, fewer if the last layer has more than 512
+                inputs, none above 2048; 0 does without.
             n_steps: when to stop; 5000, or 10^6 of the published protocol, if there is no `max_seconds`.
             max_seconds: when to stop, by the time, the preparation included.
             batch_size: training samples in a step; 64, or 5.
             context_size: context samples in a step; 16, or 5.
             context_weight: of the context's kernel against that of training samples; 0.25. The published protocol has
                 none: both count as they are.
-            lr: the largest learning rate; 1e-3, or 5e-5.
+            lr: the largest learning rate; 1e-4 with tangents, 1e-3 without, or 5e-5.
             pool_size: training inputs held in memory, the first of the loader; None for all. Of context, as many. Each
                 has C K numbers of distilled targets besides.
             n_held_out: samples of each kind whose exact kernel tells how good the surrogate is; never trained on. At
@@ -155,6 +159,7 @@ class SurrogateMap(FeatureMap):
             targets=targets,
             biased=biased,
             n_probes=n_probes,
+            n_tangents=n_tangents,
             n_steps=n_steps,
             max_seconds=max_seconds,
             batch_size=batch_size,
@@ -277,7 +282,8 @@ def _prepared(
             x = prepared(model, few, "the first samples")
             outputs = checked_outputs(forward(model, {}, x, "the first samples"), "the first samples")
     n_outputs = outputs[0].numel()
-    options = options.for_model(pool.size, captured)
+    width = None if surrogate is not None else last_layer(model, few).shapes[0][-1]
+    options = options.for_model(pool.size, captured, width)
     supported = min((pool.size - (options.n_held_out or 0)) * n_outputs, space.size)
     if options.rank > supported:
         raise DataError(
@@ -288,7 +294,10 @@ def _prepared(
     if surrogate is None:
         fresh = options.protocol == "published"
         x = prepared(model, few, "the first samples")
-        network = widened(model, x, n_outputs, options.rank, fresh=fresh, seed=seed % 2**31)
+        n_tangents = options.n_tangents or 0
+        network = widened(
+            model, x, n_outputs, options.rank, fresh=fresh, seed=seed % 2**31, n_tangents=n_tangents
+        )
     else:
         network = copy.deepcopy(surrogate).to(device_of(model))
     scaled = Scaled(network, (space.size / options.rank) ** 0.5)

@@ -15,6 +15,8 @@ from curvlin_nn.capture import last_layer
 from curvlin_nn.capture.inputs import arguments, outputs_of
 from curvlin_nn.capture.state import random_state_kept
 from curvlin_nn.errors import OutputError, UnsupportedError
+from curvlin_nn.feature_maps.surrogate_head import WidenedHead
+from curvlin_nn.feature_maps.surrogate_tangents import Tangents, WithTangents
 
 HIDDEN = 1024
 """The most hidden units that a head has, besides its inputs."""
@@ -51,32 +53,9 @@ class Scaled(nn.Module):
         return self.scale * outputs
 
 
-class WidenedHead(nn.Module):
-    """A layer with K features in the place of each output: linear in its inputs, and in hidden units made of them.
-
-    Args:
-        layer: what it is put in the place of.
-        rank: K.
-        n_hidden: the number of hidden units; none for a linear layer.
-    """
-
-    def __init__(self, layer: nn.Linear, rank: int, n_hidden: int = 0) -> None:
-        super().__init__()
-        self.rank = rank
-        kind: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-        self.hidden = nn.Linear(layer.in_features, n_hidden, **kind) if n_hidden else None
-        self.linear = nn.Linear(layer.in_features + n_hidden, layer.out_features * rank, **kind)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """``(N, *T, H) -> (N, C, K)``, the outputs of all positions side by side."""
-        return self.linear(self.inputs(h)).unflatten(-1, (-1, self.rank)).flatten(1, -2)
-
-    def inputs(self, h: Tensor) -> Tensor:
-        """What the features are linear in."""
-        return h if self.hidden is None else torch.cat([h, self.hidden(h).relu()], -1)
-
-
-def widened(model: nn.Module, x: Any, n_outputs: int, rank: int, *, fresh: bool, seed: int) -> nn.Module:
+def widened(
+    model: nn.Module, x: Any, n_outputs: int, rank: int, *, fresh: bool, seed: int, n_tangents: int = 0
+) -> nn.Module:
     """A copy of the model whose last layer has K features in the place of each output.
 
     Args:
@@ -87,6 +66,8 @@ def widened(model: nn.Module, x: Any, n_outputs: int, rank: int, *, fresh: bool,
         fresh: whether all layers are initialised anew, and the head is linear, as published; if not, the rest begins as
             it is, and the head has hidden units.
         seed: of what is drawn for that; torch's default generators are left as they are.
+        n_tangents: in how many directions of weights the features see tangents of the last layer's inputs besides;
+            which, the network is to be told (`tangents_of`).
 
     Raises:
         UnsupportedError: if the model does not end in one linear layer.
@@ -111,12 +92,16 @@ def widened(model: nn.Module, x: Any, n_outputs: int, rank: int, *, fresh: bool,
                 if callable(reset := getattr(module, "reset_parameters", None)):
                     reset()
         n_hidden = 0 if fresh else min(HIDDEN, 4 * layer.in_features)
-        head = WidenedHead(layer, rank, n_hidden)
+        kind: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
+        head = WidenedHead(layer.in_features, layer.out_features, rank, n_hidden, **kind)
         network = nn.Sequential(head) if not path else network
         if path:
             network.set_submodule(path, head)
-    for parameter in network.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+        for parameter in network.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        if n_tangents and (trunk := _before(model, path)) is not None:
+            of_tangents = WidenedHead(n_tangents * layer.in_features, layer.out_features, rank, **kind)
+            network = WithTangents(network, Tangents(trunk, n_tangents), of_tangents)
     network.eval()
     args, kwargs = arguments(network, x)
     try:
@@ -138,6 +123,15 @@ def _not_the_last(path: str, found: str, n_outputs: int, rank: int) -> Unsupport
     )
 
 
+def _before(model: nn.Module, path: str) -> nn.Module | None:
+    """A copy of what stands before the last layer; None if that has no weights."""
+    if not path:
+        return None
+    trunk = _copied(model)
+    trunk.set_submodule(path, nn.Identity())
+    return None if next(trunk.parameters(), None) is None else trunk
+
+
 def _copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
@@ -146,44 +140,9 @@ def _copied(model: nn.Module) -> nn.Module:
         raise UnsupportedError(f"the model cannot be copied ({reason}); {_GIVE}") from error
 
 
-def head_of(network: nn.Module) -> WidenedHead | None:
-    """The head of a network that `widened` made."""
-    return next((module for module in network.modules() if isinstance(module, WidenedHead)), None)
-
-
-@torch.no_grad()
-def solve_head(
-    network: nn.Module, batches: Iterator[tuple[Any, Float[Tensor, "N C K"]]], ridge: float = 1e-3
-) -> None:
-    """Set the head of a widened network to the ridge regression of features on its inputs.
-
-    Args:
-        network: of `widened`.
-        batches: inputs and the features that are wanted there.
-        ridge: relative to the mean square of the head's inputs.
-    """
-    head = head_of(network)
-    assert head is not None
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    width = head.linear.in_features + 1
-    device = head.linear.weight.device
-    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
-    cross = torch.zeros(width, head.linear.out_features, dtype=torch.float64, device=device)
-    try:
-        for x, wanted in batches:
-            args, kwargs = arguments(network, x)
-            network(*args, **kwargs)
-            h = head.inputs(seen.pop()).double().reshape(-1, width - 1)
-            h = torch.cat([h, h.new_ones(len(h), 1)], 1)
-            gram += h.mT @ h
-            cross += h.mT @ wanted.double().reshape(len(h), -1)
-    finally:
-        hook.remove()
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    solution = torch.linalg.solve(gram, cross).to(head.linear.weight.dtype)
-    head.linear.weight.copy_(solution[:-1].mT)
-    head.linear.bias.copy_(solution[-1])
+def tangents_of(network: nn.Module) -> Tangents | None:
+    """Those that a network of `widened` sees."""
+    return network.tangents if isinstance(network, WithTangents) else None
 
 
 def check_surrogate(surrogate: object) -> None:

@@ -9,6 +9,12 @@ from typing import Any
 from curvlin._check import positive_integer
 from curvlin_nn.errors import UnsupportedError, one_of
 
+N_TANGENTS = 4
+"""Directions of tangents that the default surrogate sees, by default."""
+
+TANGENT_WIDTH = 2048
+"""The most numbers that these have in all, by default: what the regression's time and memory are the square of."""
+
 PROTOCOLS = ("ours", "published")
 TARGETS = ("distilled", "exact", "jvp")
 
@@ -22,6 +28,7 @@ class SurrogateOptions:
     targets: str | None = None
     biased: bool = False
     n_probes: int = 1
+    n_tangents: int | None = None
     n_steps: int | None = None
     max_seconds: float | None = None
     batch_size: int | None = None
@@ -58,8 +65,9 @@ class SurrogateOptions:
         for name in ("n_steps", "batch_size", "pool_size", "n_held_out", "patience"):
             if getattr(self, name) is not None:
                 positive_integer(name, getattr(self, name))
-        if self.context_size is not None and self.context_size != 0:
-            positive_integer("context_size", self.context_size)
+        for name in ("context_size", "n_tangents"):
+            if getattr(self, name) not in (None, 0):
+                positive_integer(name, getattr(self, name))
         if self.biased and self.context_size == 0:
             raise UnsupportedError("biased=True needs context, found context_size=0; leave one of them")
         for name in ("max_seconds", "context_weight", "lr"):
@@ -74,18 +82,40 @@ class SurrogateOptions:
         defaults: dict[str, Any] = (
             {"batch_size": 5, "context_size": 5, "context_weight": 1.0, "lr": 5e-5, "patience": None}
             if published
-            else {"batch_size": 64, "context_size": 16, "context_weight": 0.25, "lr": 1e-3, "patience": 20}
+            else {"batch_size": 64, "context_size": 16, "context_weight": 0.25, "patience": 20}
         )
         chosen = {name: value for name in defaults if (value := getattr(self, name)) is not None}
         return replace(self, n_steps=n_steps, **(defaults | chosen))
 
-    def for_model(self, n_samples: int, captured: bool) -> SurrogateOptions:
-        """With the defaults that the model and the number of samples decide."""
+    def for_model(self, n_samples: int, captured: bool, width: int | None) -> SurrogateOptions:
+        """With the defaults that the model and the number of samples decide.
+
+        Args:
+            n_samples: in the pool.
+            captured: whether layers of the model are.
+            width: the inputs of its last layer; None for a surrogate of the user.
+
+        Raises:
+            UnsupportedError: if there are to be tangents, and no use for them.
+        """
         targets = self.targets
         if targets is None:
             targets = "distilled" if captured and self.protocol == "ours" else "jvp"
         n_held_out = self.n_held_out or min(64 if captured else 16, max(1, n_samples // 10))
-        return replace(self, targets=targets, n_held_out=n_held_out)
+        served = targets == "distilled" and width is not None
+        n_tangents = self.n_tangents
+        if n_tangents and (not served or n_tangents > self.rank):
+            raise UnsupportedError(
+                f"n_tangents={n_tangents} is at most rank={self.rank}, of the default surrogate with "
+                f"targets='distilled', found targets={targets!r}"
+                f"{'' if width else ' and a surrogate of your own'}; leave it out"
+            )
+        if n_tangents is None:
+            n_tangents = min(N_TANGENTS, self.rank, TANGENT_WIDTH // width) if served and width else 0
+        lr = self.lr or (
+            1e-4 if n_tangents else 1e-3
+        )  # the nearer the start is, the sooner steps lead away from it
+        return replace(self, targets=targets, n_held_out=n_held_out, n_tangents=n_tangents, lr=lr)
 
     @property
     def scheduled(self) -> bool:

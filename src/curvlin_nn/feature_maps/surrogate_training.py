@@ -18,7 +18,8 @@ from curvlin_nn.errors import OutputError, StorageError, TrainingDivergedError, 
 from curvlin_nn.feature_maps.jacobian import JacobianMap
 from curvlin_nn.feature_maps.kernel_loss import least_error, relative_error
 from curvlin_nn.feature_maps.pool import Pool
-from curvlin_nn.feature_maps.surrogate_network import Scaled, features_of, head_of, solve_head
+from curvlin_nn.feature_maps.surrogate_head import heads_of, solve_heads
+from curvlin_nn.feature_maps.surrogate_network import Scaled, features_of, tangents_of
 from curvlin_nn.feature_maps.surrogate_options import SurrogateOptions
 from curvlin_nn.feature_maps.surrogate_targets import (
     DistilledTargets,
@@ -155,13 +156,20 @@ class SurrogateTraining:
         return DistilledTargets(self._jacobian, self._pools, self._weights, options.rank, self._generator)
 
     def _begin_at_regression(self) -> None:
-        """The head where it is nearest to the features to be distilled, if it is a widened one."""
-        if isinstance(self._targets, DistilledTargets) and head_of(self.surrogate.network) is not None:
-            examples = (
-                (prepared(self._model, x, "the training samples"), wanted / self.surrogate.scale)
-                for x, wanted in self._targets.examples(self._pools[0], CHUNK)
-            )
-            solve_head(self.surrogate.network, examples)
+        """The heads of a widened network where they are nearest to the features to be distilled."""
+        network, targets = self.surrogate.network, self._targets
+        if not (isinstance(targets, DistilledTargets) and heads_of(network)):
+            return
+        pool = self._pools[0]
+        if (tangents := tangents_of(network)) is not None:
+            leading = targets.directions.V[:, : len(tangents.scales)].mT
+            directions = [self._jacobian.space.unflatten(v) for v in leading]
+            tangents.point(directions, prepared(self._model, pool[:CHUNK], "the training samples"))
+        examples = (
+            (prepared(self._model, x, "the training samples"), wanted / self.surrogate.scale)
+            for x, wanted in targets.examples(pool, CHUNK)
+        )
+        solve_heads(network, examples)
 
     # -- steps -----------------------------------------------------------------------------------------------
 
