@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from curvlin.numerics.gram import add_lower_gram, symmetric_of_lower
+
 Sizes = tuple[int, ...]
 """One number for each spatial axis."""
 
@@ -105,6 +107,9 @@ class Patches:
             for lag, of_lag in enumerate(segments):
                 for (start, stop), product in zip(of_lag, sums[lag], strict=True):
                     left = rows[:, start:stop].flatten(1)
+                    if lag == 0:
+                        add_lower_gram(left.mT, product)
+                        continue
                     right = rows[:, start + lag * d : stop + lag * d].flatten(1)
                     product.addmm_(left, right.mT)
         for lag, of_lag in enumerate(windows):
@@ -114,12 +119,9 @@ class Patches:
                 ]
                 if not met:
                     continue
-                product = (
-                    torch.stack(met)
-                    .sum(0, dtype=torch.float64)
-                    .unflatten(1, shape[::2])
-                    .unflatten(0, shape[::2])
-                )
+                product = torch.stack(met).sum(0, dtype=torch.float64)
+                product = symmetric_of_lower(product) if lag == 0 else product
+                product = product.unflatten(1, shape[::2]).unflatten(0, shape[::2])
                 total[:, p, :, :, p + lag] = product
                 if lag:
                     total[:, p + lag, :, :, p] = product.permute(2, 3, 0, 1)

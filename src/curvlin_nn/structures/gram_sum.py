@@ -5,20 +5,15 @@ Products are in float64 unless another dtype is asked for, sums of products in f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlin.numerics.gram import add_lower_gram, symmetric_of_lower
 from curvlin_nn.capture import OneHot
-
-TILES = 4
-"""Into how many slices of columns a large product is cut, so that what lies below its diagonal is left out."""
-
-TILED_SIZE = 256
-"""The least size of a product that pays for it."""
 
 AT_ONCE = 2**18
 """Entries of the rows that are converted and multiplied at once, which stay in cache."""
@@ -27,7 +22,7 @@ LEAST_ROWS = 2**9
 """Rows that are multiplied at once at least: each product reads and writes the whole sum."""
 
 PAD = 16
-"""Columns that a buffer of rows has more than are used: at a stride of 512 numbers, rows fall on the same few lines of
+"""Numbers that a row of a buffer has more than are used: at a stride of 512 numbers, rows fall on the same few lines of
 a cache and a product takes up to half as long again."""
 
 RUN = 16
@@ -48,7 +43,8 @@ class GramSum:
 
     def __init__(self, size: int, dtype: torch.dtype = torch.float64) -> None:
         self.size, self.dtype = size, dtype
-        self._waiting: list[Tensor] = []
+        self._buffer: Tensor | None = None  # as many rows as columns, of which the first ones wait
+        self._n_waiting = 0
         self._sum: Tensor | None = None
         self._counts: Tensor | None = None
 
@@ -61,12 +57,10 @@ class GramSum:
     def add(self, X: Float[Tensor, "*batch n D"]) -> None:
         """Add the rows of X, whose leading axes are more rows."""
         X = _in_order_of_memory(X)
-        if X.shape[:-1].numel() >= self.size:
-            self._multiply(X)
-            return
-        self._waiting.append(X.reshape(-1, self.size).clone())
-        if sum(map(len, self._waiting)) >= self.size:
-            self._settle()
+        if X.shape[:-1].numel() < self.size:
+            self._wait(X.reshape(-1, self.size))
+        else:
+            self._multiply(_converted(X, self.dtype), X.device)
 
     def add_units(self, X: OneHot) -> None:
         """Add rows that are unit vectors, whose product is the diagonal of their numbers."""
@@ -81,11 +75,10 @@ class GramSum:
         """Add the sum over other rows, which stays as it is."""
         if other._counts is not None:
             self._counts = other._counts.clone() if self._counts is None else self._counts + other._counts
-        self._waiting += other._waiting
         if other._sum is not None:
             self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
-        if sum(map(len, self._waiting)) >= self.size:
-            self._settle()
+        for rows in other._waiting():
+            self._wait(rows)
 
     def value(self) -> Float[Tensor, "D D"]:
         """The sum, float64."""
@@ -94,11 +87,7 @@ class GramSum:
             return torch.diag(self._counts)
         if self._sum is None:
             return torch.zeros(self.size, self.size, dtype=torch.float64)
-        value = self._sum.clone()
-        for start, stop in _tiles(self.size):
-            value[stop:, start:stop] = value[start:stop, stop:].mT
-            tile = value[start:stop, start:stop]
-            tile.copy_(tile.triu() + tile.triu(1).mT)  # symmetric beyond the rounding of a product
+        value = symmetric_of_lower(self._sum)  # beyond the rounding of a product
         if self._counts is not None:
             value.diagonal().add_(self._counts)
         return value
@@ -107,7 +96,7 @@ class GramSum:
         """The rows that wait as they are: multiplied together now, they would not round as they will."""
         return {
             "size": self.size,
-            "waiting": list(self._waiting),
+            "waiting": [rows.clone() for rows in self._waiting()],
             "sum": self._sum,
             "counts": self._counts,
         }
@@ -116,29 +105,41 @@ class GramSum:
     def of(cls, state: dict[str, Any], dtype: torch.dtype) -> GramSum:
         """The sum that had this `state_dict`."""
         gram = cls(state["size"], dtype)
-        gram._waiting, gram._sum, gram._counts = list(state["waiting"]), state["sum"], state["counts"]
+        gram._sum, gram._counts = state["sum"], state["counts"]
+        for rows in state["waiting"]:
+            gram._wait(rows)
         return gram
 
+    def _waiting(self) -> list[Float[Tensor, "n D"]]:
+        """The rows that wait, if there are any."""
+        return [] if self._buffer is None or not self._n_waiting else [self._buffer[: self._n_waiting]]
+
+    def _wait(self, X: Float[Tensor, "n D"]) -> None:
+        """Put rows behind those that wait; whenever there are as many as columns, multiply them."""
+        if self._buffer is None:
+            self._buffer = _rows(self.size, self.size, self.dtype, X.device)
+        while len(X):
+            some = self._buffer[self._n_waiting :][: len(X)]
+            some.copy_(X[: len(some)])
+            X, self._n_waiting = X[len(some) :], self._n_waiting + len(some)
+            if self._n_waiting == self.size:
+                self._settle()
+
     def _settle(self) -> None:
-        if self._waiting:
-            rows, self._waiting = torch.cat(self._waiting), []
-            self._multiply(rows)
+        for rows in self._waiting():
+            self._multiply([rows], rows.device)
+        self._n_waiting = 0
 
-    def _multiply(self, X: Tensor) -> None:
+    def _multiply(self, parts: Iterable[Float[Tensor, "k D"]], device: torch.device) -> None:
+        """Add the product of rows in `dtype`."""
         if self._sum is None:
-            self._sum = torch.zeros(self.size, self.size, dtype=torch.float64, device=X.device)
-        if self.dtype == torch.float64:
-            add_upper_gram(X, self._sum)
-        else:
-            self._sum += add_upper_gram(X, torch.zeros_like(self._sum, dtype=self.dtype))
-
-
-def add_upper_gram(X: Float[Tensor, "*batch n D"], total: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
-    """Add ``X^T X`` to `total`, in its dtype, on and above the diagonal tiles; what stands below them is not it."""
-    for part in _converted(X, total.dtype):
-        for start, stop in _tiles(len(total)):
-            total[start:stop, start:].addmm_(part[:, start:stop].mT, part[:, start:])
-    return total
+            self._sum = torch.zeros(self.size, self.size, dtype=torch.float64, device=device)
+        single = self.dtype != torch.float64
+        product = torch.zeros_like(self._sum, dtype=self.dtype) if single else self._sum
+        for part in parts:
+            add_lower_gram(part, product)
+        if single:
+            self._sum += product
 
 
 def _converted(X: Float[Tensor, "*batch n D"], dtype: torch.dtype) -> Iterator[Float[Tensor, "k D"]]:
@@ -146,10 +147,10 @@ def _converted(X: Float[Tensor, "*batch n D"], dtype: torch.dtype) -> Iterator[F
     n, size = X.shape[-2:]
     rows = max(LEAST_ROWS, AT_ONCE // size)
     if X.ndim == 2 or X.stride(-2) != 1 or n < RUN:
-        X, pad = X.reshape(-1, size), PAD if size >= TILED_SIZE else 0
-        buffer = torch.empty(min(rows, len(X)), size + pad, dtype=dtype, device=X.device)
+        X = X.reshape(-1, size)
+        buffer = _rows(min(rows, len(X)), size, dtype, X.device)
         for part in X.split(rows):
-            yield buffer[: len(part), :size].copy_(part)
+            yield buffer[: len(part)].copy_(part)
         return
     X = X.flatten(0, -3)
     buffer = torch.empty(size, min(rows, X.shape[:2].numel()) + PAD, dtype=dtype, device=X.device)
@@ -160,13 +161,12 @@ def _converted(X: Float[Tensor, "*batch n D"], dtype: torch.dtype) -> Iterator[F
             yield buffer[:, :n_rows].mT
 
 
-def _tiles(size: int) -> Iterator[tuple[int, int]]:
-    step = size if size < TILED_SIZE else -(-size // TILES)
-    for start in range(0, size, step):
-        yield start, min(start + step, size)
+def _rows(n: int, size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "n size"]:
+    """Room for rows, further apart in memory than they are long."""
+    return torch.empty(n, size + PAD, dtype=dtype, device=device)[:, :size]
 
 
 def _in_order_of_memory(X: Tensor) -> Tensor:
-    """The same rows with axes before the last two permuted such that they can be made one without a copy."""
-    leading = sorted(range(X.ndim - 2), key=lambda axis: -X.stride()[axis])
-    return X.permute(*leading, -2, -1)
+    """The same rows with all axes but the last permuted such that they can be made one without a copy."""
+    leading = sorted(range(X.ndim - 1), key=lambda axis: -X.stride(axis))
+    return X.permute(*leading, -1)
