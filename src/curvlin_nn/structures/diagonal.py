@@ -76,15 +76,23 @@ def squares(block: Block) -> Float[Tensor, " size"]:
     block = block.dense()
     left, right = block.left, block.right
     if right is None:
-        return left.square().sum((0, 1, 2))
+        return _summed_squares(left).sum((0, 1))
     if left.shape[2] == 1:  # one outer product per row: the columns fold before anything of size out x in
-        return (left.squeeze(2).square().sum(1).mT @ right.squeeze(1).square()).flatten()
+        return (_summed_squares(left).squeeze(1).mT @ right.squeeze(1).square()).flatten()
     total = left.new_zeros(left.shape[1] * left.shape[3], right.shape[-1])
     rows = torch.empty_like(total)
     for left_n, right_n in zip(left, right, strict=True):  # one sample's rows at a time stay in cache
         torch.mm(left_n.mT.flatten(0, 1), right_n, out=rows)
         total.addcmul_(rows, rows)
     return total.unflatten(0, (left.shape[1], -1)).sum(0).flatten()
+
+
+def _summed_squares(left: Float[Tensor, "N V S out"]) -> Float[Tensor, "N S out"]:
+    """``sum_v left_v^2``, with no tensor of the size of all columns."""
+    total = left.new_zeros(len(left), *left.shape[2:])
+    for of_column in left.unbind(1):
+        total.addcmul_(of_column, of_column)
+    return total
 
 
 def _squares_of_tokens(left: Float[Tensor, "N V S out"], inputs: OneHot) -> Float[Tensor, "size out"]:

@@ -168,5 +168,5 @@ def _rows(n: int, size: int, dtype: torch.dtype, device: torch.device) -> Float[
 
 def _in_order_of_memory(X: Tensor) -> Tensor:
     """The same rows with all axes but the last permuted such that they can be made one without a copy."""
-    leading = sorted(range(X.ndim - 1), key=lambda axis: -X.stride(axis))
+    leading = sorted(range(X.ndim - 1), key=lambda axis: -X.stride()[axis])
     return X.permute(*leading, -1)
