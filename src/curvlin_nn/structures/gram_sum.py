@@ -22,8 +22,10 @@ LEAST_ROWS = 2**9
 """Rows that are multiplied at once at least: each product reads and writes the whole sum."""
 
 PAD = 16
-"""Numbers that a row of a buffer has more than are used: at a stride of 512 numbers, rows fall on the same few lines of
-a cache and a product takes up to half as long again."""
+"""Numbers from the end of a row of a buffer to the next one, if rows have a multiple of `ALIASED` numbers."""
+
+ALIASED = 128
+"""At such strides, rows fall on the same few lines of a cache, and a product takes up to half as long again."""
 
 RUN = 16
 """Numbers of one column that stand side by side in images at least, for a buffer with columns one after another."""
@@ -32,8 +34,8 @@ RUN = 16
 class GramSum:
     """``sum_b X_b^T X_b``, of which fewer rows than columns wait to be multiplied together.
 
-    Adding a product to the sum reads and writes D^2 numbers. Rows are kept until there are as many as columns, which
-    takes no more memory than the sum itself.
+    Adding a product to the sum reads and writes D^2 numbers. Rows are kept until they take as much memory as the sum
+    itself.
 
     Args:
         size: D, the number of columns.
@@ -43,7 +45,7 @@ class GramSum:
 
     def __init__(self, size: int, dtype: torch.dtype = torch.float64) -> None:
         self.size, self.dtype = size, dtype
-        self._buffer: Tensor | None = None  # as many rows as columns, of which the first ones wait
+        self._buffer: Tensor | None = None  # rows, of which the first ones wait
         self._n_waiting = 0
         self._sum: Tensor | None = None
         self._counts: Tensor | None = None
@@ -115,14 +117,15 @@ class GramSum:
         return [] if self._buffer is None or not self._n_waiting else [self._buffer[: self._n_waiting]]
 
     def _wait(self, X: Float[Tensor, "n D"]) -> None:
-        """Put rows behind those that wait; whenever there are as many as columns, multiply them."""
+        """Put rows behind those that wait; whenever they take the memory of the sum, multiply them."""
         if self._buffer is None:
-            self._buffer = _rows(self.size, self.size, self.dtype, X.device)
+            n = max(1, self.size**2 // _stride(self.size))
+            self._buffer = _rows(n, self.size, self.dtype, X.device)
         while len(X):
             some = self._buffer[self._n_waiting :][: len(X)]
             some.copy_(X[: len(some)])
             X, self._n_waiting = X[len(some) :], self._n_waiting + len(some)
-            if self._n_waiting == self.size:
+            if self._n_waiting == len(self._buffer):
                 self._settle()
 
     def _settle(self) -> None:
@@ -162,8 +165,13 @@ def _converted(X: Float[Tensor, "*batch n D"], dtype: torch.dtype) -> Iterator[F
 
 
 def _rows(n: int, size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "n size"]:
-    """Room for rows, further apart in memory than they are long."""
-    return torch.empty(n, size + PAD, dtype=dtype, device=device)[:, :size]
+    """Room for rows."""
+    return torch.empty(n, _stride(size), dtype=dtype, device=device)[:, :size]
+
+
+def _stride(size: int) -> int:
+    """From one row to the next."""
+    return size if size % ALIASED else size + PAD
 
 
 def _in_order_of_memory(X: Tensor) -> Tensor:
