@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods, structures
-from curvlin_nn.batches import batches, choose
+from curvlin_nn.batches import Labelled, batches, choose
 from curvlin_nn.capture import Captures, Recorder, Recording
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import EXACT, Columns
@@ -213,6 +213,7 @@ def curvature(
     kind: str = "ggn",
     indefinite: str = "raise",
     max_parameters: int = MAX_PARAMETERS,
+    dict_key_y: str = "labels",
     progress_bar: bool = False,
 ) -> PrecisionOperator:
     """The generalised Gauss-Newton matrix of the negative log-likelihood, or its Hessian, summed over the data.
@@ -222,7 +223,7 @@ def curvature(
     Args:
         model: maps one argument to outputs ``(N, C)``; it comes back as it was.
         likelihood: a name (`likelihoods.available`), a loss of torch (`likelihoods.from_loss`) or a `Likelihood`.
-        loader: batches ``(inputs, targets)``.
+        loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`.
         hessian_structure: a name (`structures.available`: ``"full"``, ``"kron"``, ``"diag"``, ``"ekfac"``, ``"kfoc"``,
             ``"kron-lowrank"``, ``"block"``, ``"lowrank"``), a `Structure` class, or one of these for each ``fnmatch``
             pattern of names of parameters or modules; of a Hessian, ``"full"``, ``"block"`` (one for each parameter
@@ -238,6 +239,7 @@ def curvature(
         indefinite: what a Hessian with negative eigenvalues (of each block, entries of a diagonal) does: ``"raise"``;
             ``"clip"`` sets them to zero; ``"abs"`` takes absolute values.
         max_parameters: P at most for a Hessian, but for ``"lowrank"``.
+        dict_key_y: the name of the targets in loaders that yield mappings.
         progress_bar: whether to show one.
 
     Returns:
@@ -251,6 +253,7 @@ def curvature(
         IndefiniteHessianError: for a Hessian with a negative eigenvalue, if that is to raise.
     """
     check_kind(kind, columns)
+    loader = Labelled(loader, dict_key_y)
     if kind == "hessian":
         structure, indefinite = check_structure(hessian_structure, indefinite)
         if isinstance(subset_of_weights, Subnetwork):

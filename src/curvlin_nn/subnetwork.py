@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from curvlin._check import positive_integer
 from curvlin_nn import likelihoods
-from curvlin_nn.batches import batches
+from curvlin_nn.batches import Labelled, batches
 from curvlin_nn.capture import last_layer
 from curvlin_nn.capture.state import device_of
 from curvlin_nn.errors import DataError, NotSelectedError, UnsupportedError
@@ -84,11 +84,16 @@ class SubnetMask(ABC):
         """k, the number of chosen coordinates."""
         return len(self.indices)
 
-    def select(self, train_loader: Iterable[Any] | None = None) -> Int[Tensor, " k"]:
+    def select(
+        self, train_loader: Iterable[Any] | None = None, *, dict_key_y: str | None = None
+    ) -> Int[Tensor, " k"]:
         """Choose the coordinates.
 
         Args:
-            train_loader: batches ``(inputs, targets)``, for masks that look at data.
+            train_loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`, for masks
+                that look at data.
+            dict_key_y: the name of the targets in loaders that yield mappings; None takes that of the `Laplace` object
+                that a mask asks, and ``"labels"`` for one that asks none.
 
         Returns:
             `indices`.
@@ -101,6 +106,8 @@ class SubnetMask(ABC):
             raise UnsupportedError(
                 "the subnetwork is selected already, expected one call of select; make a new mask"
             )
+        if train_loader is not None and dict_key_y is not None:
+            train_loader = Labelled(train_loader, dict_key_y)
         self._indices = self.convert_subnet_mask_to_indices(self.get_subnet_mask(train_loader))
         return self._indices
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlin_nn.batches import Passes
+from curvlin_nn.batches import Labelled, Passes
 from curvlin_nn.capture.inputs import arguments, map_tensors, outputs_of
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.errors import ConvergenceError
@@ -33,16 +33,19 @@ def diagonal_swag_variance(
     n_snapshots: int = 40,
     snapshot_every: int = 1,
     lr: float = 0.01,
+    dict_key_y: str = "labels",
 ) -> Float[Tensor, " P"]:
     """The variance of each parameter over snapshots of a copy of the model that SGD trains on.
 
     Args:
         model: where to start; neither it nor torch's random state changes.
         likelihood: the loss is its mean negative logarithm per term, for regression the mean squared error.
-        train_loader: batches ``(inputs, targets)``, gone through ``n_snapshots * snapshot_every`` times.
+        train_loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`; gone through
+            ``n_snapshots * snapshot_every`` times.
         n_snapshots: how many parameter vectors.
         snapshot_every: epochs between them.
         lr: the learning rate, constant: large enough to leave the minimum.
+        dict_key_y: the name of the targets in loaders that yield mappings.
 
     Returns:
         Float64, over the parameters that require a gradient; the variance with divisor `n_snapshots`.
@@ -58,7 +61,7 @@ def diagonal_swag_variance(
         momentum=MOMENTUM,
         weight_decay=WEIGHT_DECAY,
     )
-    passes = Passes(train_loader, model)
+    passes = Passes(Labelled(train_loader, dict_key_y), model)
     mean, squares = torch.zeros(2, space.size, dtype=torch.float64, device=device)
     with torch.enable_grad(), random_state_kept(device):
         for epoch in range(n_snapshots * snapshot_every):

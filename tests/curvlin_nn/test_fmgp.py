@@ -468,7 +468,12 @@ def test_options_that_are_refused(options: dict[str, Any], error: type[Exception
         ({"inducing": (normal(4, D), torch.ones(4).long())}, {}, ValueError, "must lie in"),
         ({"sigma_noise": torch.ones(2)}, {}, ValueError, "one for each output"),
         ({}, {"train_loader": [(normal(9, D), normal(9, 2))]}, DataError, "targets of"),
-        ({}, {"train_loader": [({"a": normal(9, D)}, normal(9, 1))]}, DataError, "one tensor"),
+        (
+            {},
+            {"train_loader": [({"a": normal(9, D), "b": normal(9, D)}, normal(9, 1))]},
+            DataError,
+            "one tensor",
+        ),
         ({}, {"train_loader": [(normal(9, D) * math.inf, normal(9, 1))]}, DataError, "finite"),
     ],
 )

@@ -94,6 +94,12 @@ def tensors_of(x: Any) -> Iterator[Tensor]:
             yield from tensors_of(value)
 
 
+def only_tensor(x: Any) -> Tensor | None:
+    """The tensor of an input that holds one, itself or nested; None for an input of another number."""
+    tensors = list(tensors_of(x))
+    return tensors[0] if len(tensors) == 1 else None
+
+
 def select_samples(x: Any, index: slice | Tensor, n_samples: int) -> Any:
     """The input of some samples only."""
     return map_tensors(lambda t: t[index] if t.shape[:1] == (n_samples,) else t, x)

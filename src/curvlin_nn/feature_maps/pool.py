@@ -28,13 +28,16 @@ class Pool:
     size: int
 
     @classmethod
-    def of(cls, loader: Iterable[Any], name: str, at_most: int | None = None) -> Pool:
+    def of(
+        cls, loader: Iterable[Any], name: str, at_most: int | None = None, dict_key_y: str = "labels"
+    ) -> Pool:
         """The first samples of a loader, without their targets.
 
         Args:
-            loader: yields ``(inputs, targets)``, mappings with targets, or bare tensors of inputs.
+            loader: yields ``(inputs, targets)``, mappings with targets under `dict_key_y`, or bare tensors of inputs.
             name: of the argument, for messages.
             at_most: how many samples are taken; None takes all.
+            dict_key_y: the name of the targets in mappings.
 
         Raises:
             DataError: if it yields no sample, or samples that do not go together.
@@ -45,7 +48,7 @@ class Pool:
             raise DataError(f"{name} must yield batches of inputs, found a tensor; give [x]")
         for index, batch in enumerate(loader):
             where = f"batch {index} of {name}"
-            x = batch if isinstance(batch, Tensor) else _inputs(batch, where)
+            x = batch if isinstance(batch, Tensor) else _inputs(batch, where, dict_key_y)
             n_samples = _n_samples(x, where)
             taken = n_samples if at_most is None else min(n_samples, at_most - size)
             if taken > 0:
@@ -114,10 +117,10 @@ class Pool:
         return [(tuple(t.shape[1:]), t.dtype) for t in tensors_of(self.x) if t.shape[:1] == (self.size,)]
 
 
-def _inputs(batch: Any, where: str) -> Any:
+def _inputs(batch: Any, where: str, dict_key_y: str) -> Any:
     if isinstance(batch, (tuple, list)) and len(batch) == 1 and isinstance(batch[0], Tensor):
         return batch[0]  # a TensorDataset of inputs alone
-    return split_batch(batch, where)[0]
+    return split_batch(batch, where, dict_key_y)[0]
 
 
 def _nesting(x: Any) -> str:

@@ -87,6 +87,7 @@ class SurrogateMap(FeatureMap):
         n_held_out: int | None = None,
         evaluate_every: int = 100,
         patience: int | None = None,
+        dict_key_y: str = "labels",
         generator: torch.Generator | None = None,
         progress_bar: bool = False,
         checkpoint: StrPath | None = None,
@@ -111,7 +112,8 @@ class SurrogateMap(FeatureMap):
 
         Args:
             model: maps one argument to outputs ``(N, C)``; it comes back as it was.
-            train_loader: batches ``(inputs, targets)``, of any size; targets are not looked at.
+            train_loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`, of any size;
+                targets are not looked at.
             context_loader: the same, or batches of inputs alone, from elsewhere. None makes context of the training
                 inputs, each of whose coordinates is that of another sample; ``context_size=0`` does without.
             rank: K.
@@ -137,6 +139,7 @@ class SurrogateMap(FeatureMap):
                 most 64 (16 where layers cannot be captured) and a tenth of the samples by default.
             evaluate_every: steps between two looks at them.
             patience: looks without progress before stopping; 20, or none. The best state counts anyway.
+            dict_key_y: the name of the targets in loaders that yield mappings.
             generator: source of randomness, drawn from once; None is torch's default generator.
             progress_bar: whether to show one.
             checkpoint: a file that the training is stored in, and goes on from if it is there, to other `n_steps`,
@@ -175,7 +178,9 @@ class SurrogateMap(FeatureMap):
         state = None
         if checkpoint is not None and Path(checkpoint).exists():
             state = stored(checkpoint)
-        training = _prepared(model, train_loader, context_loader, surrogate, options, generator, state)
+        training = _prepared(
+            model, train_loader, context_loader, dict_key_y, surrogate, options, generator, state
+        )
         if state is not None and checkpoint is not None:
             training.load_state_dict(state, checkpoint)
         fitted = cls(training.surrogate, model)
@@ -241,6 +246,7 @@ def _prepared(
     model: nn.Module,
     train_loader: Iterable[Any],
     context_loader: Iterable[Any] | None,
+    dict_key_y: str,
     surrogate: nn.Module | None,
     asked: SurrogateOptions,
     generator: torch.Generator | None,
@@ -252,7 +258,7 @@ def _prepared(
         check_surrogate(surrogate)
     if context_loader is not None and options.context_size == 0:
         raise UnsupportedError("context_loader is given, and context_size=0 leaves it out; give one of them")
-    pool = Pool.of(train_loader, "train_loader", options.pool_size)
+    pool = Pool.of(train_loader, "train_loader", options.pool_size, dict_key_y)
     device = None if generator is None else generator.device
     seed = (
         int(torch.randint(2**62, (), generator=generator, device=device)) if state is None else state["seed"]
@@ -264,7 +270,7 @@ def _prepared(
         if context_loader is None:
             context = pool.mixed(max(2, pool.size // 4), own)
         else:
-            context = Pool.of(context_loader, "context_loader", options.pool_size)
+            context = Pool.of(context_loader, "context_loader", options.pool_size, dict_key_y)
             context.check_like(pool, "context_loader", "train_loader")
             context = Pool(context[torch.randperm(context.size, generator=own)], context.size)
     _check_size(pool, "train_loader", options.n_held_out)

@@ -15,6 +15,7 @@ from curvlin._check import positive_integer
 from curvlin._random import random_signs, standard_normal
 from curvlin.iterative.results import Estimate, estimate
 from curvlin_nn import likelihoods
+from curvlin_nn.batches import Labelled
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.errors import IndefiniteHessianError
 from curvlin_nn.inference_mode import outside_inference_mode
@@ -70,6 +71,7 @@ def hessian_eigenpairs(
     passes: int = 3,
     probes: int = 10,
     generator: torch.Generator | None = None,
+    dict_key_y: str = "labels",
     progress_bar: bool = False,
 ) -> Eigenpairs:
     """Block subspace iteration with a Rayleigh-Ritz step at the end (Halko, Martinsson & Tropp, 2011).
@@ -79,13 +81,15 @@ def hessian_eigenpairs(
     Args:
         model: maps one argument to outputs ``(N, *T, C)``; it comes back as it was.
         likelihood: ``"classification"``, ``"regression"`` or a `Likelihood`.
-        loader: batches ``(inputs, targets)``, iterated ``passes + 3`` times.
+        loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`; iterated
+            ``passes + 3`` times.
         rank: how many eigenpairs.
         subset_of_weights: as in `curvature`.
         oversampling: columns more that are multiplied.
         passes: over the data that turn the columns towards the leading eigenvectors.
         probes: random signs that `Eigenpairs.residual` is estimated with.
         generator: source of randomness; None is torch's default generator.
+        dict_key_y: the name of the targets in loaders that yield mappings.
         progress_bar: whether to show one for each pass over the data.
 
     Raises:
@@ -93,6 +97,7 @@ def hessian_eigenpairs(
     """
     for name, number in (("rank", rank), ("passes", passes), ("probes", probes)):
         positive_integer(name, number)
+    loader = Labelled(loader, dict_key_y)
     H = Hessian(model, likelihoods.resolve(likelihood), loader, subset_of_weights, progress_bar)
     with random_state_kept(device_of(model)):  # loaders draw from the default generator
         H.check()

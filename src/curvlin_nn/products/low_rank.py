@@ -11,6 +11,7 @@ from torch import nn
 
 from curvlin.iterative.results import LowRankApproximation
 from curvlin_nn import likelihoods
+from curvlin_nn.batches import Labelled
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.curvature import accumulate
@@ -40,6 +41,7 @@ def low_rank(
     passes: int = 2,
     n_columns: int = 1,
     generator: torch.Generator | None = None,
+    dict_key_y: str = "labels",
     progress_bar: bool = False,
 ) -> LowRankApproximation:
     """``H ~ U U^T`` from below, in float64, with the exact trace of the difference; see `structures.LowRank`.
@@ -47,7 +49,8 @@ def low_rank(
     Args:
         model: maps one argument to outputs ``(N, *T, C)``; it comes back as it was.
         likelihood: ``"classification"``, ``"regression"`` or a `Likelihood`.
-        loader: batches ``(inputs, targets)``; iterated `passes` times, or once for "dual".
+        loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`; iterated `passes` times,
+            or once for "dual".
         rank: the columns of U at most.
         method: "nystrom", randomised; or "dual", the best of its rank, which keeps all R rows of the data (samples
             times columns) and decomposes their R x R kernel: for few data.
@@ -57,6 +60,7 @@ def low_rank(
         passes: over the data.
         n_columns: how many for "mc" and "sketch", for each sample.
         generator: source of randomness; None is torch's default generator.
+        dict_key_y: the name of the targets in loaders that yield mappings.
         progress_bar: whether to show one.
 
     Raises:
@@ -67,6 +71,7 @@ def low_rank(
     if method not in METHODS:
         raise UnsupportedError(f"method={method!r} is not supported; expected {one_of(METHODS)}")
     check_numbers(rank, oversampling, passes)
+    loader = Labelled(loader, dict_key_y)
     family, kind = likelihoods.resolve(likelihood), Columns(columns, n_columns, generator)
     if method == "dual":
         with random_state_kept(device_of(model)):  # loaders draw from the default generator

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from curvlin import IterativePrecision
 from curvlin.precision.base import PrecisionOperator
 from curvlin_nn import likelihoods
+from curvlin_nn.batches import Labelled
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.columns import Columns
 from curvlin_nn.errors import UnsupportedError, one_of
@@ -51,6 +52,7 @@ def matrix_free(
     n_columns: int = 1,
     generator: torch.Generator | None = None,
     preconditioner: PrecisionOperator | None = None,
+    dict_key_y: str = "labels",
     progress_bar: bool = False,
 ) -> IterativePrecision:
     """The curvature of the negative log-likelihood, summed over the data, known by its products.
@@ -62,7 +64,7 @@ def matrix_free(
     Args:
         model: maps one argument to outputs ``(N, *T, C)``; it comes back as it was.
         likelihood: ``"classification"``, ``"regression"`` or a `Likelihood`.
-        loader: batches ``(inputs, targets)``.
+        loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`.
         columns: as in `curvature`; "mc" and "sketch" need `cache`, for each product to be with one matrix.
         subset_of_weights: as in `curvature`.
         kind: "ggn", which has a root to draw samples with; or "hessian", of the negative log-likelihood itself, two
@@ -72,6 +74,7 @@ def matrix_free(
         n_columns: how many for "mc" and "sketch", for each sample.
         generator: source of randomness for these.
         preconditioner: a positive definite operator nearby.
+        dict_key_y: the name of the targets in loaders that yield mappings.
         progress_bar: whether to show one for each pass over the data.
 
     Raises:
@@ -81,6 +84,7 @@ def matrix_free(
     """
     check_kind(kind, columns)
     device, family = device_of(model), likelihoods.resolve(likelihood)
+    loader = Labelled(loader, dict_key_y)
     if kind == "hessian":
         H = Hessian(model, family, loader, subset_of_weights, progress_bar)
         with random_state_kept(device):

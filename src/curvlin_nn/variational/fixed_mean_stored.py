@@ -46,6 +46,7 @@ def state_of(fm: FMGP) -> dict[str, Any]:
         "inducing": placement if isinstance(placement, str) else list(placement),
         "n_inducing": fm.n_inducing if isinstance(placement, str) else None,
         "sigma_noise": fm._sigma_noise,
+        "dict_key_y": fm.dict_key_y,
         "gp": dict(fit.gp.state_dict()),
         "output_shape": list(fit.output_shape),
         "sample_shape": list(fit.sample_shape),
@@ -80,6 +81,7 @@ def arguments(
         "inducing": "random" if by_name else tuple(state["inducing"]),
         "kernel": state["kernel"] if kernel is None else kernel,
         "sigma_noise": state["sigma_noise"],
+        "dict_key_y": state["dict_key_y"],
     }
 
 

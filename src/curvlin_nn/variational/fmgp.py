@@ -9,6 +9,8 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor, nn
 
+from curvlin_nn.batches import Labelled
+from curvlin_nn.capture.inputs import map_tensors
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.errors import (
     DataError,
@@ -46,7 +48,7 @@ class FMGP(VariationalPosterior[FixedMeanFitted]):
     float64; predictions have the network's dtype. The model is never changed.
 
     Args:
-        model: a trained network that maps one tensor of samples to outputs ``(N, C)``.
+        model: a trained network that maps one tensor of samples, itself or in a mapping, to outputs ``(N, C)``.
         likelihood: ``"classification"``, ``"binary"``, ``"regression"``, a loss of torch or a `Likelihood` of these.
         n_inducing: M; None is 100, or as many as are given.
         inducing: ``"kmeans"``, centres of the training inputs (of each class by itself, where targets are classes);
@@ -58,6 +60,7 @@ class FMGP(VariationalPosterior[FixedMeanFitted]):
             takes ``"rbf_x_last_layer"`` for ``"classification"``, ``"rbf"`` otherwise; see
             `curvlin_nn.variational.kernels`.
         sigma_noise: the standard deviation of observations, or one for each output; `fit` begins there.
+        dict_key_y: the name of the targets in loaders that yield mappings.
         generator: source of randomness for the placement of inducing points; None is torch's default generator.
 
     Raises:
@@ -77,9 +80,10 @@ class FMGP(VariationalPosterior[FixedMeanFitted]):
         *,
         kernel: str | Kernel | None = None,
         sigma_noise: float | Tensor = 1.0,
+        dict_key_y: str = "labels",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(model, likelihood, n_inducing, inducing, sigma_noise, generator)
+        super().__init__(model, likelihood, n_inducing, inducing, sigma_noise, dict_key_y, generator)
         if kernel is None:
             kernel = "rbf_x_last_layer" if isinstance(self.likelihood, Categorical) else "rbf"
         self._kernel = kernels.checked(kernel)
@@ -103,8 +107,8 @@ class FMGP(VariationalPosterior[FixedMeanFitted]):
         """Learn the covariance from batches, around the model's present parameters; an earlier fit is forgotten.
 
         Args:
-            train_loader: batches ``(inputs, targets)``; gone through once to count the samples and to place the
-                inducing points, and then as often as it takes.
+            train_loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`; gone through once
+                to count the samples and to place the inducing points, and then as often as it takes.
             n_steps: the most steps of Adam, one batch each.
             lr: its learning rate.
             validation_loader: other data, whose mean negative log-likelihood decides which state stays; without it,
@@ -129,17 +133,14 @@ class FMGP(VariationalPosterior[FixedMeanFitted]):
         options = TrainingOptions(n_steps, every, patience, max_seconds)
         fingerprint = Fingerprint.of(self.model)
         with random_state_kept(device_of(self.model)):  # loaders draw from the default generator
-            loader = Counted(train_loader)
+            loader = Counted(Labelled(train_loader, self.dict_key_y))
             pool = Pool.of(loader, "train_loader", N_FIRST)
-            if not isinstance(pool.x, Tensor):
-                raise DataError(
-                    f"train_loader must yield inputs of one tensor, as kernels take, found {type(pool.x).__name__}"
-                )
-            sample_shape, first = pool.x.shape[1:], self._points.in_parts(pool.x, "the first samples")
+            first = self._points.in_parts(pool.x, "the first samples")
+            sample_shape = self._points.sample_tensor(pool.x, "the first samples").shape[1:]
             gp = self._begun(
                 loader,
+                pool.x,
                 first,
-                sample_shape,
                 optimize_inducing=optimize_inducing,
                 optimize_noise=optimize_noise and self.likelihood.has_noise,
             )
@@ -167,21 +168,21 @@ class FMGP(VariationalPosterior[FixedMeanFitted]):
                 gp.requires_grad_(False)
         return self
 
-    def _begun(self, loader: Counted, first: Seen, sample_shape: torch.Size, **options: bool) -> FixedMeanGP:
-        """The process before any step."""
+    def _begun(self, loader: Counted, x: Any, first: Seen, **options: bool) -> FixedMeanGP:
+        """The process before any step; `first` is what was seen of the samples x."""
+        sample_shape = self._points.sample_tensor(x, "the first samples").shape[1:]
         n_outputs, shape = first.rows.shape[1], first.outputs.shape
         by_class = self.likelihood.has_classes and len(shape) == 2 and n_outputs > 1
         own = frozen(self._generator, torch.device("cpu"))()
         device = first.points.device
         where = placed(self.inducing, self.n_inducing, loader, n_outputs, by_class, device, own)
-        if not isinstance(where.inputs, Tensor) or where.inputs.shape[1:] != sample_shape:
-            found = (
-                tuple(where.inputs.shape) if isinstance(where.inputs, Tensor) else type(where.inputs).__name__
-            )
+        inputs = self._points.sample_tensor(where.inputs, "the inducing inputs")
+        if inputs.shape[1:] != sample_shape:
             raise DataError(
-                f"inducing inputs must have shape {('M', *sample_shape)} like samples of train_loader, found {found}"
+                f"inducing inputs must have shape {('M', *sample_shape)} like samples of train_loader, found "
+                f"{tuple(inputs.shape)}"
             )
-        Z = self._points.in_parts(where.inputs, "the inducing inputs").points
+        Z = self._points.in_parts(map_tensors(lambda _: inputs, x), "the inducing inputs").points
         kernel = kernels.made(self._kernel, first.points, first.n_inputs)
         noise = self._sigma_noise
         if noise.ndim and len(noise) != (expected := self.likelihood.terms(first.outputs[:1]).shape[-1]):

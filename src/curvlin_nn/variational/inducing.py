@@ -14,7 +14,7 @@ from curvlin import FeatureOperator
 from curvlin._check import positive_integer
 from curvlin_nn._extras import import_extra
 from curvlin_nn.capture import Recorder
-from curvlin_nn.capture.inputs import map_tensors, select_samples, split_batch, tensors_of
+from curvlin_nn.capture.inputs import map_tensors, only_tensor, select_samples, split_batch, tensors_of
 from curvlin_nn.data_subset import random_subset
 from curvlin_nn.errors import DataError, UnsupportedError, one_of
 from curvlin_nn.feature_maps.jacobian import features
@@ -208,13 +208,15 @@ def _within(inducing: str, x: Any, group: Tensor, k: int, generator: torch.Gener
     if inducing == "random":
         chosen = group[torch.randperm(len(group), generator=generator)[:k]]
         return map_tensors(torch.clone, select_samples(x, chosen, n_samples))
-    if not (isinstance(x, Tensor) and x.is_floating_point()):
+    tensor = only_tensor(x)
+    if tensor is None or not tensor.is_floating_point():
         raise UnsupportedError(
             "inducing='kmeans' needs inputs that are one tensor of real numbers; take inducing='random', or give "
             "(Z, outputs)"
         )
     cluster = import_extra("sklearn.cluster", "metrics", "inducing='kmeans'")
     seed = int(torch.randint(2**31, (), generator=generator))
-    own = x[group].flatten(1).cpu()
+    own = tensor[group].flatten(1).cpu()
     centres = cluster.KMeans(k, n_init=1, random_state=seed).fit(own.double().numpy()).cluster_centers_
-    return torch.from_numpy(centres).to(x).reshape(k, *x.shape[1:])
+    found = torch.from_numpy(centres).to(tensor).reshape(k, *tensor.shape[1:])
+    return map_tensors(lambda _: found, x)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvlin_nn.capture.checks import checked_outputs
 from curvlin_nn.capture.detours import compiled_code_as_written
+from curvlin_nn.capture.inputs import only_tensor, tensors_of
 from curvlin_nn.capture.state import (
     attributes_kept,
     device_of,
@@ -28,6 +29,7 @@ from curvlin_nn.capture.state import (
     random_state_kept,
 )
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
+from curvlin_nn.input_parts import cut
 
 AT_ONCE = 100
 """Samples that the network is run on at a time before the training."""
@@ -69,18 +71,13 @@ class Points:
         """Outputs and points of some samples.
 
         Raises:
-            DataError: if x is no tensor of samples with real numbers.
+            DataError: if x does not hold one tensor of samples with real numbers.
             OutputError: if outputs are not finite, or not one row for each sample.
             UnsupportedError: if the last layer is wanted and the outputs are not what a linear layer returned.
         """
         x = prepared(self.model, x, where)
-        if not isinstance(x, Tensor) or x.ndim == 0 or x.is_complex():
-            found = f"shape {tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise DataError(
-                f"{where} must be one tensor of real numbers with samples along axis 0, as kernels of inputs take, "
-                f"found {found}"
-            )
-        points = x.detach().reshape(len(x), -1).double()
+        points = self.sample_tensor(x, where)
+        points = points.detach().reshape(len(points), -1).double()
         if not bool(torch.isfinite(points).all()):
             raise DataError(f"{where} must be finite, found Inf among the inputs")
         watch = _LinearLayers()
@@ -103,9 +100,27 @@ class Points:
             points = torch.cat([points, watch.input_of(outputs, where)], dim=1)
         return Seen(outputs, points, n_inputs)
 
-    def in_parts(self, x: Float[Tensor, N * S], where: str) -> Seen:
+    @staticmethod
+    def sample_tensor(x: Any, where: str) -> Float[Tensor, N * S]:
+        """The tensor that samples are points by: x, or the only one in it.
+
+        Raises:
+            DataError: if there is no such tensor.
+        """
+        tensor = only_tensor(x)
+        if tensor is None or tensor.ndim == 0 or tensor.is_complex():
+            found = f"{type(x).__name__} of {sum(1 for _ in tensors_of(x))} tensors"
+            if tensor is not None:
+                found = f"shape {tuple(tensor.shape)} of {tensor.dtype}"
+            raise DataError(
+                f"{where} must be one tensor of real numbers with samples along axis 0, as kernels of inputs take, "
+                f"found {found}"
+            )
+        return tensor
+
+    def in_parts(self, x: Any, where: str) -> Seen:
         """The same for many samples, some at a time: what a training asks for, and not who calls the model."""
-        parts = [self(some, where) for some in x.split(AT_ONCE)]
+        parts = [self(some, where) for some, _ in cut(x, len(self.sample_tensor(x, where)), AT_ONCE)]
         return Seen(
             torch.cat([part.outputs for part in parts]),
             torch.cat([part.points for part in parts]),

@@ -82,6 +82,7 @@ class VariationalPosterior(PosteriorPredictive, Generic[FitT]):
         n_inducing: int | None,
         inducing: Inducing,
         sigma_noise: float | Tensor,
+        dict_key_y: str,
         generator: torch.Generator | None,
     ) -> None:
         check_model(model)
@@ -91,6 +92,7 @@ class VariationalPosterior(PosteriorPredictive, Generic[FitT]):
         self.n_inducing = 100 if n_inducing is None else n_inducing
         self.inducing = inducing
         self._sigma_noise = checked_noise(sigma_noise, self.likelihood, Columns()).detach()
+        self.dict_key_y = dict_key_y
         self._generator = checked_generator(generator)
         self._fitted: FitT | None = None
 

@@ -85,8 +85,8 @@ class VaLLA(VariationalPosterior[Fitted]):
         dict_key_y: str = "labels",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(model, likelihood, n_inducing, inducing, sigma_noise, generator)
-        self.subset_of_weights, self.dict_key_y = subset_of_weights, dict_key_y
+        super().__init__(model, likelihood, n_inducing, inducing, sigma_noise, dict_key_y, generator)
+        self.subset_of_weights = subset_of_weights
         self._prior_precision = _one_precision(prior_precision)
 
     @property
