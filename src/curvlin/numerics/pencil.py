@@ -37,13 +37,6 @@ class Side(Tree):
     lower: Tensor | None = tensor_field(2)
     solve_basis: Tensor | None = tensor_field(2)
 
-    @property
-    def product_basis(self) -> Tensor | None:
-        """Y."""
-        if self.lower is None or self.orthogonal is None:
-            return self.orthogonal
-        return self.lower @ self.orthogonal
-
     def logdet_whitening(self) -> Tensor | float:
         """``log |det L|``."""
         if self.lower is None:
