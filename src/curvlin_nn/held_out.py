@@ -2,7 +2,8 @@
 
 Only variances depend on the prior. Outputs and features of held-out data are computed once, and turned into the
 eigenbasis of the curvature, where the posterior precision is diagonal: ``var = sum_i q_i^2 / (lambda_i + delta)``, for
-all precisions that are tried in one product of matrices.
+all precisions that are tried in one product of matrices. Where no eigenbasis is known, the posterior is factored once
+for each precision, and asked about all the data.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from curvlin_nn.errors import DataError, UnsupportedError
 from curvlin_nn.evidence import Curvature
 from curvlin_nn.feature_maps import FeatureMap
 from curvlin_nn.inference_mode import outside_inference_mode
-from curvlin_nn.kept_features import Kept, View
+from curvlin_nn.kept_features import AtPrecisions, Kept, View
 from curvlin_nn.predictive.predictor import Answer, answer, needs_covariance
 from curvlin_nn.predictive.request import Request, check_pred_type
 from curvlin_nn.predictive.response import Response
@@ -39,8 +40,11 @@ from curvlin_nn.subnetwork_space import Subnetwork
 if TYPE_CHECKING:
     from curvlin_nn.laplace import Laplace
 
-KEPT_BUDGET = 2**27
-"""Entries of the features that are kept between tries: 512 MiB in float32; the others are computed again."""
+KEPT_BUDGET = 2**26
+"""Entries of the features that are kept between tries: 256 MiB in float32; the others are computed again."""
+
+HELD_BUDGET = 2**26
+"""Entries of the features, besides these, that one factorisation of a posterior is asked about."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class HeldOut:
         request: what to predict; each precision that is tried sees the same draws, also without a generator. Noise is
             added where the negative log-likelihood is scored.
         loss: see `curvlin_nn.scores.new_score`.
-        progress_bar: whether to show one over the batches.
+        progress_bar: whether to show one over the samples, each counted at each precision.
     """
 
     def __init__(
@@ -117,27 +121,29 @@ class HeldOut:
         self._progress_bar = progress_bar
         noise = loss is None and first.likelihood.has_additive_noise
         request = replace(request, observation_noise=noise).checked(first.likelihood)
+        self._n_samples = sum(len(targets) for _, data in pairs for _, targets in data)
         self._parts: list[_Part] = []
         for la, data in pairs:
             asked = copy.copy(la)
             asked._fitted = replace(la._fit, known_unchanged=True)  # `search` has compared the model
             if request.pred_type == "nn":
-                self._parts += [_Sampled(asked, request, x, targets) for x, targets in data]
+                self._parts.append(_Sampled(AtPrecisions(asked), request, data))
             else:
-                view = View.of(asked)
-                self._parts += [_Linearised(view, request, x, targets) for x, targets in data]
+                view, room = View.of(asked), KEPT_BUDGET // len(pairs)
+                self._parts.append(_Linearised(view, request, [_Batch(view, *batch) for batch in data], room))
 
     def scores(self, precisions: Float[Tensor, " G"]) -> Float[Tensor, " G"]:
         """The score at each precision."""
         scores = [self._new_score() for _ in precisions]
-        room = KEPT_BUDGET
-        for part in tqdm(self._parts, desc="held-out batches", disable=not self._progress_bar):
-            room -= part.keep(room)
-            for answers, outputs, targets in part.answered(precisions):
+        total = self._n_samples * len(precisions)
+        with tqdm(total=total, desc="held-out samples", disable=not self._progress_bar) as bar:
+            for answered in (answered for part in self._parts for answered in part.answered(precisions)):
                 to_the_same_draws = self._returns()
-                for score in scores:
+                for score, answers in zip(scores, answered, strict=True):
                     to_the_same_draws()
-                    score.update(next(answers), outputs, targets)
+                    for found, outputs, targets in answers:
+                        score.update(found, outputs, targets)
+                        bar.update(len(targets))
         return torch.tensor([score.value() for score in scores], dtype=torch.float64)
 
     def _returns(self) -> Callable[[], object]:
@@ -147,55 +153,63 @@ class HeldOut:
         return partial(self._generator.set_state, self._generator.get_state())
 
 
+Answered = tuple[Answer, Tensor, Tensor]
+"""An answer for some samples, with their outputs and targets."""
+
+
 class _Part(ABC):
-    """One batch."""
+    """A posterior and the data that it is scored on."""
 
     @abstractmethod
-    def keep(self, room: int) -> int:
-        """Compute what fits into `room` entries, unless it is there already: how many there are."""
-
-    @abstractmethod
-    def answered(self, precisions: Float[Tensor, " G"]) -> Iterator[tuple[Iterator[Answer], Tensor, Tensor]]:
-        """Some samples at a time: the answer at each precision, made when it is asked for; outputs; targets."""
+    def answered(self, precisions: Float[Tensor, " G"]) -> Iterator[Iterator[Iterator[Answered]]]:
+        """Some samples at a time: for each precision what is answered, piece by piece, made when it is asked for."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sampled(_Part):
-    """Predictions of the network at draws of its weights."""
+    """Predictions of the network at draws of its weights.
 
-    la: Laplace
+    Attributes:
+        at: the posterior at a precision.
+        request: what to predict.
+        data: the batches.
+    """
+
+    at: AtPrecisions
     request: Request
-    x: Any
-    targets: Tensor
+    data: Sequence[tuple[Any, Tensor]]
 
-    def keep(self, room: int) -> int:
-        """See `_Part.keep`: nothing is the same for all precisions."""
-        return 0
+    def answered(self, precisions: Float[Tensor, " G"]) -> Iterator[Iterator[Iterator[Answered]]]:
+        """See `_Part.answered`: all samples at once, of which nothing is kept."""
+        yield map(self._at, precisions.tolist())
 
-    def answered(self, precisions: Float[Tensor, " G"]) -> Iterator[tuple[Iterator[Answer], Tensor, Tensor]]:
-        """See `_Part.answered`."""
-        with torch.no_grad():
-            outputs = self.la._fit.accumulated.recorder(self.x).outputs.detach()
-        yield self._answers(precisions), outputs, self.targets
-
-    def _answers(self, precisions: Float[Tensor, " G"]) -> Iterator[Answer]:
-        for delta in precisions.tolist():
-            self.la.prior_precision = delta
-            yield self.la._predictor(self.request.pred_type)(self.x, self.request)
+    def _at(self, precision: float) -> Iterator[Answered]:
+        la = self.at(precision)
+        for x, targets in self.data:
+            found = la._predictor(self.request.pred_type)(x, self.request)
+            with torch.no_grad():
+                outputs = la._fit.accumulated.recorder(x).outputs.detach()
+            yield found, outputs, targets
 
 
 @dataclass
-class _Linearised(_Part):
-    """Predictions of the linearised network; outputs and features are kept where there is room."""
+class _Batch:
+    """Outputs and features of a batch, kept where there is room.
+
+    Attributes:
+        view: what they are computed by.
+        x: the inputs.
+        targets: the targets.
+        kept: what was kept.
+    """
 
     view: View
-    request: Request
     x: Any
     targets: Tensor
     kept: list[Kept] | None = None
 
     def keep(self, room: int) -> int:
-        """See `_Part.keep`."""
+        """Compute what fits into `room` entries, unless it is there already: how many there are."""
         if self.kept is None:
             found, entries = [], 0
             for piece in self.view.pieces(self.x):
@@ -206,21 +220,69 @@ class _Linearised(_Part):
             self.kept = found
         return sum(piece.entries for piece in self.kept)
 
-    def answered(self, precisions: Float[Tensor, " G"]) -> Iterator[tuple[Iterator[Answer], Tensor, Tensor]]:
-        """See `_Part.answered`."""
+    def pieces(self) -> Iterator[tuple[Kept, Tensor]]:
+        """Some samples at a time, with their targets."""
         start = 0
         for piece in self.view.pieces(self.x) if self.kept is None else self.kept:
             stop = start + len(piece.outputs)
-            outputs = piece.outputs.reshape(-1, *piece.output_shape)
-            yield self._answers(piece, precisions), outputs, self.targets[start:stop]
+            yield piece, self.targets[start:stop]
             start = stop
 
-    def _answers(self, piece: Kept, precisions: Float[Tensor, " G"]) -> Iterator[Answer]:
+
+@dataclass(frozen=True)
+class _Linearised(_Part):
+    """Predictions of the linearised network.
+
+    Attributes:
+        view: the posterior.
+        request: what to predict.
+        batches: the data.
+        room: how many entries of their features are kept.
+    """
+
+    view: View
+    request: Request
+    batches: Sequence[_Batch]
+    room: int
+
+    def answered(self, precisions: Float[Tensor, " G"]) -> Iterator[Iterator[Iterator[Answered]]]:
+        """See `_Part.answered`."""
+        for group in self._groups():
+            yield self._answers(group, precisions)
+
+    def _groups(self) -> Iterator[list[tuple[Kept, Tensor]]]:
+        """As many samples at a time as there is memory for: those without an eigenbasis share what is factored."""
+        room = self.room
+        group: list[tuple[Kept, Tensor]] = []
+        held = 0
+        for batch in self.batches:
+            room -= batch.keep(room)
+            for piece, targets in batch.pieces():
+                group.append((piece, targets))
+                held += piece.entries if batch.kept is None else 0
+                if self.view.basis is not None or held > HELD_BUDGET:
+                    yield group
+                    group, held = [], 0
+        if group:
+            yield group
+
+    def _answers(
+        self, group: Sequence[tuple[Kept, Tensor]], precisions: Float[Tensor, " G"]
+    ) -> Iterator[Iterator[Answered]]:
+        pieces = [piece for piece, _ in group]
+        responses = [self._response(piece) for piece in pieces]
+        variances = not needs_covariance(responses[0], self.request)
+        for spreads in self.view.spreads(pieces, precisions, variances=variances):
+            yield map(self._answer, group, responses, spreads)
+
+    def _answer(self, with_targets: tuple[Kept, Tensor], response: Response, spread: Tensor) -> Answered:
+        piece, targets = with_targets
+        found = answer(response, self.request, piece.outputs, spread)
+        return found, piece.outputs.reshape(-1, *piece.output_shape), targets
+
+    def _response(self, piece: Kept) -> Response:
         la = self.view.la
-        response = Response(la.likelihood, lambda: piece.output_shape, la.sigma_noise.detach())
-        variances = not needs_covariance(response, self.request)
-        for spread in self.view.spreads(piece, precisions, variances=variances):
-            yield answer(response, self.request, piece.outputs, spread)
+        return Response(la.likelihood, lambda: piece.output_shape, la.sigma_noise.detach())
 
 
 def held_out_data(la: Laplace, loader: Iterable[Any] | None, method: str) -> list[tuple[Any, Tensor]]:

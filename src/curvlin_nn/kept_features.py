@@ -1,14 +1,16 @@
 """Variances at many prior precisions from features that are computed once.
 
 In the eigenbasis of the curvature the posterior precision is ``lambda_i + delta``, diagonal: a batch of precisions is
-one diagonal for each, and features are multiplied out once for all of them. What the features of a `feature_map` leave
-out of the prior, ``(kappa - Phi Phi^T) / delta``, is kept at ``delta = 1``.
+one diagonal for each, and features are multiplied out once for all of them. Where there is no such basis, the posterior
+is factored once for each precision, and asked about all features that are at hand. What the features of a `feature_map`
+leave out of the prior, ``(kappa - Phi Phi^T) / delta``, is kept at ``delta = 1``.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,17 +55,37 @@ class Kept:
         return left_out + sum(t.numel() for t, _ in self.features._tensors())
 
 
+class AtPrecisions:
+    """A fitted object at one scalar prior precision after another, factored anew only where that changes.
+
+    Args:
+        la: the object, which stays as it is.
+    """
+
+    def __init__(self, la: Laplace) -> None:
+        self._la, self._precision = copy.copy(la), math.nan
+        self._la._prior_projection = None  # which a scalar prior does not need
+
+    def __call__(self, precision: float) -> Laplace:
+        """The object at this precision, until the next call."""
+        if precision != self._precision:
+            self._la.prior_precision = self._precision = precision
+        return self._la
+
+
 @dataclass(frozen=True)
 class View:
     """A linearised posterior whose scalar prior precision varies.
 
     Attributes:
         la: the posterior.
+        at: the same at a precision.
         source: the linearisation over its coordinates.
         basis: from these to the eigenbasis of its curvature, where there is one that no prior changes.
     """
 
     la: Laplace
+    at: AtPrecisions
     source: Predictive
     basis: Eigenbasis | None
 
@@ -74,7 +96,8 @@ class View:
         H = fit.curvature.scaled(la.sigma_noise.detach(), la.temperature)
         residual = features is not None and features.residual and features.stands_in
         source = ResidualPredictive(fit.feature_map, H) if residual else Predictive(fit.feature_map, H)
-        return cls(la, source, None if fit.curvature.damped is not None else eigenbasis(H))
+        basis = None if fit.curvature.damped is not None else eigenbasis(H)
+        return cls(la, AtPrecisions(la), source, basis)
 
     def pieces(self, x: Any) -> Iterator[Kept]:
         """Outputs and features of a batch, a bounded number of samples at a time."""
@@ -103,31 +126,41 @@ class View:
         """Of one sample of what was computed last."""
         return self.la._fit.output_shape(self.la.likelihood)
 
-    def spreads(self, piece: Kept, precisions: Float[Tensor, " G"], *, variances: bool) -> Iterator[Tensor]:
-        """The covariances ``(N, C, C)`` of the outputs at each precision, or the variances ``(N, C)``."""
-        left_out = piece.left_out
-        if left_out is not None and variances:
-            left_out = left_out.diagonal(dim1=1, dim2=2)
-        for P, some in self._posteriors(piece, precisions, variances):
-            Phi = aligned(piece.features, P)
-            found = P.inv_congruence_diagonal(Phi) if variances else P.inv_congruence(Phi)
-            for spread, delta in zip(found if P.batch_shape else [found], some, strict=True):
-                yield spread if left_out is None else spread + left_out / delta
+    def spreads(
+        self, pieces: Sequence[Kept], precisions: Float[Tensor, " G"], *, variances: bool
+    ) -> Iterator[Iterator[Tensor]]:
+        """At each precision the covariances ``(n, C, C)`` of the outputs of each piece, or the variances ``(n, C)``.
 
-    def _posteriors(
-        self, piece: Kept, precisions: Float[Tensor, " G"], variances: bool
-    ) -> Iterator[tuple[PrecisionOperator, list[float]]]:
-        """Posterior precisions, as many in a batch as `SPREAD_BUDGET` allows, with the prior's."""
-        dtype = piece.outputs.dtype
+        They are made when they are asked for, in this order.
+        """
         if self.basis is None:
-            at = copy.copy(self.la)
-            at._prior_projection = None  # which a scalar prior does not need
-            for delta in precisions.tolist():
-                at.prior_precision = delta
-                yield at.posterior_precision, [delta]
+            for delta in precisions.split(1):
+                P = self.at(float(delta)).posterior_precision
+                yield (_spread(piece, P, delta, variances)[0] for piece in pieces)
             return
+        found = [self._in_basis(self.basis, piece, precisions, variances) for piece in pieces]
+        for _ in precisions:
+            yield map(next, found)
+
+    @staticmethod
+    def _in_basis(
+        basis: Eigenbasis, piece: Kept, precisions: Float[Tensor, " G"], variances: bool
+    ) -> Iterator[Tensor]:
+        """Those of one piece at each precision, as many at once as `SPREAD_BUDGET` allows."""
         entries = piece.outputs.numel() * (1 if variances else piece.outputs.shape[1])
-        eigenvalues = self.basis.eigenvalues
         for some in precisions.split(max(1, SPREAD_BUDGET // max(1, entries))):
-            P = Diagonal(eigenvalues + some.to(eigenvalues).unsqueeze(-1))
-            yield P.factor(dtype), some.tolist()
+            P = Diagonal(basis.eigenvalues + some.to(basis.eigenvalues).unsqueeze(-1))
+            yield from _spread(piece, P.factor(piece.outputs.dtype), some, variances)
+
+
+def _spread(
+    piece: Kept, P: PrecisionOperator, precisions: Float[Tensor, " g"], variances: bool
+) -> Float[Tensor, "g N C"] | Float[Tensor, "g N C C"]:
+    """Variances or covariances by a posterior precision, or by a batch of them, one for each of the prior."""
+    Phi = aligned(piece.features, P)
+    found = P.inv_congruence_diagonal(Phi) if variances else P.inv_congruence(Phi)
+    found = found if P.batch_shape else found.unsqueeze(0)
+    if piece.left_out is None:
+        return found
+    left_out = piece.left_out.diagonal(dim1=1, dim2=2) if variances else piece.left_out
+    return found + left_out / precisions.to(left_out).view(-1, *(1,) * left_out.ndim)

@@ -15,6 +15,7 @@ from torchmetrics import Accuracy, MeanSquaredError, Metric
 
 from curvlin_nn import Laplace, held_out, kept_features, likelihoods
 from curvlin_nn.errors import DataError, NoFiniteOptimumError, StaleModelError, UnsupportedError
+from curvlin_nn.evidence import Curvature
 from curvlin_nn.feature_maps import JacobianMap, NystromMap, SketchMap
 from curvlin_nn.fingerprint import Fingerprint
 
@@ -477,3 +478,39 @@ def test_single_precision_and_a_noise_for_each_output():
         "gridsearch", val_loader=[(x.float(), y.float()) for x, y in data], grid_size=5
     )
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=0)
+
+
+WITHOUT_A_BASIS = {
+    "lowrank": ("lowrank", {}),
+    "a mixture": ("kron-lowrank", {}),
+    "damped": ("kron", {"damping": True}),
+    "functions": ("gp", {}),
+}
+
+
+@pytest.mark.parametrize(("pred_type", "held"), [("glm", 0), ("glm", 2**20), ("nn", 0)])
+@pytest.mark.parametrize("name", WITHOUT_A_BASIS)
+def test_a_posterior_without_a_basis_is_factored_once_for_each_precision(name, pred_type, held, monkeypatch):
+    if name == "functions" and pred_type == "nn":
+        pred_type = "gp"  # a posterior over functions draws no weights
+    p = problem("mlp", "classification")
+    structure, options = WITHOUT_A_BASIS[name]
+    la, data = fitted(p, structure, **options), validation(p)
+    monkeypatch.setattr(held_out, "KEPT_BUDGET", 0)
+    monkeypatch.setattr(held_out, "HELD_BUDGET", held)
+    made, posterior = [], Curvature.posterior
+    monkeypatch.setattr(Curvature, "posterior", lambda self, *args: made.append(1) or posterior(self, *args))
+    request = {"pred_type": pred_type, "link_approx": "probit" if pred_type == "nn" else "mc", "n_samples": 4}
+    found = la.optimize_prior_precision(
+        "gridsearch", val_loader=data, grid_size=3, generator=torch.Generator().manual_seed(5), **request
+    )
+    each_piece_by_itself = pred_type != "nn" and held == 0
+    assert len(made) == 3 * (len(data) if each_piece_by_itself else 1)
+    made.clear()
+    found_by_brent = la.optimize_prior_precision("brent", val_loader=data, tolerance=1.0)
+    assert len(made) == len(found_by_brent.precisions)
+    for delta, score in zip(found.precisions, found.scores, strict=True):
+        la.prior_precision, generator, total = float(delta), torch.Generator().manual_seed(5), 0.0
+        for x, y in data:
+            total -= float(la(x, generator=generator, **request).log().gather(1, y[:, None]).sum())
+        assert float(score) == pytest.approx(total / 7, rel=1e-12)
