@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvlin import BlockDiag, Dense, Diagonal, Isotropic, KroneckerSum, LowRankPlusDiag, Woodbury
+from curvlin.algebra.inverses import inverse_operator
 from curvlin.precision.base import PrecisionOperator
 from curvlin.testing import Reference
 
@@ -135,3 +137,48 @@ def _same_derivatives(found: Tensor, right: Tensor, tensors: tuple[Tensor, ...])
         seconds = [torch.autograd.grad(t.square().sum(), tensors, retain_graph=True) for t in (g, h)]
         for s, t in zip(*seconds, strict=True):
             torch.testing.assert_close(s, t, rtol=1e-6, atol=1e-6 * float(t.abs().max()))
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("columns", [3, D, D + 3, "one of them twice"])
+@pytest.mark.parametrize("base", ["diagonal", "kronecker"])
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_the_inverse_as_an_operator(base: str, columns: int | str, strength: float, weight: float) -> None:
+    """H of dependent columns is singular to rounding; a difference of matrices that are all but equal has no digits."""
+    P = updated(base, 3 if isinstance(columns, str) else columns, strength)
+    if isinstance(columns, str):
+        P = P._with(U=torch.cat([P.U, P.U[:, :1]], dim=1))
+    truth, Q = exact(P), inverse_operator(weight * P)
+    right = truth.solve(torch.eye(D, dtype=f64)) / weight
+    torch.testing.assert_close(Q.to_dense(), right, rtol=0.0, atol=1e-14 * float(right.abs().max()))
+    if isinstance(Q, Dense):
+        torch.testing.assert_close(Q.logdet(), -truth.logdet() - D * math.log(weight), rtol=1e-13, atol=0.0)
+        x = randn(D, seed=2)
+        torch.testing.assert_close(Q.solve(x), weight * P @ x, rtol=1e-11, atol=0.0)
+    assert isinstance(Q, Woodbury) == (P.rank < D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+def test_the_inverse_of_a_batch_of_strong_updates(dtype: torch.dtype) -> None:
+    for columns in (4, D + 3):
+        U = 1e8 * randn(2, D, columns, seed=1).to(dtype)
+        U[..., 1] = U[..., 0]
+        P = Diagonal(1.0 + torch.arange(D, dtype=dtype)).update(U)
+        Q = inverse_operator(P)
+        assert Q.dtype == dtype and Q.shape == P.shape
+        for i in range(2):
+            right = exact(updated("diagonal", 1, 1.0)._with(base=P.base, U=U[i]))
+            expected = right.solve(torch.eye(D, dtype=f64))
+            atol = 4 * torch.finfo(dtype).eps * float(expected.abs().max())
+            torch.testing.assert_close(Q.to_dense()[i].double(), expected, rtol=0.0, atol=atol)
+
+
+@pytest.mark.parametrize("columns", [3, D + 3])
+def test_the_inverse_has_derivatives(columns: int) -> None:
+    X = spd(D, 4)
+    for strength in (1.0, 1e2):  # beyond which a dense inverse has no digits for the second order
+        d = (1.0 + torch.arange(D, dtype=f64)).requires_grad_()
+        U = (strength * randn(D, columns, seed=1)).requires_grad_()
+        dense = torch.linalg.inv(torch.diag(d) + U @ U.mT)
+        Q = inverse_operator(LowRankPlusDiag(d, U))
+        _same_derivatives((Q.to_dense() * X).sum(), (dense * X).sum(), (d, U))

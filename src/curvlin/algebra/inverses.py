@@ -5,12 +5,14 @@
     BlockDiag                        block by block
     A (x) B                          A^-1 (x) B^-1
     other Kronecker, one basis       SpectralKronecker, if no derivative flows into the factors
-    Z + s U U^T                      Z^-1 - s V V^T, V = Z^-1 U L^-T, L L^T = I + s U^T Z^-1 U
+    Z + s U U^T                      Z^-1 - s V V^T, V = Z^-1 U (I + s U^T Z^-1 U)^{-1/2}
+    Z + U U^T, as many columns as D  Dense
 
 Solves, determinants and samples of a covariance need none of this: they are those of P, read the other way.
 
 ``Z^-1 - V V^T`` as a matrix of its own forgets what V V^T takes from Z^-1 to rounding: with sigma^2 the largest gain
-(eigenvalue of ``U^T Z^-1 U``), its small eigenvalues, its determinant and its solves are good to sigma^2 eps.
+(eigenvalue of ``U^T Z^-1 U``), its small eigenvalues, its determinant and its solves are good to sigma^2 eps. Where the
+columns of U may reach all D directions, all of it is small, and a matrix takes no more memory than U.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from curvlin.precision.dense import Dense
 from curvlin.precision.diagonal import Diagonal, Isotropic
 from curvlin.precision.kronecker import KroneckerSum, spectral_form
 from curvlin.precision.low_rank import Woodbury
+from curvlin.precision.low_rank_roots import inverse_columns
 from curvlin.precision.spectral import SpectralKronecker
 
 
@@ -95,22 +98,29 @@ def _kronecker(P: KroneckerSum) -> KroneckerSum | SpectralKronecker:
 
 
 @register_inverse(Woodbury)
-def _woodbury(P: Woodbury) -> Woodbury:
+def _woodbury(P: Woodbury) -> Woodbury | Dense:
     if P.core is not None or not isinstance(P.U, Tensor):
         raise _refused(P, "it has a core, or features in the place of U")
+    if (
+        P.sign > 0 and P.rank >= P.size
+    ):  # U has the entries of a matrix, and the difference has no digits to win by
+        return Dense(_symmetric(P.solve(_eye(P))))
     base = inverse_operator(P.base if P.weight is None else P.base / P.weight)
-    U = P.U.double()
-    solved = base.to(torch.float64)._matmul(U)
-    gram = P.sign * (U.mT @ solved)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    inner, factors = Dense(eye + (gram + gram.mT) / 2)._factored()
-    columns = inner._root_solve(solved.mT, factors).mT
-    changed = Woodbury(base, columns.to(P.dtype))._with(sign=-P.sign)
+    working, factors = P._factored()
+    columns = inverse_columns(working._unweighted(), factors).to(P.dtype)
+    changed = Woodbury(base, columns)._with(sign=-P.sign)
     result: Woodbury = changed if P.weight is None else changed / P.weight
     return result
 
 
 def _inverse_matrix(M: Tensor) -> Tensor:
-    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-    inverse = Dense(M).solve(eye.expand(M.shape))
-    return (inverse + inverse.mT) / 2
+    P = Dense(M)
+    return _symmetric(P.solve(_eye(P).expand(M.shape)))
+
+
+def _symmetric(M: Tensor) -> Tensor:
+    return (M + M.mT) / 2
+
+
+def _eye(P: PrecisionOperator) -> Tensor:
+    return torch.eye(P.size, dtype=P.dtype, device=P.device)

@@ -134,6 +134,24 @@ class ChangedIdentity:
         return self._spread(self.factors.W @ c)
 
 
+def inverse_columns(P: Woodbury, factors: LowRankFactors) -> Tensor:
+    """V of ``P^-1 = Z^-1 - s V V^T``: ``V = Z^-1 U H^{-1/2}``, for P without a core or weight and with a matrix U.
+
+    No solve with H, which a large gain along fewer directions than columns makes singular to rounding.
+    """
+    assert isinstance(P.U, Tensor)
+    W, h = factors.W, factors.h.unsqueeze(-2)
+    if factors.Q is not None:
+        white = factors.Q * factors.gain.sqrt().unsqueeze(-2)
+        value = P.base._unwhiten(white / h.sqrt(), factors.base) @ W.mT
+    else:
+        value = P.base._solve(P.U.double(), factors.base) @ (W / h.sqrt()) @ W.mT
+    if P._needs_grad():
+        S = ChangedIdentity(P, factors).capacitance_root()[1]
+        value = graft(value, linear.solve(S, P.base._solve(P.U.double(), factors.base), left=False))
+    return value
+
+
 def _after_identity(S: Tensor, c: Tensor) -> Tensor:
     """``(I + S)^-1 c``."""
     return linear.solve(S + torch.eye(S.shape[-1], dtype=S.dtype, device=S.device), c)
