@@ -163,8 +163,9 @@ class Covariance(Tree):
     def inverse(self) -> PrecisionOperator:
         """The precision: the operator that this inverts, or one with the entries of ``C^-1``.
 
-        That of ``Z + U U^T`` is a difference, which is good to rounding times the largest eigenvalue of ``U^T Z^-1 U``,
-        but for a U of at least D columns, where it is a `Dense`; solves and determinants of C itself lose nothing.
+        That of ``Z + U U^T`` is a difference, whose solves, determinant and derivatives by U are good to rounding times
+        the largest eigenvalue of ``U^T Z^-1 U``; with at least D columns it is a `Dense`, good to its own condition.
+        Solves and determinants of C itself lose nothing.
 
         Raises:
             NotPositiveDefiniteError: if C is singular.

@@ -11,8 +11,9 @@
 Solves, determinants and samples of a covariance need none of this: they are those of P, read the other way.
 
 ``Z^-1 - V V^T`` as a matrix of its own forgets what V V^T takes from Z^-1 to rounding: with sigma^2 the largest gain
-(eigenvalue of ``U^T Z^-1 U``), its small eigenvalues, its determinant and its solves are good to sigma^2 eps. Where the
-columns of U may reach all D directions, all of it is small, and a matrix takes no more memory than U.
+(eigenvalue of ``U^T Z^-1 U``), its small eigenvalues, its determinant, its solves and its derivatives by U are good to
+sigma^2 eps. Where the columns of U may reach all D directions, all of it is small; a matrix takes no more memory than U
+there, and keeps its digits.
 """
 
 from __future__ import annotations
@@ -101,9 +102,8 @@ def _kronecker(P: KroneckerSum) -> KroneckerSum | SpectralKronecker:
 def _woodbury(P: Woodbury) -> Woodbury | Dense:
     if P.core is not None or not isinstance(P.U, Tensor):
         raise _refused(P, "it has a core, or features in the place of U")
-    if (
-        P.sign > 0 and P.rank >= P.size
-    ):  # U has the entries of a matrix, and the difference has no digits to win by
+    if P.sign > 0 and P.rank >= P.size:
+        # No direction is left in which Z^-1 is larger than what V V^T takes from it.
         return Dense(_symmetric(P.solve(_eye(P))))
     base = inverse_operator(P.base if P.weight is None else P.base / P.weight)
     working, factors = P._factored()
