@@ -14,7 +14,7 @@ import curvlin_nn
 from curvlin_nn import Laplace, marglik_training, metrics
 from curvlin_nn.early_stopping import fit_early_stopped
 from curvlin_nn.errors import DataError
-from curvlin_nn.feature_maps import SurrogateMap
+from curvlin_nn.feature_maps import NystromMap, SurrogateMap
 from curvlin_nn.likelihoods import resolve
 from curvlin_nn.subnetwork import (
     LargestVarianceDiagLaplaceSubnetMask,
@@ -65,17 +65,24 @@ def matrix_free(loader: Any, kind: str, **key: str) -> Tensor:
     return H @ torch.eye(H.shape[-1], dtype=torch.float64)
 
 
-def laplace(structure: str = "kron", **key: str) -> Laplace:
-    return Laplace(network(), "classification", "all", structure, **key)
+def laplace(structure: str = "kron", **options: Any) -> Laplace:
+    return Laplace(network(), "classification", "all", structure, **options)
 
 
 def fitted() -> Laplace:
     return laplace().fit(PAIRS)
 
 
-def held_out(loader: Any, **key: str) -> Tensor:
-    la = laplace(**key).fit(PAIRS)
-    return la.optimize_prior_precision("gridsearch", val_loader=loader, grid_size=3).scores
+def held_out(method: str, dict_key_y: str = "labels", **loader: Any) -> Tensor:
+    la = laplace(dict_key_y=dict_key_y).fit(PAIRS)
+    return la.optimize_prior_precision(method, grid_size=3, **loader).scores
+
+
+def bound(loader: Any, **key: str) -> Tensor:
+    model = network()
+    feature_map = NystromMap(model, {"x": X}, rank=3, generator=generator())
+    la = Laplace(model, "classification", feature_map=feature_map, **key).fit(PAIRS)
+    return la.log_marginal_likelihood_bound(loader)
 
 
 def early_stopped(loader: Any, **key: str) -> Any:
@@ -144,7 +151,12 @@ ENTRY_POINTS: dict[str, Callable[..., Tensor]] = {
         ).vectors
     ),
     "Laplace": lambda data, **key: laplace(**key).fit(data).posterior_precision.to_dense(),
-    "held-out search": held_out,
+    "Laplace of a subset": lambda data, **key: (
+        laplace(n_subset=4, generator=generator(), **key).fit(data).curvature.to_dense()
+    ),
+    "bound of the evidence": bound,
+    "held-out search": lambda data, **key: held_out("gridsearch", val_loader=data, **key),
+    "cross-validation": lambda data, **key: held_out("cv", train_loader=data, **key),
     "fit_early_stopped": early_stopped,
     "marglik_training": online,
     "evaluate": lambda data, **key: torch.tensor(metrics.evaluate(fitted(), data, ["nll"], **key)["nll"]),
