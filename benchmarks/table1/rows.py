@@ -126,7 +126,7 @@ def _surrogate(problem: Problem, biased: bool) -> tuple[SurrogateMap, dict[str, 
         "seconds": problem.seconds,
         "K": 100,
         "steps": history.steps[-1],
-        "kernel error": min(history.errors),
+        "kernel error": history.errors[history.best],
     }
     found = {"surrogate": features.surrogate, "options": options, "seconds": seconds}
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")

@@ -277,12 +277,14 @@ def test_training_brings_the_kernel_nearer_and_keeps_the_best_state() -> None:
     fitted = SurrogateMap.fit(model, loader(x), rank=8, n_steps=200, targets="exact", generator=seeded())
     history = fitted.history
     assert history is not None
-    assert min(history.errors) < 0.8 * history.errors[0]
+    assert history.errors[history.best] < 0.8 * history.errors[0]
     held_out = Pool.of(loader(x), "train_loader", None)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(_seed()))
     outputs, Phi = fitted(held_out[order][:20])
     J = jacobian(model, held_out[order][:20])
-    assert relative_error(Phi.matrix.flatten(0, 1), J @ J.mT) == pytest.approx(min(history.errors), rel=1e-10)
+    assert relative_error(Phi.matrix.flatten(0, 1), J @ J.mT) == pytest.approx(
+        history.errors[history.best], rel=1e-10
+    )
     torch.testing.assert_close(outputs, model(held_out[order][:20]).detach(), rtol=1e-12, atol=1e-12)
     assert history.optimum == pytest.approx(least_error(J @ J.mT, 8), rel=1e-8)
 
@@ -349,16 +351,18 @@ def test_the_head_begins_at_the_ridge_regression_of_the_features() -> None:
     model, x = mlp(), data(40)
     network = widened(model, x, 2, 3, fresh=False, seed=0)
     wanted = torch.randn(40, 2, 3, dtype=torch.float64, generator=seeded())
-    solve_heads(network, zip(x.split(9), wanted.split(9), strict=True), ridge=0.1)
+    weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 3.0], dtype=torch.float64)
+    solve_heads(network, zip(x.split(9), wanted.split(9), weights.tolist(), strict=True), ridge=0.1)
     (head,) = (module for module in network.modules() if isinstance(module, WidenedHead))
     with torch.no_grad():
         h = model[:2](x)
         inputs = torch.cat(
             [h, torch.relu(h @ head.hidden.weight.mT + head.hidden.bias), torch.ones_like(h[:, :1])], 1
         )
-    gram = inputs.mT @ inputs
+    weighted = weights.repeat_interleave(9)[:40].square() * inputs.mT
+    gram = weighted @ inputs
     gram += 0.1 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    expected = inputs @ torch.linalg.solve(gram, inputs.mT @ wanted.flatten(1))
+    expected = inputs @ torch.linalg.solve(gram, weighted @ wanted.flatten(1))
     torch.testing.assert_close(network(x).flatten(1), expected, rtol=1e-9, atol=1e-10)
     assert not head._forward_pre_hooks
 
@@ -409,7 +413,7 @@ def test_the_features_of_leading_directions_are_linear_in_tangents_and_the_last_
         network = widened(model, x[:4], 2, 2, fresh=False, seed=0, n_tangents=n_tangents)
         if (tangents := tangents_of(network)) is not None:
             tangents.point([space.unflatten(v) for v in V.mT], x)
-        solve_heads(network, [(x[:25], wanted[:25]), (x[25:], wanted[25:])], ridge=1e-12)
+        solve_heads(network, [(x[:25], wanted[:25], 1.0), (x[25:], wanted[25:], 1.0)], ridge=1e-12)
         errors.append(float((network(x).detach() - wanted).norm() / wanted.norm()))
     assert errors[1] < 1e-5 < 1e-3 < errors[0]
 
@@ -452,6 +456,26 @@ def test_context_is_taken_from_where_it_is_given_and_made_within_the_range_of_th
         assert fitted.history is not None and len(fitted.history.context_errors) == n_errors
     without = SurrogateMap.fit(mlp(), loader(x), rank=2, n_steps=1, context_size=0, generator=seeded())
     assert without.history is not None and without.history.context_errors == []
+
+
+def test_the_state_that_is_kept_has_the_least_error_of_both_kinds_of_samples() -> None:
+    """Context counts by its weight, in the start's regression and in what is kept."""
+    model, x = wide_mlp(), data(80)
+    errors = []
+    for weight in (1e-3, 1.0):
+        fitted = SurrogateMap.fit(
+            model, loader(x), loader(3 * x), rank=6, n_steps=30, evaluate_every=5, lr=1e-2,
+            context_weight=weight, generator=seeded(),
+        )  # fmt: skip
+        history = fitted.history
+        assert history is not None
+        scores = [
+            math.sqrt(e**2 + (weight * c) ** 2)
+            for e, c in zip(history.errors, history.context_errors, strict=True)
+        ]
+        assert history.best == scores.index(min(scores))
+        errors.append((history.errors[0], history.context_errors[0]))
+    assert errors[0][0] < errors[1][0] and errors[0][1] > errors[1][1]
 
 
 def test_the_picture_of_a_training_shows_its_errors_and_the_optimum() -> None:

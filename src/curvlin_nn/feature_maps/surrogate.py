@@ -130,8 +130,8 @@ class SurrogateMap(FeatureMap):
             max_seconds: when to stop, by the time, the preparation included.
             batch_size: training samples in a step; 64, or 5.
             context_size: context samples in a step; 16, or 5.
-            context_weight: of the context's kernel against that of training samples; 0.25. The published protocol has
-                none: both count as they are.
+            context_weight: of the context's kernel against that of training samples, also where states are compared;
+                0.25. The published protocol has none: both count as they are.
             lr: the largest learning rate; 1e-4 with tangents, 1e-3 without, or 5e-5.
             pool_size: training inputs held in memory, the first of the loader; None for all. Of context, as many. Each
                 has C K numbers of distilled targets besides.

@@ -47,13 +47,13 @@ def heads_of(network: nn.Module) -> list[WidenedHead]:
 
 @torch.no_grad()
 def solve_heads(
-    network: nn.Module, batches: Iterable[tuple[Any, Float[Tensor, "N C K"]]], ridge: float = 1e-3
+    network: nn.Module, batches: Iterable[tuple[Any, Float[Tensor, "N C K"], float]], ridge: float = 1e-3
 ) -> None:
     """Set the heads of a widened network to the ridge regression of features on all that these are linear in.
 
     Args:
         network: of `widened`.
-        batches: inputs and the features that are wanted there.
+        batches: inputs, the features that are wanted there, and the weight of their errors.
         ridge: relative to the mean square of the heads' inputs.
     """
     heads = heads_of(network)
@@ -66,13 +66,14 @@ def solve_heads(
     gram = torch.zeros(sum(widths) + 1, sum(widths) + 1, dtype=torch.float64, device=weight.device)
     cross = torch.zeros(sum(widths) + 1, len(weight), dtype=torch.float64, device=weight.device)
     try:
-        for x, wanted in batches:
+        for x, wanted, batch_weight in batches:
             args, kwargs = arguments(network, x)
             network(*args, **kwargs)
             h = torch.cat([head.inputs(seen[head]) for head in heads], -1).double().flatten(0, -2)
             h = torch.cat([h, h.new_ones(len(h), 1)], 1)
-            gram += h.mT @ h
-            cross += h.mT @ wanted.double().reshape(len(h), -1)
+            weighted = batch_weight**2 * h.mT
+            gram += weighted @ h
+            cross += weighted @ wanted.double().reshape(len(h), -1)
     finally:
         for hook in hooks:
             hook.remove()

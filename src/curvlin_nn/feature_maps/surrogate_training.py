@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,6 +55,7 @@ class SurrogateHistory:
         losses: the mean training loss since the evaluation before; NaN at the beginning.
         errors: ``|kernel - F F^T|_F / |kernel|_F`` on the held-out samples.
         context_errors: the same on held-out context samples; empty without context.
+        context_weight: of these, when states are compared.
     """
 
     targets: str
@@ -64,6 +65,17 @@ class SurrogateHistory:
     losses: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     context_errors: list[float] = field(default_factory=list)
+    context_weight: float = 0.0
+
+    def score(self, evaluation: int) -> float:
+        """``sqrt(error^2 + (context_weight context_error)^2)``, as in the loss: the kept state has the least."""
+        of_context = self.context_errors[evaluation] if self.context_errors else 0.0
+        return math.hypot(self.errors[evaluation], self.context_weight * of_context)
+
+    @property
+    def best(self) -> int:
+        """The number of the evaluation whose state was kept."""
+        return min(range(len(self.errors)), key=self.score)
 
 
 @dataclass
@@ -137,10 +149,11 @@ class SurrogateTraining:
         assert options.lr is not None
         self._adam = torch.optim.Adam(self._parameters, options.lr)
         optimum = least_error(self._held_out[0].gram, options.rank)
-        self.history = SurrogateHistory(options.targets or "", optimum)
+        context_weight = 0.0 if context is None else options.context_weight or 0.0
+        self.history = SurrogateHistory(options.targets or "", optimum, context_weight=context_weight)
         self.step = 0
         self.best: dict[str, Tensor] = {}
-        self._best_error, self._since_best = math.inf, 0
+        self._best_score, self._since_best = math.inf, 0
         self._losses: list[float] = []
 
     def _scale(self) -> float:
@@ -165,11 +178,14 @@ class SurrogateTraining:
             leading = targets.directions.V[:, : len(tangents.scales)].mT
             directions = [self._jacobian.space.unflatten(v) for v in leading]
             tangents.point(directions, prepared(self._model, pool[:CHUNK], "the training samples"))
-        examples = (
-            (prepared(self._model, x, "the training samples"), wanted / self.surrogate.scale)
-            for x, wanted in targets.examples(pool, CHUNK)
-        )
-        solve_heads(network, examples)
+        solve_heads(network, self._examples(targets))
+
+    def _examples(self, targets: DistilledTargets) -> Iterator[tuple[Any, Tensor, float]]:
+        """Inputs and the network's outputs that are wanted there, with the weight of the pool that they are from."""
+        for pool, weight, where in zip(self._pools, self._weights, ("training", "context"), strict=False):
+            for x, wanted in targets.examples(pool, CHUNK):
+                x = prepared(self._model, x, f"the {where} samples")
+                yield x, wanted / self.surrogate.scale, weight / self._weights[0]
 
     # -- steps -----------------------------------------------------------------------------------------------
 
@@ -192,7 +208,10 @@ class SurrogateTraining:
                 bar.update()
                 if self.step % options.evaluate_every == 0:
                     self._evaluate()
-                    bar.set_postfix(error=f"{self.history.errors[-1]:.3f}", best=f"{self._best_error:.3f}")
+                    bar.set_postfix(
+                        error=f"{self.history.errors[-1]:.3f}",
+                        best=f"{self.history.errors[self.history.best]:.3f}",
+                    )
                 if checkpoint is not None and self.step % every == 0:
                     write(checkpoint, KIND, self.state_dict())
         if self.history.steps[-1] != self.step:
@@ -274,8 +293,8 @@ class SurrogateTraining:
         if not math.isfinite(errors[0]) or errors[0] > 10 * max(1.0, history.errors[0]):
             self._diverged(f"found a held-out kernel error of {errors[0]:.3g}")
         self._since_best += 1
-        if errors[0] < self._best_error:
-            self._best_error, self._since_best = errors[0], 0
+        if (score := history.score(-1)) < self._best_score:
+            self._best_score, self._since_best = score, 0
             self.best = {name: t.detach().clone() for name, t in self.surrogate.state_dict().items()}
 
     @torch.no_grad()
@@ -308,7 +327,7 @@ class SurrogateTraining:
             "surrogate": dict(self.surrogate.state_dict()),
             "adam": adam,
             "best": self.best,
-            "best_error": self._best_error,
+            "best_score": self._best_score,
             "since_best": self._since_best,
             "losses": self._losses,
             "history": asdict(self.history),
@@ -342,7 +361,7 @@ class SurrogateTraining:
         device = device_of(self._model)
         self.best = {name: t.to(device) for name, t in state["best"].items()}
         self.step, self._losses = state["step"], state["losses"]
-        self._best_error, self._since_best = state["best_error"], state["since_best"]
+        self._best_score, self._since_best = state["best_score"], state["since_best"]
         self.history = SurrogateHistory(**state["history"])
         self._generator.set_state(state["generator"])
         set_random_state(device, state["random"])
