@@ -28,6 +28,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "published, lr 5e-5": {"protocol": "published", "lr": 5e-5},
     "published, lr 5e-4": {"protocol": "published", "lr": 5e-4},
     "ours": {},
+    "ours, no tangents": {"n_tangents": 0},
     "ours, exact targets": {"targets": "exact"},
 }
 

@@ -113,13 +113,11 @@ def _seeds(rows: dict[str, list[Result]]) -> str:
 
 
 def _budgets(rows: dict[str, list[Result]]) -> str:
-    seconds = {r["options"]["seconds"] for of in rows.values() for r in of if "seconds" in r["options"]}
-    allowed = " or ".join(f"{s:,g}" for s in sorted(seconds))
     trained = (
-        f"\n\nMethods that are trained were allowed {allowed} seconds. The best step is that of the best likelihood of "
-        "held-out images, whose state is kept; 0 is before any. The kernel error is that of a surrogate on inputs held "
-        "out, relative, in the Frobenius norm."
-        if seconds
+        "\n\nMethods that are trained were allowed the seconds in the table (`--seconds`). The best step is that of "
+        "the best likelihood of held-out images, whose state is kept; 0 is before any. The kernel error is that of a "
+        "surrogate on inputs held out, relative, in the Frobenius norm."
+        if any("seconds" in r["options"] for of in rows.values() for r in of)
         else ""
     )
     return (

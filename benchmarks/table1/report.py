@@ -56,6 +56,7 @@ COSTS: tuple[Column, ...] = (
     ("predict 10,000 images, s", lambda result: result["seconds"]["predict 10,000"], 1),
     ("peak memory, MiB", lambda result: result["peak memory, MiB"], 0),
     ("prior precision", lambda result: result["options"].get("prior precision"), 1),
+    ("allowed, s", lambda result: result["options"].get("seconds"), 0),
     ("steps", lambda result: result["options"].get("steps"), 0),
     ("best step", lambda result: result["options"].get("best step"), 0),
     ("kernel error", lambda result: result["options"].get("kernel error"), 3),
