@@ -127,7 +127,7 @@ class HeldOut:
             asked = copy.copy(la)
             asked._fitted = replace(la._fit, known_unchanged=True)  # `search` has compared the model
             if request.pred_type == "nn":
-                self._parts.append(_Sampled(AtPrecisions(asked), request, data))
+                self._parts.append(_Sampled(AtPrecisions(asked), la._fit.accumulated, request, data))
             else:
                 view, room = View.of(asked), KEPT_BUDGET // len(pairs)
                 self._parts.append(_Linearised(view, request, [_Batch(view, *batch) for batch in data], room))
@@ -171,25 +171,26 @@ class _Sampled(_Part):
 
     Attributes:
         at: the posterior at a precision.
+        accumulated: what it was fitted to, whose outputs are the same at all precisions.
         request: what to predict.
         data: the batches.
     """
 
     at: AtPrecisions
+    accumulated: Accumulated
     request: Request
     data: Sequence[tuple[Any, Tensor]]
 
     def answered(self, precisions: Float[Tensor, " G"]) -> Iterator[Iterator[Iterator[Answered]]]:
-        """See `_Part.answered`: all samples at once, of which nothing is kept."""
-        yield map(self._at, precisions.tolist())
+        """See `_Part.answered`: all samples at once, of which nothing but outputs is the same for all precisions."""
+        with torch.no_grad():
+            outputs = [self.accumulated.recorder(x).outputs.detach() for x, _ in self.data]
+        yield (self._at(precision, outputs) for precision in precisions.tolist())
 
-    def _at(self, precision: float) -> Iterator[Answered]:
+    def _at(self, precision: float, outputs: Sequence[Tensor]) -> Iterator[Answered]:
         la = self.at(precision)
-        for x, targets in self.data:
-            found = la._predictor(self.request.pred_type)(x, self.request)
-            with torch.no_grad():
-                outputs = la._fit.accumulated.recorder(x).outputs.detach()
-            yield found, outputs, targets
+        for (x, targets), f in zip(self.data, outputs, strict=True):
+            yield la._predictor(self.request.pred_type)(x, self.request), f, targets
 
 
 @dataclass

@@ -22,7 +22,7 @@ from curvlin._check import positive_integer
 from curvlin_nn import likelihoods
 from curvlin_nn._check import numbers
 from curvlin_nn.batches import Labelled, batches
-from curvlin_nn.capture.inputs import arguments, outputs_of
+from curvlin_nn.capture.inputs import called
 from curvlin_nn.capture.state import device_of, prepared
 from curvlin_nn.errors import DataError, UnsupportedError
 from curvlin_nn.inference_mode import outside_inference_mode
@@ -248,8 +248,7 @@ class _Training:
 
     def _loss(self, x: Any, targets: Tensor, sigma: Tensor, delta: Tensor, where: str) -> Float[Tensor, ""]:
         """``- log p(D | theta) / (N T) + sum_k delta_k |theta_k|^2 / (2 N)``, the first term estimated from a batch."""
-        args, kwargs = arguments(self.model, prepared(self.model, x, where))
-        outputs = outputs_of(self.model(*args, **kwargs))
+        outputs = called(self.model, prepared(self.model, x, where))
         statistics = self.likelihood.statistics(outputs, self.likelihood.check(outputs, targets, where))
         log_likelihood = self.likelihood.log_likelihood(statistics, sigma)
         theta = self.space.flatten({name: self.model.get_parameter(name) for name in self.space.names})

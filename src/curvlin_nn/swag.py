@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlin_nn.batches import Labelled, Passes
-from curvlin_nn.capture.inputs import arguments, map_tensors, outputs_of
+from curvlin_nn.capture.inputs import called, map_tensors
 from curvlin_nn.capture.state import device_of, random_state_kept
 from curvlin_nn.errors import ConvergenceError
 from curvlin_nn.inference_mode import outside_inference_mode
@@ -82,8 +82,7 @@ def diagonal_swag_variance(
 
 
 def _loss(model: nn.Module, likelihood: Likelihood, x: Any, targets: Tensor, where: str) -> Tensor:
-    args, kwargs = arguments(model, x)
-    outputs = outputs_of(model(*args, **kwargs))
+    outputs = called(model, x)
     targets = likelihood.check(outputs, targets, where)
     terms = likelihood.terms(outputs)
     if isinstance(likelihood, Gaussian):

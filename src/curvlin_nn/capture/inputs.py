@@ -137,6 +137,12 @@ def outputs_of(result: Any) -> Any:
     return getattr(result, "logits", result)
 
 
+def called(model: nn.Module, x: Any) -> Any:
+    """The outputs of a model on an input, which is spread over its arguments."""
+    args, kwargs = arguments(model, x)
+    return outputs_of(model(*args, **kwargs))
+
+
 def dtypes_of(x: Any) -> set[torch.dtype]:
     """The dtypes of the input's tensors."""
     return {t.dtype for t in tensors_of(x)}

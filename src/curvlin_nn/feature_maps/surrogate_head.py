@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlin_nn.capture.inputs import arguments
+from curvlin_nn.capture.inputs import called
 
 
 class WidenedHead(nn.Module):
@@ -67,8 +67,7 @@ def solve_heads(
     cross = torch.zeros(sum(widths) + 1, len(weight), dtype=torch.float64, device=weight.device)
     try:
         for x, wanted, batch_weight in batches:
-            args, kwargs = arguments(network, x)
-            network(*args, **kwargs)
+            called(network, x)
             h = torch.cat([head.inputs(seen[head]) for head in heads], -1).double().flatten(0, -2)
             h = torch.cat([h, h.new_ones(len(h), 1)], 1)
             weighted = batch_weight**2 * h.mT

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlin_nn.capture import last_layer
-from curvlin_nn.capture.inputs import arguments, outputs_of
+from curvlin_nn.capture.inputs import called
 from curvlin_nn.capture.state import random_state_kept
 from curvlin_nn.errors import OutputError, UnsupportedError
 from curvlin_nn.feature_maps.surrogate_head import WidenedHead
@@ -43,8 +43,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         """The features; `x` is spread over the network's arguments as a model's input is."""
-        args, kwargs = arguments(self.network, x)
-        outputs = outputs_of(self.network(*args, **kwargs))
+        outputs = called(self.network, x)
         if not isinstance(outputs, Tensor):
             raise OutputError(
                 f"the surrogate must return a tensor (N, C, K), found {type(outputs).__name__}; unflatten its last "
@@ -103,10 +102,9 @@ def widened(
             of_tangents = WidenedHead(n_tangents * layer.in_features, layer.out_features, rank, **kind)
             network = WithTangents(network, Tangents(trunk, n_tangents), of_tangents)
     network.eval()
-    args, kwargs = arguments(network, x)
     try:
         with torch.no_grad():
-            found = outputs_of(network(*args, **kwargs))
+            found = called(network, x)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise _not_the_last(path, f"fails ({reason})", n_outputs, rank) from error

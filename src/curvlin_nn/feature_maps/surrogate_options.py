@@ -112,9 +112,8 @@ class SurrogateOptions:
             )
         if n_tangents is None:
             n_tangents = min(N_TANGENTS, self.rank, TANGENT_WIDTH // width) if served and width else 0
-        lr = self.lr or (
-            1e-4 if n_tangents else 1e-3
-        )  # the nearer the start is, the sooner steps lead away from it
+        # The nearer the start is, the sooner steps lead away from it.
+        lr = self.lr or (1e-4 if n_tangents else 1e-3)
         return replace(self, targets=targets, n_held_out=n_held_out, n_tangents=n_tangents, lr=lr)
 
     @property

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlin_nn.capture.inputs import arguments, outputs_of
+from curvlin_nn.capture.inputs import called
 from curvlin_nn.feature_maps.surrogate_head import WidenedHead
 
 
@@ -39,7 +39,7 @@ class Tangents(nn.Module):
 
     def forward(self, x: Any) -> Float[Tensor, "N *T qH"]:
         """All of them side by side."""
-        h, *moved = (_outputs(trunk, x) for trunk in self.copies)
+        h, *moved = (called(trunk, x) for trunk in self.copies)
         return torch.cat([(m - h) * scale for m, scale in zip(moved, self.scales, strict=True)], -1)
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class Tangents(nn.Module):
             x: inputs that tell how large changes are.
         """
         base, *others = self.copies
-        h = _outputs(base, x)
+        h = called(base, x)
         resolution = torch.finfo(h.dtype).eps ** 0.5
         size = float(h.double().norm())
         weights = sum(float(p.double().square().sum()) for p in base.parameters()) ** 0.5
@@ -65,7 +65,7 @@ class Tangents(nn.Module):
                 for (name, p), start in zip(trunk.named_parameters(), base.parameters(), strict=True):
                     if name in direction:
                         p.copy_(start + step * direction[name].to(p))
-                change = float((_outputs(trunk, x) - h).double().norm())
+                change = float((called(trunk, x) - h).double().norm())
                 if change == 0:
                     break
                 step *= resolution * size / change
@@ -88,10 +88,5 @@ class WithTangents(nn.Module):
 
     def forward(self, x: Any) -> Float[Tensor, "N C K"]:
         """The features; `x` is spread over the network's arguments as a model's input is."""
-        return _outputs(self.network, x) + self.head(self.tangents(x))
-
-
-def _outputs(network: nn.Module, x: Any) -> Tensor:
-    args, kwargs = arguments(network, x)
-    found: Tensor = outputs_of(network(*args, **kwargs))
-    return found
+        features: Tensor = called(self.network, x) + self.head(self.tangents(x))
+        return features

@@ -70,12 +70,18 @@ class SurrogateHistory:
     def score(self, evaluation: int) -> float:
         """``sqrt(error^2 + (context_weight context_error)^2)``, as in the loss: the kept state has the least."""
         of_context = self.context_errors[evaluation] if self.context_errors else 0.0
-        return math.hypot(self.errors[evaluation], self.context_weight * of_context)
+        found = math.hypot(self.errors[evaluation], self.context_weight * of_context)
+        return math.inf if math.isnan(found) else found
 
     @property
     def best(self) -> int:
         """The number of the evaluation whose state was kept."""
         return min(range(len(self.errors)), key=self.score)
+
+    @property
+    def since_best(self) -> int:
+        """How many evaluations there have been since."""
+        return len(self.errors) - 1 - self.best
 
 
 @dataclass
@@ -149,11 +155,11 @@ class SurrogateTraining:
         assert options.lr is not None
         self._adam = torch.optim.Adam(self._parameters, options.lr)
         optimum = least_error(self._held_out[0].gram, options.rank)
-        context_weight = 0.0 if context is None else options.context_weight or 0.0
-        self.history = SurrogateHistory(options.targets or "", optimum, context_weight=context_weight)
+        self.history = SurrogateHistory(
+            options.targets or "", optimum, context_weight=options.context_weight or 0.0
+        )
         self.step = 0
         self.best: dict[str, Tensor] = {}
-        self._best_score, self._since_best = math.inf, 0
         self._losses: list[float] = []
 
     def _scale(self) -> float:
@@ -231,7 +237,7 @@ class SurrogateTraining:
         return (
             (options.n_steps is not None and self.step >= options.n_steps)
             or (options.max_seconds is not None and self.elapsed() >= options.max_seconds)
-            or (options.patience is not None and self._since_best >= options.patience)
+            or (options.patience is not None and self.history.since_best >= options.patience)
         )
 
     def elapsed(self) -> float:
@@ -292,9 +298,7 @@ class SurrogateTraining:
             )
         if not math.isfinite(errors[0]) or errors[0] > 10 * max(1.0, history.errors[0]):
             self._diverged(f"found a held-out kernel error of {errors[0]:.3g}")
-        self._since_best += 1
-        if (score := history.score(-1)) < self._best_score:
-            self._best_score, self._since_best = score, 0
+        if history.since_best == 0 and math.isfinite(history.score(-1)):
             self.best = {name: t.detach().clone() for name, t in self.surrogate.state_dict().items()}
 
     @torch.no_grad()
@@ -327,8 +331,6 @@ class SurrogateTraining:
             "surrogate": dict(self.surrogate.state_dict()),
             "adam": adam,
             "best": self.best,
-            "best_score": self._best_score,
-            "since_best": self._since_best,
             "losses": self._losses,
             "history": asdict(self.history),
             "generator": self._generator.get_state(),
@@ -361,7 +363,6 @@ class SurrogateTraining:
         device = device_of(self._model)
         self.best = {name: t.to(device) for name, t in state["best"].items()}
         self.step, self._losses = state["step"], state["losses"]
-        self._best_score, self._since_best = state["best_score"], state["since_best"]
         self.history = SurrogateHistory(**state["history"])
         self._generator.set_state(state["generator"])
         set_random_state(device, state["random"])

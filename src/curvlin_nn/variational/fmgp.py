@@ -140,6 +140,7 @@ class FMGP(VariationalPosterior[FixedMeanFitted]):
             gp = self._begun(
                 loader,
                 pool.x,
+                sample_shape,
                 first,
                 optimize_inducing=optimize_inducing,
                 optimize_noise=optimize_noise and self.likelihood.has_noise,
@@ -168,9 +169,10 @@ class FMGP(VariationalPosterior[FixedMeanFitted]):
                 gp.requires_grad_(False)
         return self
 
-    def _begun(self, loader: Counted, x: Any, first: Seen, **options: bool) -> FixedMeanGP:
+    def _begun(
+        self, loader: Counted, x: Any, sample_shape: torch.Size, first: Seen, **options: bool
+    ) -> FixedMeanGP:
         """The process before any step; `first` is what was seen of the samples x."""
-        sample_shape = self._points.sample_tensor(x, "the first samples").shape[1:]
         n_outputs, shape = first.rows.shape[1], first.outputs.shape
         by_class = self.likelihood.has_classes and len(shape) == 2 and n_outputs > 1
         own = frozen(self._generator, torch.device("cpu"))()
