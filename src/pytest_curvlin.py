@@ -40,7 +40,7 @@ def pytest_pycollect_makeitem(
     others = [mark for mark in _own_marks(obj) if mark.name != MARKER]
     items: list[pytest.Item | pytest.Collector] = []
     for test, check in _tests(_options(marks, obj, obj)).items():
-        check.pytestmark = others  # type: ignore[attr-defined]
+        check.pytestmark = others  # type: ignore[attr-defined]  # pytest's own place for marks
         items.append(pytest.Function.from_parent(collector, name=f"{name}[{test}]", callobj=check))
     return items
 

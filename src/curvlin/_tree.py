@@ -78,7 +78,7 @@ class Tree:
     # Not `frozen=True`: torch.compile takes frozen dataclasses for records that it may rebuild from their fields.
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__ or name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+        if name in self.__dict__ or name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]  # a dataclass
             raise dataclasses.FrozenInstanceError(
                 f"cannot assign to {name!r}: a {type(self).__name__} is immutable"
             )
@@ -119,6 +119,7 @@ class Tree:
     def _with(self, cls: type | None = None, **changes: Any) -> Any:
         """A copy with some fields replaced, without validation; of the class `cls` with the same fields if given."""
         copy: Any = object.__new__(cls or type(self))
+        # Subclasses are dataclasses, which the base is not declared to be.
         copy.__dict__.update({f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes)  # type: ignore[arg-type]
         if "_inherited_resolution" in self.__dict__:
             copy.__dict__["_inherited_resolution"] = self.__dict__["_inherited_resolution"]
@@ -235,7 +236,7 @@ def _structure_of(value: Any) -> Any:
 
 def _fill(part: Any, tensors: Iterator[Any]) -> Any:
     if isinstance(part, Structure):
-        return part.cls._make([_fill(p, tensors) for p in part.parts], part)  # type: ignore[attr-defined]
+        return part.cls._make([_fill(p, tensors) for p in part.parts], part)  # type: ignore[attr-defined]  # a Tree
     if isinstance(part, tuple):
         return tuple(_fill(p, tensors) for p in part)
     return next(tensors) if part else None

@@ -259,9 +259,9 @@ def _cells(layer: LayerSummary) -> Iterator[str]:
     yield "shared" if layer.memory is None else _bytes(layer.memory)
 
 
-def _bytes(number: int) -> str:
+def _bytes(number: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if number < 1024:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024  # type: ignore[assignment]
+        number /= 1024
     return f"{number:.1f} GiB"

@@ -129,6 +129,7 @@ class KroneckerSum(ImplicitOperator):
 
     def _size_of(self, side: int, sizes: tuple[int, int] | None) -> int:
         name = ("left", "right")[side]
+        # mypy does not carry the condition over to an index.
         found = {pair[side].shape[-1] for pair in self.terms if pair[side] is not None}  # type: ignore[union-attr]
         if sizes is not None:
             found.add(sizes[side])
@@ -377,6 +378,7 @@ class KroneckerSum(ImplicitOperator):
         """The scale goes into one factor of each term: the left one, or the right one beside an identity."""
         matrix_scale = c[..., None, None]
         terms = [
+            # One of the two is not None.
             (left * matrix_scale, right) if left is not None else (None, right * matrix_scale)  # type: ignore[operator]
             for left, right in self.terms
         ]

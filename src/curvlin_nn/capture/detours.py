@@ -78,7 +78,7 @@ def checkpoints_run_directly() -> Iterator[None]:
     try:
         yield
     finally:
-        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = kept  # type: ignore[misc]
+        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = kept  # type: ignore[misc]  # a class
 
 
 @contextmanager

@@ -237,11 +237,11 @@ def errors(case: Case) -> Iterator[Measurement]:
     for name, (argument, call) in calls.items():
         for what, expected, value in wrongs:
             yield _raises(f"{name}, {what}", expected, partial(call, value), argument)
-    yield _raises("solve of no tensor", TypeError, lambda: P.solve([1.0] * n), "X")  # type: ignore[arg-type]
+    yield _raises("solve of no tensor", TypeError, lambda: P.solve([1.0] * n), "X")  # type: ignore[arg-type]  # on purpose
     yield _raises("scaled by 0", ValueError, lambda: 0.0 * P, "scale")
     yield _raises("scaled by -1", ValueError, lambda: -1.0 * P, "scale")
     yield _raises("scaled by NaN", ValueError, lambda: float("nan") * P, "scale")
-    yield _raises("+ 1.0", TypeError, lambda: P + 1.0, "")  # type: ignore[operator]
+    yield _raises("+ 1.0", TypeError, lambda: P + 1.0, "")  # type: ignore[operator]  # on purpose
     yield _raises(
         "+ another size", ValueError, lambda: P + Isotropic(torch.ones((), dtype=case.dtype), n + 1), ""
     )
