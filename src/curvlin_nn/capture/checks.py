@@ -75,7 +75,7 @@ def check_finite(what: str, tensor: Tensor, use: Use, where: str) -> None:
     """
     # A sum that is finite says that all terms are, at the cost of one pass and no mask; one that is not may overflow.
     tensor = distinct(tensor)
-    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+    if not math.isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
         raise OutputError(
             f"the {what} of the layer with parameter {use.names[0]!r} on {where} must be finite, found NaN or Inf"
         )

@@ -6,6 +6,7 @@ what a model does to its positions between two layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,10 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-_PLACING = ("dim", "dim0", "dim1", "dims", "start", "end", "length", "split_size", "split_sizes")
+_PLACING = tuple(
+    f"_saved_{name}"
+    for name in ("dim", "dim0", "dim1", "dims", "start", "end", "length", "split_size", "split_sizes")
+)
 """Arguments, as nodes save them, that say which positions a view takes."""
 
 _BY_INDEX = ("Index", "Gather", "Scatter", "Masked", "Take", "Put", "Sort", "Topk", "PackPadded")
@@ -58,8 +62,14 @@ class Course:
         for node in found:
             reads = tuple(-1 if child is None else found.get(child, -1) for child, _ in node.next_functions)
             steps.append((names.get(id(getattr(node, "variable", None)), node.name()), reads))
-            places.append(tuple(_plain(getattr(node, f"_saved_{name}", None)) for name in _PLACING))
+            places.append(tuple((name, _plain(getattr(node, name))) for name in _placing(type(node))))
         return cls(tuple(steps), tuple(places), any(map(_places_by_values, found)))
+
+
+@functools.lru_cache(maxsize=256)
+def _placing(kind: type[Node]) -> tuple[str, ...]:
+    """The attributes of a kind of node that say which positions it takes; looking for others takes time."""
+    return tuple(name for name in _PLACING if hasattr(kind, name))
 
 
 def _places_by_values(node: Node) -> bool:

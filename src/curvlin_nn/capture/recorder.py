@@ -38,7 +38,7 @@ from curvlin_nn.capture.one_hot import OneHot
 from curvlin_nn.capture.patches import Patches
 from curvlin_nn.capture.reduction import reduced
 from curvlin_nn.capture.second_order import check_differentiable
-from curvlin_nn.capture.state import capturing, device_of, forward, nothing_drawn, prepared
+from curvlin_nn.capture.state import capturing, forward, nothing_drawn, prepared
 from curvlin_nn.errors import CouplingError, UnsupportedUseError
 from curvlin_nn.parameters import ParameterSpace
 
@@ -208,10 +208,10 @@ class Recorder:
         if not differentiable:
             x = map_tensors(torch.detach, x)
         originals = {name: self.model.get_parameter(name) for name in self.space.names}
-        with capturing(self.model, originals.values()):
+        with capturing(self.model, originals.values()) as device:
             leaves = {name: p.detach().requires_grad_() for name, p in originals.items()}
             attention = attention_by_matrix_products() if differentiable else nullcontext()
-            with nothing_drawn(device_of(self.model), where), attention, Interceptor(leaves) as interceptor:
+            with nothing_drawn(device, where), attention, Interceptor(leaves) as interceptor:
                 outputs = forward(self.model, leaves, x, where)
             outputs = checked_outputs(outputs, where)
             if not self._partial:

@@ -51,28 +51,31 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def capturing(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
+def capturing(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[torch.device]:
     """How a model is run: in evaluation mode, with autograd, as the function that it computes; as before outside.
 
     Args:
         model: the model.
         parameters: those of its own tensors whose direct use autograd has to notice.
+
+    Yields:
+        Where the model is.
     """
+    device = device_of(model)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         evaluation_mode(model),
         attributes_kept(model),
         module_hooks_suspended(model),
-        FunctionsForCaptures(),
         attention_unfused(),
         recurrent_layers_without_cudnn(model),
         checkpoints_run_directly(),
         compiled_code_as_written(),
         gradients_required(parameters),
-        random_state_kept(device_of(model)),
+        random_state_kept(device),
     ):
-        yield
+        yield device
 
 
 @contextmanager
@@ -234,9 +237,10 @@ def forward(model: nn.Module, parameters: Mapping[str, Tensor], x: Any, where: s
     """
     args, kwargs = arguments(model, map_tensors(torch.clone, x))
     try:
-        return outputs_of(
-            functional_call(model, _stand_ins(model, parameters), args, kwargs, tie_weights=False)
-        )
+        stand_ins = _stand_ins(model, parameters)
+        with FunctionsForCaptures():
+            outputs = functional_call(model, stand_ins, args, kwargs, tie_weights=False)
+        return outputs_of(outputs)
     except RuntimeError as error:
         dtypes, found = {p.dtype for p in model.parameters()}, dtypes_of(x)
         if found <= dtypes or isinstance(error, torch.OutOfMemoryError):

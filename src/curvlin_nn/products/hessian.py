@@ -144,8 +144,8 @@ class Hessian:
         model, space = self._model, self.space
         x = prepared(model, x, where)
         leaves = {name: p.clone().requires_grad_() for name, p in space.tensors(model).items()}
-        with capturing(model, ()), sdpa_kernel(SDPBackend.MATH):
-            with nothing_drawn(device_of(model), where):
+        with capturing(model, ()) as device, sdpa_kernel(SDPBackend.MATH):
+            with nothing_drawn(device, where):
                 outputs = checked_outputs(forward(model, leaves, x, where), where)
             if not self._independent and len(outputs) > 1 and can_be_cut(x, len(outputs)):
                 check_independent(

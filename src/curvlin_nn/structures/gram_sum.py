@@ -32,7 +32,7 @@ RUN = 16
 
 
 class GramSum:
-    """``sum_b X_b^T X_b``, of which fewer rows than columns wait to be multiplied together.
+    """``sum_b X_b^T X_b``, of which few rows wait to be multiplied together.
 
     Adding a product to the sum reads and writes D^2 numbers. Rows are kept until they take as much memory as the sum
     itself.
@@ -119,7 +119,8 @@ class GramSum:
     def _wait(self, X: Float[Tensor, "n D"]) -> None:
         """Put rows behind those that wait; whenever they take the memory of the sum, multiply them."""
         if self._buffer is None:
-            n = max(1, self.size**2 // _stride(self.size))
+            of_sum = self.size**2 * torch.float64.itemsize
+            n = max(1, of_sum // (_stride(self.size) * self.dtype.itemsize))
             self._buffer = _rows(n, self.size, self.dtype, X.device)
         while len(X):
             some = self._buffer[self._n_waiting :][: len(X)]
