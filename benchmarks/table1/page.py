@@ -61,8 +61,11 @@ precision is learned from one on. MFVI has the published optimiser, which hardly
 
 LLA need not come out as printed. The published script draws logits as `f + z L`, whose covariance is `L^T L` and not
 `L L^T`: of one posterior, LLA of the network below on the first 5,000 test images, that moves NLL from 0.266 to 0.293
-and ECE from 0.030 to 0.060. Its prior precision, where a fixed number of steps ended, is not known. Ours is an optimum,
-and its draws have its covariance. ELLA, whose covariances are small at a prior precision of one, comes out as printed.
+and ECE from 0.030 to 0.060. Nor does another prior precision mend it: laplace-torch, asked as that script asks it, ends
+at 24.4 on this network, ours at the optimum of 24.7; and of 25, 100, 200, 400 and 800 with either covariance, on 2,500
+test images, the AUC is as printed between 400 and 800, where NLL is below that of the network alone and not 0.018
+above. What else the printed row holds cannot be told from here. ELLA, whose covariances are small at a prior precision
+of one, comes out as printed.
 """
 
 CLAIM = """\
