@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_oracle import ggn, half_squared_error, jacobian_row_by_row
-from networks import assert_same, state
+from networks import assert_close, assert_same, state
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -69,11 +69,6 @@ def assert_served(model: nn.Module, x: Tensor, served: str = "rule", names: list
 
 def jacobian(model: nn.Module, x: Tensor, names: list[str] | None = None) -> Tensor:
     return jacobian_row_by_row(model, [(sample[None],) for sample in x], names)
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
-    assert float(expected.abs().max()) > 0
 
 
 CONVOLUTIONS = [
