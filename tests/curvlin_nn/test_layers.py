@@ -53,7 +53,7 @@ def pooled(layer: nn.Module, outputs: int = 2) -> Net:
     return Net(forward, layer=layer)
 
 
-def assert_served(model: nn.Module, x: Tensor, served: str = "rule", names: list[str] | None = None) -> None:
+def assert_served(model: nn.Module, x: Tensor, names: list[str] | None = None) -> None:
     """The Jacobian of a batch is that of its samples, one by one; and the model is as it was."""
     space = ParameterSpace.of(model, "all" if names is None else names)
     recorder = Recorder(model, space)
@@ -61,7 +61,7 @@ def assert_served(model: nn.Module, x: Tensor, served: str = "rule", names: list
     outputs, features = feature_maps.JacobianMap.of(recorder)(x)
     assert_same(before, state(model))
     assert set(recorder.served) == set(space.names)
-    assert set(recorder.served.values()) == {served}
+    assert set(recorder.served.values()) == {"rule"}
     alone = torch.stack([model(sample[None])[0].detach().flatten() for sample in x])
     torch.testing.assert_close(outputs, alone, rtol=1e-10, atol=1e-12)
     assert_close(features.to_dense(), jacobian(model, x, list(space.names)))
