@@ -433,8 +433,9 @@ def test_f13_scipy_takes_the_adapter() -> None:
 def test_f13_an_operator_is_no_array() -> None:
     """`np.asarray(op)` gave a 0-dimensional array of objects, silently."""
     P = make_case("kronecker_shifted", Spec(size=6)).operator
-    with pytest.raises(TypeError, match="to_dense"):
-        np.asarray(P)
+    for op in (P, P.inverse()):
+        with pytest.raises(TypeError, match="to_dense"):
+            np.asarray(op)
 
 
 @pytest.mark.parametrize("size", [300, 1000])
