@@ -124,7 +124,7 @@ def test_draws_are_a_linear_map_of_noise_whose_square_is_the_joint_covariance(
     monkeypatch.setattr(fixed_mean_gp, "standard_normal", basis)
     with torch.no_grad():
         posterior = gp.covariance()
-        rows = posterior.samples(seen, sum(sizes), None).flatten(1)
+        (rows,) = (draws.flatten(1) for draws in posterior.samples(seen, sum(sizes), None))
         torch.testing.assert_close(rows.mT @ rows, posterior.joint(seen), **TIGHT)
 
 
