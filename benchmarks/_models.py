@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -168,11 +167,6 @@ def stories_tokens(model: nn.Module, n_samples: int, length: int, seed: int = 0)
             p = model(tokens)[:, -1].softmax(-1)
             tokens = torch.cat([tokens, torch.multinomial(p, 1, generator=generator)], dim=1)
     return tokens
-
-
-def perplexity(model: nn.Module, tokens: Tensor) -> float:
-    with torch.no_grad():
-        return math.exp(F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
 
 
 # -- adapters and a vision transformer ----------------------------------------------------------------------------

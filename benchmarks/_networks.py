@@ -1,12 +1,18 @@
-"""The two networks on 28 x 28 images that benchmarks measure, and how they measure memory."""
+"""The two networks on 28 x 28 images that benchmarks measure, and how they measure memory, in a process of its own."""
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+ResultT = TypeVar("ResultT")
 
 
 def mlp(n_outputs: int) -> nn.Module:
@@ -32,3 +38,9 @@ def peak_memory(reset: bool = False) -> float:
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def in_process(run: Callable[..., ResultT], *arguments: object) -> ResultT:
+    """What a function of a module returns, run in a new process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()

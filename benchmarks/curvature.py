@@ -25,13 +25,11 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
-import multiprocessing
 import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 import _floors as floors
-from _networks import cnn, mlp, peak_memory
+from _networks import cnn, in_process, mlp, peak_memory
 
 try:
     import curvlin  # noqa: F401
@@ -268,8 +266,7 @@ def s12(repeats: int) -> None:
     for name in ("mlp", "cnn"):
         print(f"S12 {name}: samples, seconds to fit KFAC and to predict, their memory in MB")
         for n_batches in (4, 8, 16, 32):
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                figures = pool.submit(growth, name, n_batches).result()
+            figures = in_process(growth, name, n_batches)
             print(f"    {64 * n_batches:6d}" + "".join(f"{figure:10.2f}" for figure in figures), flush=True)
 
 

@@ -17,11 +17,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from _networks import peak_memory
+from _networks import in_process, peak_memory
 
 TARGET = 1 / 100
 """Largest ratio of the time of a prediction, ours to the peer's."""
@@ -92,11 +90,6 @@ def run(library: str, n_classes: int, structure: str, points: int) -> dict[str, 
     }
 
 
-def in_process(*arguments: Any) -> dict[str, Any]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run, *arguments).result()
-
-
 def show(label: str, result: dict[str, Any]) -> None:
     print(
         f"{label:32s} fit {result['fit']:8.3f} s   first prediction {result['first']:8.3f} s   best "
@@ -105,7 +98,7 @@ def show(label: str, result: dict[str, Any]) -> None:
 
 
 def compare(n_classes: int, structure: str, points: int, limit: float) -> dict[str, Any]:
-    mine = in_process("curvlin", n_classes, structure, points)
+    mine = in_process(run, "curvlin", n_classes, structure, points)
     show(f"C={n_classes} {structure} curvlin", mine)
     result: dict[str, Any] = {"ours": {key: mine[key] for key in ("fit", "first", "predict", "memory")}}
     gib = 4 * points * n_classes * (n_classes * WIDTH + n_classes) / 2**30
@@ -117,7 +110,7 @@ def compare(n_classes: int, structure: str, points: int, limit: float) -> dict[s
             f"C={n_classes} {structure} laplace-torch: not run, its Jacobian of {points} points has {gib:.0f} GiB\n"
         )
         return result
-    theirs = in_process("laplace-torch", n_classes, structure, points)
+    theirs = in_process(run, "laplace-torch", n_classes, structure, points)
     show(f"C={n_classes} {structure} laplace-torch", theirs)
     a, b = (torch.tensor(r["probabilities"]) for r in (mine, theirs))
     ratio = mine["predict"] / theirs["predict"]

@@ -21,11 +21,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from _networks import cnn, mlp, peak_memory
+from _networks import cnn, in_process, mlp, peak_memory
 
 TARGETS = {"mlp": (1 / 500, 1 / 20), "cnn": (1 / 30, 1 / 20)}
 """Largest ratio of time and of memory, ours to the peer's."""
@@ -85,16 +83,11 @@ def run(library: str, name: str, points: int, per_call: int, repeats: int) -> di
     }
 
 
-def in_process(*arguments: Any) -> dict[str, Any]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run, *arguments).result()
-
-
 def compare(name: str, points: int, peer_points: int) -> dict[str, float]:
-    mine = in_process("ours", name, points, points, 5)
+    mine = in_process(run, "ours", name, points, points, 5)
     theirs: dict[int, dict[str, Any]] = {}
     for per_call in (1, 5, 20):
-        theirs[per_call] = in_process("laplace-torch", name, peer_points, per_call, 1)
+        theirs[per_call] = in_process(run, "laplace-torch", name, peer_points, per_call, 1)
         theirs[per_call]["seconds"] *= points / peer_points
     best = min(theirs.values(), key=lambda result: result["seconds"])
     shown = {f"laplace-torch, {n} per call": result for n, result in theirs.items()}

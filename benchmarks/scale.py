@@ -14,10 +14,8 @@ peak of the resident set above what the model and data take.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import _models
-from _networks import peak_memory
+from _networks import in_process, peak_memory
 from curvlin import Isotropic
 from curvlin_nn import curvature, feature_maps
 
@@ -126,9 +124,9 @@ def main() -> None:
             text = name in ("llm", "lora")
             images = 10_000 if label == "kron" and name == "resnet20" else 1000
             samples = chosen.samples or (256 if text else images)
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                work = pool.submit(run, name, arguments, folder, samples, 4 if text else 50, chosen.threads)
-                fit, predict, memory, trace = work.result()
+            fit, predict, memory, trace = in_process(
+                run, name, arguments, folder, samples, 4 if text else 50, chosen.threads
+            )
             print(
                 f"{name:10}{label:20}{samples:9d}{fit:9.1f}{predict:10.1f}{memory:8.0f}{trace:12.4g}",
                 flush=True,

@@ -61,12 +61,12 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, found
 
 
-def adam(la: Laplace, start: float, optimum: float, most: int = MOST_STEPS) -> tuple[float, int]:
+def adam(la: Laplace, start: float, optimum: float) -> tuple[float, int]:
     """Where the steps of laplace-torch are after 100, and after how many they stay within 1e-4 of the optimum."""
     log = torch.tensor(start, dtype=torch.float64).log().requires_grad_()
     optimiser = torch.optim.Adam([log], lr=0.1)
     after, away, goal = 0.0, 0, torch.tensor(optimum, dtype=torch.float64).log()
-    for step in range(1, most + 1):
+    for step in range(1, MOST_STEPS + 1):
         optimiser.zero_grad()
         (-la.log_marginal_likelihood(log.exp())).backward()
         optimiser.step()

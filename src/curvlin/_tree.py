@@ -63,6 +63,12 @@ _NOT_HIDDEN = {"__init_subclass__", "__hash__", "__repr__", "__setattr__", "__de
 class Tree:
     """Base of all immutable tensor objects; see the module docstring."""
 
+    __array_ufunc__ = None  # NumPy leaves `array * P` to us instead of making an object array
+    __hash__ = object.__hash__
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} is not turned into an array silently; use to_dense().numpy()")
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         hide_from_compiler(cls)

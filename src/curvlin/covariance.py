@@ -43,9 +43,6 @@ class Covariance(Tree):
         TypeError: if `operator` is not a precision operator.
     """
 
-    __array_ufunc__ = None
-    __hash__ = object.__hash__
-
     operator: PrecisionOperator = tensor_field(0)
     inverted: bool = static_field()
 

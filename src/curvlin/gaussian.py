@@ -348,11 +348,12 @@ class Gaussian(Distribution):
         )
         fitted = S_Phi @ shift if isinstance(S_Phi, Tensor) else S_Phi._matmul(shift)
         misfit = (weighted - fitted).squeeze(-1).square().sum(tuple(range(-len(rows), 0)))
-        before, before_factors = prior._factored()
-        penalty = precision_quad(before, before_factors, shift)
         if isinstance(P, Woodbury) and not isinstance(prior, Woodbury):
+            penalty = precision_quad(P.base, factors.base, shift)
             gain = _determinant_lemma(P, factors)
         else:
+            before, before_factors = prior._factored()
+            penalty = precision_quad(before, before_factors, shift)
             gain = P._logdet(factors) - before._logdet(before_factors)
         evidence = 0.5 * (noise.logdet - rows.numel() * _LOG_2PI - gain - misfit - penalty.squeeze(-1))
         mean = self._mean + shift.squeeze(-1).to(self._mean.dtype)
@@ -390,11 +391,14 @@ def _kl(p: Gaussian, q: Gaussian) -> Float[Tensor, "*batch"]:
         raise ValueError(f"q must have event shape {tuple(p.event_shape)}, found {tuple(q.event_shape)}")
     same_kind("q", q.mean, p.mean)
     batch = broadcastable("q", q.batch_shape, p.batch_shape)
-    if p.covariance.inverted or q.covariance.inverted:
-        shape = shape_divergence(p.precision, q.precision)
+    inverted = q.covariance.inverted
+    operator = q.covariance.operator if inverted else q.covariance._regular()
+    theirs = Covariance(operator.factor(), inverted)
+    if p.covariance.inverted or inverted:
+        shape = shape_divergence(p.precision, theirs.inverse())
     else:  # eig(P^-1 Q) = eig(C_q^-1 C_p)
-        shape = shape_divergence(q.covariance._regular(), p.covariance._regular())
-    distance, _ = q.covariance._inv_quad_and_logdet(p.mean - q.mean)
+        shape = shape_divergence(theirs.operator, p.covariance._regular())
+    distance, _ = theirs._inv_quad_and_logdet(p.mean - q.mean)
     return (0.5 * (shape + distance)).to(p.mean.dtype).expand(batch)
 
 

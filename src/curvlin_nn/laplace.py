@@ -405,76 +405,6 @@ class Laplace(PosteriorPredictive):
             self._fit.mean + self.posterior_precision.sample(shape, generator=generator)
         )
 
-    # -- storage ---------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Sums over the data, hyperparameters and what they are of: tensors and plain values, without the model.
-
-        ``torch.load(file, weights_only=True)`` reads them. Tensors are not copied.
-
-        Raises:
-            NotFittedError: before `fit`.
-            UnsupportedError: for a structure or a prior that cannot be stored; the message says what to do.
-        """
-        return stored.state_of(self)
-
-    @outside_inference_mode()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Be what another object was, hyperparameters included, if made with the same choices for the same model.
-
-        Args:
-            state: what its `state_dict` returned. Tensors are copied, to the device of the model.
-
-        Raises:
-            StorageError: if it is no such state, or that of other choices; the object is as it was.
-            StaleModelError: if it is that of another model, or of other values of its parameters or buffers.
-        """
-        stored.take_up(self, state)
-
-    def save(self, path: StrPath) -> None:
-        """Put the `state_dict` into one safetensors file, whole or not at all; no pickle, and no model.
-
-        Args:
-            path: of the file, in a folder that exists.
-
-        Raises:
-            NotFittedError: before `fit`.
-            StorageError: if it cannot be written; what was there stays.
-            UnsupportedError: for a structure or a prior that cannot be stored; the message says what to do.
-        """
-        write(path, stored.KIND, self.state_dict())
-
-    @classmethod
-    @outside_inference_mode()
-    def load(
-        cls,
-        path: StrPath,
-        model: nn.Module,
-        *,
-        likelihood: str | nn.Module | Likelihood | None = None,
-        hessian_structure: StructureChoice | None = None,
-        feature_map: FeatureMap | None = None,
-    ) -> Laplace:
-        """The object that was saved; predictions, evidence and further fits are as they would have been.
-
-        Args:
-            path: of the file.
-            model: the model that it was fitted to, with the same parameters and buffers.
-            likelihood: the one it had, needed only where no name stands for it (such as `likelihoods.Custom`).
-            hessian_structure: likewise, such as a class of one's own that is not registered.
-            feature_map: the one it had, with the same features; no file holds it.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            StorageError: if it is damaged, of another kind, or something must be given that no file holds.
-            StaleModelError: if the model is another one, or holds other values.
-        """
-        state = read(path, stored.KIND)
-        given = stored.arguments(state, likelihood, hessian_structure, feature_map)
-        la = cls(model, **given)
-        la.load_state_dict(state)
-        return la
-
     @property
     def posterior_variance(self) -> Float[Tensor, " P"]:
         """The diagonal of ``P^-1``, of any structure."""
@@ -762,6 +692,76 @@ class Laplace(PosteriorPredictive):
     def functional_covariance(self, Js: FeatureOperator | Float[Tensor, "N C P"]) -> Float[Tensor, "NC NC"]:
         """The same between all outputs of all samples, sample-major."""
         return functional_covariance(self.posterior_precision, Js, joint=True)
+
+    # -- storage ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums over the data, hyperparameters and what they are of: tensors and plain values, without the model.
+
+        ``torch.load(file, weights_only=True)`` reads them. Tensors are not copied.
+
+        Raises:
+            NotFittedError: before `fit`.
+            UnsupportedError: for a structure or a prior that cannot be stored; the message says what to do.
+        """
+        return stored.state_of(self)
+
+    @outside_inference_mode()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Be what another object was, hyperparameters included, if made with the same choices for the same model.
+
+        Args:
+            state: what its `state_dict` returned. Tensors are copied, to the device of the model.
+
+        Raises:
+            StorageError: if it is no such state, or that of other choices; the object is as it was.
+            StaleModelError: if it is that of another model, or of other values of its parameters or buffers.
+        """
+        stored.take_up(self, state)
+
+    def save(self, path: StrPath) -> None:
+        """Put the `state_dict` into one safetensors file, whole or not at all; no pickle, and no model.
+
+        Args:
+            path: of the file, in a folder that exists.
+
+        Raises:
+            NotFittedError: before `fit`.
+            StorageError: if it cannot be written; what was there stays.
+            UnsupportedError: for a structure or a prior that cannot be stored; the message says what to do.
+        """
+        write(path, stored.KIND, self.state_dict())
+
+    @classmethod
+    @outside_inference_mode()
+    def load(
+        cls,
+        path: StrPath,
+        model: nn.Module,
+        *,
+        likelihood: str | nn.Module | Likelihood | None = None,
+        hessian_structure: StructureChoice | None = None,
+        feature_map: FeatureMap | None = None,
+    ) -> Laplace:
+        """The object that was saved; predictions, evidence and further fits are as they would have been.
+
+        Args:
+            path: of the file.
+            model: the model that it was fitted to, with the same parameters and buffers.
+            likelihood: the one it had, needed only where no name stands for it (such as `likelihoods.Custom`).
+            hessian_structure: likewise, such as a class of one's own that is not registered.
+            feature_map: the one it had, with the same features; no file holds it.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            StorageError: if it is damaged, of another kind, or something must be given that no file holds.
+            StaleModelError: if the model is another one, or holds other values.
+        """
+        state = read(path, stored.KIND)
+        given = stored.arguments(state, likelihood, hessian_structure, feature_map)
+        la = cls(model, **given)
+        la.load_state_dict(state)
+        return la
 
     # -- what the above is made of ---------------------------------------------------------------------------
 

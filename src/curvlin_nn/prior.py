@@ -205,14 +205,14 @@ class GroupedPrior(Prior):
     def regrouped(self, space: ParameterSpace, structure: str) -> GroupedPrior:
         """Over the groups of another structure, with the precisions averaged geometrically."""
         groups = group_of_coordinate(space, structure).to(self.groups.device)
-        n_groups = int(groups.max()) + 1
-        if len(self.precision) == 1:
-            shared = self.precision.detach().expand(n_groups)
-            return GroupedPrior(shared, groups, self.deviation, label_of_group(space, structure))
-        logs = self.precision.detach().log()[self.groups]
-        total = logs.new_zeros(n_groups).index_add(0, groups, logs)
-        mean = total / torch.bincount(groups, minlength=n_groups)
-        return GroupedPrior(mean.exp(), groups, self.deviation, label_of_group(space, structure))
+        n_groups, precision = int(groups.max()) + 1, self.precision.detach()
+        if len(precision) == 1:
+            precision = precision.expand(n_groups)
+        else:
+            logs = precision.log()[self.groups]
+            total = logs.new_zeros(n_groups).index_add(0, groups, logs)
+            precision = (total / torch.bincount(groups, minlength=n_groups)).exp()
+        return GroupedPrior(precision, groups, self.deviation, label_of_group(space, structure))
 
     def logdet(self) -> Float[Tensor, ""]:
         """See `Prior.logdet`."""

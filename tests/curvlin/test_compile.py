@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from draws import randn
 from torch import Tensor
 
 from curvlin import (
@@ -30,10 +31,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 f64 = torch.float64
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=f64, generator=torch.Generator().manual_seed(seed))
 
 
 def spd(n: int, seed: int) -> Tensor:

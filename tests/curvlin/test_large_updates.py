@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import randn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,10 +24,6 @@ f64 = torch.float64
 def every_size_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("curvlin.precision.low_rank.ALWAYS_ORTHONORMAL", 0)
     monkeypatch.setattr("curvlin.numerics.tall._SLICE", 10)  # several slices of a few rows
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=f64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("law", [name for name in LAWS if name != "no_dense"])

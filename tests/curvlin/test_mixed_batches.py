@@ -6,16 +6,13 @@ import itertools
 
 import pytest
 import torch
+from draws import randn
 from torch import Tensor
 
 from curvlin import BlockDiag, Diagonal, KroneckerSum, LowRankPlusDiag, Woodbury
 from curvlin.precision.base import PrecisionOperator
 
 f64 = torch.float64
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=f64, generator=torch.Generator().manual_seed(seed))
 
 
 def spd(n: int, seed: int) -> Tensor:

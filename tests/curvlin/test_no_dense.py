@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import randn
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -39,10 +40,6 @@ def generator(seed: int) -> torch.Generator:
 
 def spd(n: int, seed: int) -> Tensor:
     return spd_matrix(eigenvalues(n, "decay", 2.0), generator(seed)).requires_grad_()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=f64, generator=generator(seed))
 
 
 def scalar(value: float) -> Tensor:

@@ -11,6 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from draws import randn
 from scipy.sparse.linalg import aslinearoperator, cg
 from torch import Tensor
 from torch.autograd import gradgradcheck
@@ -37,10 +38,6 @@ f64 = torch.float64
 def spd(n: int, seed: int, log10cond: float = 2.0, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return spd_matrix(scale * eigenvalues(n, "decay", log10cond), generator)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=f64, generator=torch.Generator().manual_seed(seed))
 
 
 # -- F1: the answer depends on the order of the operands ------------------------------------------------------------
@@ -436,8 +433,9 @@ def test_f13_scipy_takes_the_adapter() -> None:
 def test_f13_an_operator_is_no_array() -> None:
     """`np.asarray(op)` gave a 0-dimensional array of objects, silently."""
     P = make_case("kronecker_shifted", Spec(size=6)).operator
-    with pytest.raises(TypeError, match="to_dense"):
-        np.asarray(P)
+    for op in (P, P.inverse()):
+        with pytest.raises(TypeError, match="to_dense"):
+            np.asarray(op)
 
 
 @pytest.mark.parametrize("size", [300, 1000])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import randn
 from torch import Tensor
 
 from curvlin import BlockDiag, Dense, Diagonal, Isotropic, KroneckerSum, LowRankPlusDiag, Woodbury
@@ -17,10 +18,6 @@ from curvlin.testing import Reference
 f64 = torch.float64
 D = 6
 STRENGTHS = [1e2, 1e5, 1e8]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=f64, generator=torch.Generator().manual_seed(seed))
 
 
 def spd(n: int, seed: int) -> Tensor:

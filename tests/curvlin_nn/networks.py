@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvlin_nn import structures
+from curvlin_nn import Laplace, structures
 
 ADDITIVE = {
     "full": "full",
@@ -65,6 +66,12 @@ def problem(kind: str, likelihood: str, n: int = 8, n_outputs: int = 3) -> Probl
     x, x_test = torch.randn(n, *shape).double(), torch.randn(5, *shape).double()
     labels, targets = torch.randint(n_outputs, (n,)), torch.randn(n, n_outputs).double()
     return Problem(model, likelihood, x, labels if likelihood == "classification" else targets, x_test)
+
+
+def fitted(structure: str = "kron", likelihood: str = "classification", **options: Any) -> Laplace:
+    p = problem("mlp", likelihood)
+    la = Laplace(p.model, likelihood, subset_of_weights="all", hessian_structure=structure, **options)
+    return la.fit(p.batches())
 
 
 class Sequences(nn.Module):
@@ -130,3 +137,8 @@ def assert_same(before: dict[str, object], after: dict[str, object]) -> None:
             assert torch.equal(value, after[key]), key
         else:
             assert value == after[key], key
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
+    assert float(expected.abs().max()) > 0

@@ -124,7 +124,7 @@ def test_draws_are_a_linear_map_of_noise_whose_square_is_the_joint_covariance(
     monkeypatch.setattr(fixed_mean_gp, "standard_normal", basis)
     with torch.no_grad():
         posterior = gp.covariance()
-        rows = posterior.samples(seen, sum(sizes), None).flatten(1)
+        (rows,) = (draws.flatten(1) for draws in posterior.samples(seen, sum(sizes), None))
         torch.testing.assert_close(rows.mT @ rows, posterior.joint(seen), **TIGHT)
 
 
@@ -411,9 +411,7 @@ def test_states_that_cannot_answer(trained: nn.Sequential, fitted: FMGP) -> None
     with pytest.raises(UnsupportedError, match="pred_type='nn'"):
         fitted(torch.zeros(1, 1), pred_type="nn")
     with pytest.raises(DataError, match="1 numbers for each sample"):
-        fitted._seen(torch.zeros(2, 3)) if False else FMGP._seen(
-            fitted, torch.zeros(2, 1, 2)[..., :1].expand(2, 3, 1)
-        )
+        fitted._seen(torch.zeros(2, 3, 1))
     changed = copy.copy(fitted)
     changed.model = copy.deepcopy(trained)
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_oracle import ggn, half_squared_error, jacobian_row_by_row
-from networks import assert_same, state
+from networks import assert_close, assert_same, state
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,7 +53,7 @@ def pooled(layer: nn.Module, outputs: int = 2) -> Net:
     return Net(forward, layer=layer)
 
 
-def assert_served(model: nn.Module, x: Tensor, served: str = "rule", names: list[str] | None = None) -> None:
+def assert_served(model: nn.Module, x: Tensor, names: list[str] | None = None) -> None:
     """The Jacobian of a batch is that of its samples, one by one; and the model is as it was."""
     space = ParameterSpace.of(model, "all" if names is None else names)
     recorder = Recorder(model, space)
@@ -61,7 +61,7 @@ def assert_served(model: nn.Module, x: Tensor, served: str = "rule", names: list
     outputs, features = feature_maps.JacobianMap.of(recorder)(x)
     assert_same(before, state(model))
     assert set(recorder.served) == set(space.names)
-    assert set(recorder.served.values()) == {served}
+    assert set(recorder.served.values()) == {"rule"}
     alone = torch.stack([model(sample[None])[0].detach().flatten() for sample in x])
     torch.testing.assert_close(outputs, alone, rtol=1e-10, atol=1e-12)
     assert_close(features.to_dense(), jacobian(model, x, list(space.names)))
@@ -69,11 +69,6 @@ def assert_served(model: nn.Module, x: Tensor, served: str = "rule", names: list
 
 def jacobian(model: nn.Module, x: Tensor, names: list[str] | None = None) -> Tensor:
     return jacobian_row_by_row(model, [(sample[None],) for sample in x], names)
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
-    assert float(expected.abs().max()) > 0
 
 
 CONVOLUTIONS = [

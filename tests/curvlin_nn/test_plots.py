@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.figure import Figure
-from networks import assert_same, problem, state
+from networks import assert_same, fitted, state
 
 from curvlin import Diagonal, KroneckerSum
-from curvlin_nn import Laplace, metrics, plots
+from curvlin_nn import metrics, plots
 from curvlin_nn.errors import DataError, OutputError, UnsupportedError
 from curvlin_nn.feature_maps import SurrogateHistory, SurrogateMap
 
@@ -22,12 +22,6 @@ def bins():
     generator = torch.Generator().manual_seed(0)
     p = (2 * torch.randn(300, 4, generator=generator, dtype=torch.float64)).softmax(-1)
     return metrics.calibration_bins(p, torch.multinomial(p, 1, generator=generator).squeeze(-1))
-
-
-def fitted(structure: str = "kron", likelihood: str = "classification", **options) -> Laplace:
-    p = problem("mlp", likelihood)
-    la = Laplace(p.model, likelihood, subset_of_weights="all", hessian_structure=structure, **options)
-    return la.fit(p.batches())
 
 
 def heights(ax):

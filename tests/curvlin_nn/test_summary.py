@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from networks import Tied, assert_same, problem, state
+from networks import Tied, assert_same, fitted, problem, state
 from rich.console import Console
 from torch import nn
 
@@ -15,12 +15,6 @@ from curvlin_nn import Laplace
 from curvlin_nn.errors import NotFittedError
 
 STRUCTURES = ["full", "kron", "diag", "ekfac", "lowrank", "block"]
-
-
-def fitted(structure: str = "kron", likelihood: str = "classification", **options) -> Laplace:
-    p = problem("mlp", likelihood)
-    la = Laplace(p.model, likelihood, subset_of_weights="all", hessian_structure=structure, **options)
-    return la.fit(p.batches())
 
 
 def dense_gamma(la: Laplace, prior: torch.Tensor) -> torch.Tensor:

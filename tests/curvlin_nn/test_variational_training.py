@@ -17,10 +17,10 @@ CPU = torch.device("cpu")
 DATA = [(torch.full((2, 1), float(k)), torch.zeros(2)) for k in range(3)]
 
 
-def parabola(start: float = 4.0, lr: float = 0.5) -> tuple[Tensor, torch.optim.SGD, Any]:
-    """``w^2 / 2`` from a start, by steps ``w <- (1 - lr) w``."""
-    w = torch.tensor(start, requires_grad=True)
-    return w, torch.optim.SGD([w], lr), lambda x, targets, where: w.square() / 2
+def parabola() -> tuple[Tensor, torch.optim.SGD, Any]:
+    """``w^2 / 2`` from w = 4, by steps that halve it."""
+    w = torch.tensor(4.0, requires_grad=True)
+    return w, torch.optim.SGD([w], 0.5), lambda x, targets, where: w.square() / 2
 
 
 def test_without_a_score_the_last_state_stays_and_losses_are_means_between_evaluations() -> None:

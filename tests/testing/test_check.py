@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from soils import spectrum
 from torch import Tensor
 
 from curvlin.precision.base import PrecisionOperator
@@ -20,11 +21,6 @@ from curvlin.testing import (
     make_case,
 )
 from curvlin.testing.check import CONDITIONS, smallest
-
-
-def spectrum(size: int, log10cond: float, batch: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    values = torch.logspace(0, -log10cond, size, dtype=torch.float64)
-    return values[torch.rand(*batch, size, generator=generator).argsort(-1)]
 
 
 def healthy(size: int, log10cond: float, batch: tuple[int, ...], generator: torch.Generator) -> Diagonal:

@@ -17,6 +17,8 @@ congruence with the sum.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -80,17 +82,10 @@ def _merged(terms: list[Pair]) -> list[Pair]:
     right = [M for other, M in terms if other is None and M is not None]
     general = [pair for pair in terms if pair[0] is not None and pair[1] is not None]
     if left:
-        general.append((_total(left), None))
+        general.append((functools.reduce(torch.add, left), None))
     if right:
-        general.append((None, _total(right)))
+        general.append((None, functools.reduce(torch.add, right)))
     return general
-
-
-def _total(matrices: list[Tensor]) -> Tensor:
-    total = matrices[0]
-    for M in matrices[1:]:
-        total = total + M
-    return total
 
 
 @register(ADD, SpectralKronecker, Isotropic)

@@ -7,7 +7,7 @@ how its structure multiplies; arguments are checked here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -27,12 +27,6 @@ class FeatureOperator(Tree, ABC):
     Immutable, a pytree, natively batched: operator batch dimensions stand left of N. Rows are multiplied out
     only where `to_dense` or `columns` asks for them.
     """
-
-    __array_ufunc__ = None  # NumPy leaves `array * Phi` to us instead of making an object array
-    __hash__ = object.__hash__
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"{type(self).__name__} is not turned into an array silently; use to_dense().numpy()")
 
     # -- shape -----------------------------------------------------------------------------------------------
 

@@ -95,16 +95,9 @@ def pull_back(
     """Gradients of ``<cotangent, fn(P)>`` for the tensors of the pair that are wanted; the factors have none."""
     structure, leaves = pair.operator._structure(), [t for t, _ in pair.operator._tensors()]
     want = list(wanted[: len(leaves)])
-    chosen = [leaf for leaf, w in zip(leaves, want, strict=True) if w]
-    if not chosen:
+    if not any(want):
         return [None] * len(wanted)
-
-    def of_chosen(*tensors: Tensor) -> Tensor:
-        queue = list(tensors)
-        return fn(
-            build(structure, [queue.pop(0) if w else leaf for leaf, w in zip(leaves, want, strict=True)])
-        )
-
+    of_chosen, chosen = _of_some(structure, leaves, want, fn)
     output, vjp = torch.func.vjp(of_chosen, *chosen)[:2]
     gradients = list(vjp(cotangent.expand_as(output)))
     padding = [None] * (len(wanted) - len(leaves))
@@ -120,16 +113,23 @@ def push_forward(
     moving = [t is not None for t in tangents]
     if not any(moving):
         return None
-
-    def of_moving(*tensors: Tensor) -> Tensor:
-        queue = list(tensors)
-        return fn(
-            build(structure, [queue.pop(0) if m else leaf for leaf, m in zip(leaves, moving, strict=True)])
-        )
-
-    primals = tuple(leaf for leaf, m in zip(leaves, moving, strict=True) if m)
+    of_moving, primals = _of_some(structure, leaves, moving, fn)
     derivative: Tensor = directional(of_moving, primals, tuple(t for t in tangents if t is not None))
     return derivative
+
+
+def _of_some(
+    structure: Structure, leaves: Sequence[Tensor], some: Sequence[bool], fn: Callable[[Any], Tensor]
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """``fn(P)`` as a function of some of P's tensors, and these."""
+
+    def of_these(*tensors: Tensor) -> Tensor:
+        queue = iter(tensors)
+        return fn(
+            build(structure, [next(queue) if s else leaf for leaf, s in zip(leaves, some, strict=True)])
+        )
+
+    return of_these, tuple(leaf for leaf, s in zip(leaves, some, strict=True) if s)
 
 
 def directional(function: Callable[..., Any], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Any:

@@ -49,12 +49,6 @@ class PrecisionOperator(Tree, ABC):
     factorisations run in float64.
     """
 
-    __array_ufunc__ = None  # NumPy leaves `array * P` to us instead of making an object array
-    __hash__ = object.__hash__
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"{type(self).__name__} is not turned into an array silently; use to_dense().numpy()")
-
     # -- shape ------------------------------------------------------------------------------------------------
 
     @property

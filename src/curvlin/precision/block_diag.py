@@ -5,6 +5,7 @@ Everything is done block by block; blocks are never merged or enlarged.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,8 +84,9 @@ class BlockDiag(PrecisionOperator):
         return self._columnwise(lambda block, part, _: block._matmul(part), X, (None,) * len(self.blocks))
 
     def _energy(self, X: Tensor) -> Tensor:
-        return _total(
-            [block._energy(part) for block, part in zip(self.blocks, self.indices.split(X), strict=True)]
+        return functools.reduce(
+            torch.add,
+            [block._energy(part) for block, part in zip(self.blocks, self.indices.split(X), strict=True)],
         )
 
     def _solve(self, X: Tensor, factors: tuple[Any, ...]) -> Tensor:
@@ -92,10 +94,12 @@ class BlockDiag(PrecisionOperator):
 
     def _inv_quad(self, X: Tensor, factors: tuple[Any, ...]) -> Tensor:
         parts = zip(self.blocks, self.indices.split(X), factors, strict=True)
-        return _total([block._inv_quad(part, f) for block, part, f in parts])
+        return functools.reduce(torch.add, [block._inv_quad(part, f) for block, part, f in parts])
 
     def _logdet(self, factors: tuple[Any, ...]) -> Tensor:
-        return _total([block._logdet(f) for block, f in zip(self.blocks, factors, strict=True)])
+        return functools.reduce(
+            torch.add, [block._logdet(f) for block, f in zip(self.blocks, factors, strict=True)]
+        )
 
     def _diagonal(self) -> Tensor:
         return self.indices.join(_broadcast_batch([block.diagonal() for block in self.blocks], 1), dim=-1)
@@ -161,13 +165,6 @@ class BlockDiag(PrecisionOperator):
             start += block.size
         # In the order of the blocks so far; the rows go where they belong, then the columns.
         return self.indices.join([self.indices.join(_broadcast_batch(rows, 2), dim=-2)], dim=-1)
-
-
-def _total(terms: Sequence[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
 
 
 def _broadcast_batch(parts: Sequence[Tensor], own: int) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -82,12 +82,13 @@ class Case:
         kind: which builder made it; with `spec` this is enough to make it again.
         recipe: parameters, builder and assembly.
         spec: what was asked for; printed in failures.
+        seed: of what laws draw.
     """
 
     kind: str
     recipe: Recipe
     spec: Any = None
-    seed: int = field(default=0)
+    seed: int = 0
 
     def __repr__(self) -> str:
         return f"make_case({self.kind!r}, {self.spec})" if self.spec is not None else f"Case({self.kind!r})"

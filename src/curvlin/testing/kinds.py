@@ -446,37 +446,34 @@ def _block_matrix(
     return total
 
 
-@kind("block_diag")
-def _block_diag(draw: Draw) -> Recipe:
-    """Blocks of different types and sizes, on interleaved coordinates."""
+def _blocks_along(recipes: Sequence[Recipe], order: Tensor | None) -> Recipe:
+    """Blocks on the coordinates in this order; None for the default partition, block after block."""
     from curvlin.precision.block_diag import BlockDiag
 
-    recipes = _block_recipes(draw)
-    order = torch.randperm(draw.spec.size, generator=draw.generator)
-    indices = list(order.split([r.size for r in recipes]))
+    sizes = [r.size for r in recipes]
+    indices = None if order is None else list(order.split(sizes))
+    consecutive = torch.arange(sum(sizes)).split(sizes)
     return Recipe(
         tuple(p for r in recipes for p in r.parameters),
         lambda *t: BlockDiag(
-            [r.build(*own) for r, own in zip(recipes, _parts(recipes, t), strict=True)], indices=indices
+            [r.build(*own) for r, own in zip(recipes, _parts(recipes, t), strict=True)], indices
         ),
-        lambda xp, *t: _block_matrix(xp, recipes, indices, t),
-        draw.spec.size,
+        lambda xp, *t: _block_matrix(xp, recipes, indices or consecutive, t),
+        sum(sizes),
     )
+
+
+@kind("block_diag")
+def _block_diag(draw: Draw) -> Recipe:
+    """Blocks of different types and sizes, on interleaved coordinates."""
+    recipes = _block_recipes(draw)
+    return _blocks_along(recipes, torch.randperm(draw.spec.size, generator=draw.generator))
 
 
 @kind("block_diag_consecutive")
 def _block_diag_consecutive(draw: Draw) -> Recipe:
     """The default partition: block after block."""
-    from curvlin.precision.block_diag import BlockDiag
-
-    recipes = _block_recipes(draw)
-    indices = list(torch.arange(draw.spec.size).split([r.size for r in recipes]))
-    return Recipe(
-        tuple(p for r in recipes for p in r.parameters),
-        lambda *t: BlockDiag([r.build(*own) for r, own in zip(recipes, _parts(recipes, t), strict=True)]),
-        lambda xp, *t: _block_matrix(xp, recipes, indices, t),
-        draw.spec.size,
-    )
+    return _blocks_along(_block_recipes(draw), None)
 
 
 @kind("low_rank_plus_diag")

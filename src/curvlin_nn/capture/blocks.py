@@ -225,15 +225,13 @@ def merged(parameter: str, start: int, uses: Iterable[Block]) -> Block:
     if len({(use.compact is None, use.transposed) for use in uses}) > 1:
         uses = [use.dense() for use in uses]
     kinds = [[use for use in uses if use.transposed == transposed] for transposed in (False, True)]
-    oriented = [_side_by_side(parameter, start, kind) for kind in kinds if kind]
+    oriented = [_side_by_side(parameter, kind) for kind in kinds if kind]
     if len(oriented) == 1:
         return oriented[0]
     natural, transposed = oriented
     if natural.shape != transposed.shape[::-1]:
         raise UnsupportedUseError(parameter, "is used in parts of different shapes")
-    return replace(
-        _side_by_side(parameter, start, [natural, _turned(transposed)]), uses=(natural, transposed)
-    )
+    return replace(_side_by_side(parameter, [natural, _turned(transposed)]), uses=(natural, transposed))
 
 
 def joined(parameter: str, by_sample: Sequence[Sequence[Block]]) -> list[Block]:
@@ -277,7 +275,7 @@ def stacked(blocks: Sequence[Block]) -> Block:
     )
 
 
-def _side_by_side(parameter: str, start: int, uses: list[Block]) -> Block:
+def _side_by_side(parameter: str, uses: list[Block]) -> Block:
     if len({(use.shape, use.right is None) for use in uses}) > 1:
         raise UnsupportedUseError(parameter, "is used in parts of different shapes")
     if len(uses) == 1:

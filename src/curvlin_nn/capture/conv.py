@@ -40,14 +40,7 @@ class ConvRule(LayerRule):
             dilation: int | Sizes = 1,
             groups: int = 1,
         ) -> Call:
-            ndim = check_batched(input, weight)
-            options = {
-                "kernel": tuple(weight.shape[2:]),
-                "stride": sizes(stride, ndim),
-                "padding": padding if isinstance(padding, str) else sizes(padding, ndim),
-                "dilation": sizes(dilation, ndim),
-                "groups": groups,
-            }
+            options = geometry(input, weight, stride, padding, dilation, groups)
             return Call(input, named(weight=weight, bias=bias), options)
 
         return arguments(*args, **kwargs)
@@ -85,20 +78,34 @@ class ConvRule(LayerRule):
         return Patches(images, kernel, stride, dilation, _pairs(padding, kernel, dilation))
 
 
-def check_batched(input: Tensor, weight: Tensor) -> int:
-    """The number of spatial axes, if the input has an axis for samples.
+def geometry(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sizes,
+    padding: int | str | Sizes,
+    dilation: int | Sizes,
+    groups: int,
+) -> dict[str, Any]:
+    """Where the kernel meets the images, as the options of a call.
 
     Raises:
-        NotServable: if it has none.
+        NotServable: if the input has no axis for samples.
     """
     if input.ndim != weight.ndim:
         raise NotServable(
             f"on an input {tuple(input.shape)} without an axis for samples", "one with samples along axis 0"
         )
-    return weight.ndim - 2
+    kernel = tuple(weight.shape[2:])
+    return {
+        "kernel": kernel,
+        "stride": _sizes(stride, len(kernel)),
+        "padding": padding if isinstance(padding, str) else _sizes(padding, len(kernel)),
+        "dilation": _sizes(dilation, len(kernel)),
+        "groups": groups,
+    }
 
 
-def sizes(value: int | Sequence[int], ndim: int) -> Sizes:
+def _sizes(value: int | Sequence[int], ndim: int) -> Sizes:
     """One number for each spatial axis, of which one may be given for all."""
     if isinstance(value, int):
         return (value,) * ndim

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin_nn.capture.conv import check_batched, sizes
-from curvlin_nn.capture.patches import Sizes, cut_out
+from curvlin_nn.capture.conv import geometry
+from curvlin_nn.capture.patches import Sizes, cut_out, zero_padded
 from curvlin_nn.capture.rules import Call, LayerRule, Piece, named, register
 
 
@@ -39,14 +39,7 @@ class ConvTransposeRule(LayerRule):
             groups: int = 1,
             dilation: int | Sizes = 1,
         ) -> Call:
-            ndim = check_batched(input, weight)
-            options = {
-                "kernel": tuple(weight.shape[2:]),
-                "stride": sizes(stride, ndim),
-                "padding": sizes(padding, ndim),
-                "dilation": sizes(dilation, ndim),
-                "groups": groups,
-            }
+            options = geometry(input, weight, stride, padding, dilation, groups)
             return Call(input, named(weight=weight, bias=bias), options)
 
         return arguments(*args, **kwargs)
@@ -76,9 +69,9 @@ class ConvTransposeRule(LayerRule):
             (size - 1) * s + d * (k - 1) + 1
             for size, k, s, d in zip(call.input.shape[2:], kernel, stride, dilation, strict=True)
         ]
-        pairs = [
+        pairs = tuple(
             (before, total - before - size)
             for before, total, size in zip(padding, reached, gradient.shape[3:], strict=True)
-        ]
-        padded = F.pad(gradient.flatten(0, 1), [size for pair in reversed(pairs) for size in pair])
-        return cut_out(padded, kernel, stride, dilation).unflatten(0, gradient.shape[:2])
+        )
+        images = zero_padded(gradient.flatten(0, 1), pairs)
+        return cut_out(images, kernel, stride, dilation).unflatten(0, gradient.shape[:2])

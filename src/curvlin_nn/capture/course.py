@@ -7,6 +7,7 @@ what a model does to its positions between two layers.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -64,6 +65,18 @@ class Course:
             steps.append((names.get(id(getattr(node, "variable", None)), node.name()), reads))
             places.append(tuple((name, _plain(getattr(node, name))) for name in _placing(type(node))))
         return cls(tuple(steps), tuple(places), any(map(_places_by_values, found)))
+
+
+def nodes_behind(root: Node | None, stop: Iterable[Node] = ()) -> dict[Node, None]:
+    """The part of the autograd graph that `root` reaches without passing through `stop`, the nearest nodes first."""
+    found: dict[Node, None] = {}
+    waiting = deque([root])
+    while waiting:
+        node = waiting.popleft()
+        if node is not None and node not in found and node not in stop:
+            found[node] = None
+            waiting.extend(following for following, _ in node.next_functions)
+    return found
 
 
 @functools.lru_cache(maxsize=256)

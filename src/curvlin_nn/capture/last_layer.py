@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from curvlin_nn.capture.checks import check_dependent, checked_outputs
+from curvlin_nn.capture.course import nodes_behind
 from curvlin_nn.capture.intercept import Interceptor, Use
 from curvlin_nn.capture.state import capturing, forward, prepared
 from curvlin_nn.errors import UnsupportedError
@@ -37,7 +37,7 @@ def last_layer(model: nn.Module, x: Any, where: str = "the input") -> ParameterS
         with Interceptor(leaves, strict=False) as interceptor:
             outputs = checked_outputs(forward(model, leaves, x, where), where)
     check_dependent(outputs, where)
-    behind = _nodes_behind(outputs.grad_fn)
+    behind = nodes_behind(outputs.grad_fn)
     uses = [use for use in interceptor.uses if use.edge.node in behind]
     last = next((use for use in reversed(uses) if use.rule.is_layer), None)
     if last is None:
@@ -71,7 +71,7 @@ def _other_than(last: Use, uses: Sequence[Use], outputs: Tensor, names: Mapping[
             return f"its {role} is computed from other parameters (by weight_norm or the like)"
     chosen = set(last.names)
     layer = {use.edge.node for use in uses if chosen & set(use.names)}
-    for leaf in _leaves(_nodes_behind(outputs.grad_fn, layer)):
+    for leaf in _leaves(nodes_behind(outputs.grad_fn, layer)):
         if id(leaf) in names:
             return f"the outputs depend on parameter {names[id(leaf)]!r} not only through it"
     return None
@@ -81,22 +81,10 @@ def _heads(uses: Sequence[Use], outputs: Tensor) -> dict[str, None]:
     """The modules (or parameters outside of any) of all layers without another between them and the outputs."""
     layers = [use for use in uses if use.rule.is_layer]
     nodes = {use.edge.node for use in layers}
-    direct = _nodes_behind(outputs.grad_fn, nodes)
+    direct = nodes_behind(outputs.grad_fn, nodes)
     roots = {following for node in direct for following, _ in node.next_functions} | {outputs.grad_fn}
     heads = [use for use in layers if use.edge.node in roots]
     return dict.fromkeys(name.rpartition(".")[0] or name for use in heads for name in use.names)
-
-
-def _nodes_behind(root: Node | None, stop: Iterable[Node] = ()) -> dict[Node, None]:
-    """The part of the autograd graph that `root` reaches without passing through `stop`, the nearest nodes first."""
-    found: dict[Node, None] = {}
-    waiting = deque([root])
-    while waiting:
-        node = waiting.popleft()
-        if node is not None and node not in found and node not in stop:
-            found[node] = None
-            waiting.extend(following for following, _ in node.next_functions)
-    return found
 
 
 def _leaves(nodes: Iterable[Node]) -> Iterator[Tensor]:

@@ -67,7 +67,7 @@ class Patches:
     @functools.cached_property
     def written_out(self) -> Float[Tensor, "N *output size"]:
         """Each by itself, as a vector."""
-        return cut_out(_padded(self.images, self.padding), self.kernel, self.stride, self.dilation)
+        return cut_out(zero_padded(self.images, self.padding), self.kernel, self.stride, self.dilation)
 
     def dense(self, like: Tensor) -> Float[Tensor, "N S size"]:
         """The patches of each sample as vectors."""
@@ -132,7 +132,7 @@ class Patches:
         inner = self.size // self.kernel[0]
         at_once = max(1, GRAM_BUDGET // (self.images.shape[2] * math.prod(self.places[1:]) * inner))
         for some in self.images.split(at_once):
-            padded = _padded(some, ((0, 0), *self.padding[1:]))
+            padded = zero_padded(some, ((0, 0), *self.padding[1:]))
             windows = _windows(padded, (1, *self.kernel[1:]), (1, *self.stride[1:]), (1, *self.dilation[1:]))
             ndim = len(self.kernel)
             order = (1, *range(2 + ndim, 2 + 2 * ndim), 2, 0, *range(3, 2 + ndim))
@@ -172,5 +172,6 @@ def _windows(
     return images
 
 
-def _padded(images: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
+def zero_padded(images: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
+    """With zeros before and behind along each axis."""
     return F.pad(images, [size for pair in reversed(padding) for size in pair])

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import Node
 
+from curvlin_nn.capture.course import nodes_behind
 from curvlin_nn.errors import UnsupportedError
 
 
@@ -33,7 +34,7 @@ def check_differentiable(
     Raises:
         UnsupportedError: naming an operation that has none.
     """
-    for node in _nodes_behind(outputs):
+    for node in nodes_behind(outputs.grad_fn):
         if _is_marked(node):
             raise _refusal(f"{node.name()}, whose backward pass is once_differentiable,", where)
     total = torch.stack(
@@ -51,16 +52,6 @@ def _refusal(found: str, where: str) -> UnsupportedError:
         f"enable_backprop=True needs operations that can be differentiated twice, found {found} on {where}; replace "
         "it in the model, or predict without gradients (enable_backprop=False)"
     )
-
-
-def _nodes_behind(outputs: Tensor) -> Iterable[Node]:
-    waiting, seen = [outputs.grad_fn], set[Node]()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [child for child, _ in node.next_functions]
 
 
 def _is_marked(node: Node) -> bool:

@@ -52,10 +52,10 @@ def low_rank(
         loader: batches ``(inputs, targets)``, or mappings with targets under `dict_key_y`; iterated `passes` times,
             or once for "dual".
         rank: the columns of U at most.
-        method: "nystrom", randomised; or "dual", the best of its rank, which keeps all R rows of the data (samples
-            times columns) and decomposes their R x R kernel: for few data.
         columns: as in `curvature`; of "mc" and "sketch" it is the matrix drawn in the last pass.
         subset_of_weights: as in `curvature`.
+        method: "nystrom", randomised; or "dual", the best of its rank, which keeps all R rows of the data (samples
+            times columns) and decomposes their R x R kernel: for few data.
         oversampling: columns more that are multiplied.
         passes: over the data.
         n_columns: how many for "mc" and "sketch", for each sample.

@@ -165,5 +165,5 @@ def _check_not_given(argument: str, stored: Mapping[str, Any]) -> None:
     if _GIVEN in stored:
         raise StorageError(
             f"{argument} was a {stored[_GIVEN]} of no registered name and cannot be loaded; give it again with "
-            f"Laplace.load(..., {argument}=...)"
+            f"load(..., {argument}=...)"
         )

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlin import BlockDiag, SpectralKronecker
+from curvlin import SpectralKronecker
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn.capture import Block, Captures, OneHot, partition
+from curvlin_nn.capture import Block, Captures, OneHot
 from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.structures.diagonal import squares
 from curvlin_nn.structures.kronecker import Kronecker
@@ -67,18 +67,14 @@ class EKFAC(Kronecker):
             )
         super().check_merge(other)
 
-    def finish(self) -> BlockDiag:
-        """See `Structure.finish`."""
+    def _operators(self) -> list[PrecisionOperator]:
         assert self._bases is not None
-        blocks: list[PrecisionOperator] = []
-        for factors, bases, total in zip(self._blocks, self._bases, self._squares, strict=True):
-            if bases is None or total is None:
-                blocks.append(factors.operator())
-            else:
-                blocks.append(
-                    SpectralKronecker(*bases, total.unflatten(0, (factors.place.out, factors.place.inputs)))
-                )
-        return BlockDiag(blocks, partition([factors.place for factors in self._blocks]))
+        return [
+            factors.operator()
+            if bases is None or total is None
+            else SpectralKronecker(*bases, total.unflatten(0, (factors.place.out, factors.place.inputs)))
+            for factors, bases, total in zip(self._blocks, self._bases, self._squares, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """See `Structure.state_dict`."""

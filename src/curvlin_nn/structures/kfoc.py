@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin import BlockDiag, KroneckerSum
+from curvlin import KroneckerSum
 from curvlin._check import positive_integer
 from curvlin.numerics import tall
-from curvlin_nn.capture import Block, Captures, partition
+from curvlin.precision.base import PrecisionOperator
+from curvlin_nn.capture import Block, Captures
 from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.kronecker import MAX_BLOCK, Kronecker
@@ -144,14 +145,12 @@ class KFOC(Kronecker):
             )
         super().check_merge(other)
 
-    def finish(self) -> BlockDiag:
-        """See `Structure.finish`."""
+    def _operators(self) -> list[PrecisionOperator]:
         assert self._halves is not None
-        blocks = [
+        return [
             factors.operator() if half is None else KroneckerSum([half.product])
             for factors, half in zip(self._blocks, self._halves, strict=True)
         ]
-        return BlockDiag(blocks, partition([factors.place for factors in self._blocks]))
 
     def state_dict(self) -> dict[str, Any]:
         """See `Structure.state_dict`."""

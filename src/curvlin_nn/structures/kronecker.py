@@ -323,10 +323,11 @@ class Kronecker(Structure):
 
     def finish(self) -> BlockDiag:
         """See `Structure.finish`."""
-        return BlockDiag(
-            [factors.operator() for factors in self._blocks],
-            partition([factors.place for factors in self._blocks]),
-        )
+        return BlockDiag(self._operators(), partition([factors.place for factors in self._blocks]))
+
+    def _operators(self) -> list[PrecisionOperator]:
+        """The curvature of each block."""
+        return [factors.operator() for factors in self._blocks]
 
     def state_dict(self) -> dict[str, Any]:
         """See `Structure.state_dict`."""

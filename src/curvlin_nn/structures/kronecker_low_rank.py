@@ -13,11 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlin import BlockDiag, Isotropic, KhatriRaoFeatures, Woodbury
+from curvlin import Isotropic, KhatriRaoFeatures, Woodbury
 from curvlin._check import positive_integer
 from curvlin.numerics.rounding import without_rounding
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn.capture import partition
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.structures.kronecker import MAX_BLOCK, Kronecker
 from curvlin_nn.structures.registry import register
@@ -81,13 +80,11 @@ class KroneckerLowRank(Kronecker):
         products = [factors.product() for factors in self._blocks]
         return [None if product is None else Truncation.of(*product, self._rank) for product in products]
 
-    def finish(self) -> BlockDiag:
-        """See `Structure.finish`."""
-        blocks: list[PrecisionOperator] = [
+    def _operators(self) -> list[PrecisionOperator]:
+        return [
             factors.operator() if truncation is None else truncation.operator
             for factors, truncation in zip(self._blocks, self.truncations(), strict=True)
         ]
-        return BlockDiag(blocks, partition([factors.place for factors in self._blocks]))
 
 
 def _eigenpairs(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from curvlin_nn.predictive.draws import some_at_a_time
 from curvlin_nn.predictive.output_gaussian import OutputGaussian
 from curvlin_nn.variational.fixed_mean_gp import SparseCovariance
 from curvlin_nn.variational.points import Seen
@@ -57,12 +56,8 @@ class FixedMean(OutputGaussian):
         A universal kernel has no finite number of coordinates that draws could be kept by.
         """
         f, points = self._at(x)
-        size = (len(points) + len(self.covariance.points)) * f.shape[1]
-        parts = [
-            self.covariance.samples(points, some, generator).to(f.dtype)
-            for some in some_at_a_time(n_samples, size)
-        ]
-        return f + torch.cat(parts)
+        parts = self.covariance.samples(points, n_samples, generator)
+        return f + torch.cat([part.to(f.dtype) for part in parts])
 
     @torch.no_grad()
     def _with_spread(self, x: Any, of: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:

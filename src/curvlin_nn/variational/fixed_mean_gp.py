@@ -17,6 +17,7 @@ dual weights a need no inverse.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from curvlin._random import standard_normal
+from curvlin_nn.predictive.draws import some_at_a_time
 from curvlin_nn.variational import kernels
 from curvlin_nn.variational.dual import Dual
 
@@ -115,21 +117,22 @@ class SparseCovariance:
 
     def samples(
         self, x: Float[Tensor, "N D"], n_samples: int, generator: torch.Generator | None
-    ) -> Float[Tensor, "S N C"]:
-        """Draws of ``N(0, joint(x))``, from draws g of the prior at x and Z (Matheron's rule).
+    ) -> Iterator[Float[Tensor, "s N C"]]:
+        """Draws of ``N(0, joint(x))``, some at a time, from draws g of the prior at x and Z (Matheron's rule).
 
         With e standard normal, ``u = L^T g(Z) + e`` has the covariance H, and ``g(x) - k_xZ L H^-1 u`` that of the
         posterior. The prior is a Kronecker product: nothing with N C rows is factored.
         """
         M = len(self.points)
         everywhere = torch.cat([self.points, x])
-        root = _root(kernels.gram(self.kernel, everywhere, everywhere))
-        noise = standard_normal((n_samples,), torch.Size((len(root), len(self.B))), generator, root)
-        g = root @ noise @ _root(self.B)
-        u = g[:, torch.arange(M), self.outputs] @ self.dual.root
-        u = u + standard_normal((n_samples,), torch.Size((M,)), generator, root)
-        known = self.dual.explained(self.cross(x)) @ self.dual.whitened(u).mT
-        return g[:, M:] - known.movedim(-1, 0)
+        root, of_outputs = _root(kernels.gram(self.kernel, everywhere, everywhere)), _root(self.B)
+        explained = self.dual.explained(self.cross(x))
+        shape = torch.Size((len(root), len(self.B)))
+        for some in some_at_a_time(n_samples, shape.numel()):
+            g = root @ standard_normal((some,), shape, generator, root) @ of_outputs
+            u = g[:, torch.arange(M), self.outputs] @ self.dual.root
+            u = u + standard_normal((some,), torch.Size((M,)), generator, root)
+            yield g[:, M:] - (explained @ self.dual.whitened(u).mT).movedim(-1, 0)
 
 
 def _root(K: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

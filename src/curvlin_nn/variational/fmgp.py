@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from curvlin_nn.batches import Labelled
 from curvlin_nn.capture.inputs import map_tensors
 from curvlin_nn.capture.state import device_of, random_state_kept
-from curvlin_nn.errors import (
-    DataError,
-    OutputError,
-)
+from curvlin_nn.errors import DataError, OutputError
 from curvlin_nn.feature_maps.pool import Pool
 from curvlin_nn.fingerprint import Fingerprint
 from curvlin_nn.inference_mode import outside_inference_mode

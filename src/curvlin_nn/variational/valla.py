@@ -19,14 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlin.precision.base import PrecisionOperator
-from curvlin_nn.batches import Labelled, batches, choose
+from curvlin_nn.batches import Labelled, Passes, choose
 from curvlin_nn.capture import Recorder
 from curvlin_nn.capture.inputs import split_batch
 from curvlin_nn.capture.state import device_of, random_state_kept
-from curvlin_nn.errors import (
-    DataError,
-    UnsupportedError,
-)
+from curvlin_nn.errors import UnsupportedError
 from curvlin_nn.feature_maps import JacobianMap
 from curvlin_nn.fingerprint import Fingerprint
 from curvlin_nn.inference_mode import outside_inference_mode
@@ -141,7 +138,7 @@ class VaLLA(VariationalPosterior[Fitted]):
         fingerprint = Fingerprint.of(self.model)
         with random_state_kept(device):  # loaders draw from the default generator
             loader = Counted(Labelled(train_loader, self.dict_key_y))
-            x, targets = _first(loader)
+            x, targets = split_batch(next(iter(loader)), "batch 0")
             space = choose(self.model, self.subset_of_weights, x, "batch 0")
             recorder = Recorder(self.model, space)
             recording = recorder(x, "batch 0")
@@ -197,15 +194,10 @@ class VaLLA(VariationalPosterior[Fitted]):
         """
         fit = self._checked()
         total = torch.zeros((), dtype=torch.float64, device=device_of(self.model))
-        empty = True
         with random_state_kept(total.device):
-            for index, (x, targets) in enumerate(batches(Labelled(loader, self.dict_key_y), total.device)):
-                found = fit.sparse.expected_likelihood(
-                    fit.recorder, self.likelihood, x, targets, f"batch {index}"
-                )
-                total, empty = total + found.sum(), False
-        if empty:
-            raise DataError("the loader yielded no batch, expected at least one (inputs, targets)")
+            for where, x, targets in Passes(Labelled(loader, self.dict_key_y), self.model):
+                found = fit.sparse.expected_likelihood(fit.recorder, self.likelihood, x, targets, where)
+                total = total + found.sum()
         return total - fit.sparse.dual.divergence()
 
     @classmethod
@@ -244,9 +236,3 @@ def _one_precision(value: float | Tensor) -> Float[Tensor, ""]:
             f"prior_precision must be one number for VaLLA, found shape {tuple(precision.shape)}"
         )
     return precision.reshape(()).double()
-
-
-def _first(loader: Iterable[Any]) -> tuple[Any, Tensor]:
-    for batch in loader:
-        return split_batch(batch, "batch 0")
-    raise DataError("the loader yielded no batch, expected at least one (inputs, targets)")
