@@ -101,6 +101,30 @@ def test_all_noise_scales_are_found_together_with_the_prior(structure, start):
     assert float(la.sigma_noise[2]) > 3 * float(la.sigma_noise[0])
 
 
+class Faint(nn.Module):
+    """A linear layer, and two parameters that the outputs hardly depend on."""
+
+    def __init__(self, influence: float) -> None:
+        super().__init__()
+        self.layer, self.faint = nn.Linear(4, 3), nn.Parameter(torch.ones(2))
+        self.influence = influence
+
+    def forward(self, x):
+        return self.layer(x) + self.influence * (x[:, :2] @ self.faint)[:, None]
+
+
+@pytest.mark.parametrize("influence", [1e-17, 1e-20])
+def test_parameters_without_influence_do_not_stop_the_search(influence):
+    p = problem("mlp", "regression", n=12)
+    model = Faint(influence).double()
+    la = Laplace(model, "regression", "all", "diag", sigma_noise=torch.ones(3)).fit([(p.x, p.y)])
+    la.optimize_prior_precision(prior_structure="diag", optimize_noise=True)
+    other = Laplace(model, "regression", ["layer"], "diag", sigma_noise=torch.ones(3)).fit([(p.x, p.y)])
+    other.optimize_prior_precision(prior_structure="diag", optimize_noise=True)
+    torch.testing.assert_close(la.sigma_noise, other.sigma_noise, rtol=1e-6, atol=0)
+    torch.testing.assert_close(la.prior_precision[2:], other.prior_precision, rtol=1e-6, atol=0)
+
+
 def test_the_prior_alone_is_found_at_fixed_noise():
     p = problem("mlp", "regression", n=12)
     la = fitted(p, "kron", sigma_noise=SIGMA)
