@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from networks import ADDITIVE, Tied, problem
+from networks import ADDITIVE, Faint, Tied, problem
 from scipy.optimize import minimize
 from torch import nn
 
@@ -99,18 +99,6 @@ def test_all_noise_scales_are_found_together_with_the_prior(structure, start):
     assert found.gradient_norm < 1e-7
     assert found.log_marginal_likelihood == pytest.approx(-best.fun, rel=1e-12)
     assert float(la.sigma_noise[2]) > 3 * float(la.sigma_noise[0])
-
-
-class Faint(nn.Module):
-    """A linear layer, and two parameters that the outputs hardly depend on."""
-
-    def __init__(self, influence: float) -> None:
-        super().__init__()
-        self.layer, self.faint = nn.Linear(4, 3), nn.Parameter(torch.ones(2))
-        self.influence = influence
-
-    def forward(self, x):
-        return self.layer(x) + self.influence * (x[:, :2] @ self.faint)[:, None]
 
 
 @pytest.mark.parametrize("influence", [1e-17, 1e-20])
