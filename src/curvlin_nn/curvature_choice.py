@@ -152,6 +152,11 @@ class OfColumns(CurvatureChoice):
             raise UnsupportedError("damping=True takes one sigma_noise for all outputs; give one number")
         if self.columns.kind != "exact":
             _refuse_by_output()
+        if isinstance(self.selection, Subnetwork):
+            raise UnsupportedError(
+                "one sigma_noise for each output is not supported for a subnetwork; give one number, or whole "
+                "parameters by name"
+            )
         return [partial(PerOutput, structure=self.structure, n_outputs=n_outputs)]
 
     def described(self) -> dict[str, Any]:

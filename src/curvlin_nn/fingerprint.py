@@ -102,7 +102,7 @@ def checksum(tensor: Tensor) -> Int[Tensor, " 3"]:
 
     The first sum notices a change of one entry, the others an exchange of two.
     """
-    memory = tensor.detach().reshape(-1).view(torch.uint8)
+    memory = tensor.detach().reshape(-1).contiguous().view(torch.uint8)  # reshaped, a broadcast one stays so
     words = F.pad(memory, (0, -len(memory) % (8 * WIDTH))).view(torch.int64)
     words = words.reshape(len(words) // WIDTH, WIDTH)
     by_row, by_column = words.sum(1), words.sum(0)

@@ -161,7 +161,7 @@ class Fitted:
         return closed(stated, self.curvature.total, projection)
 
     def output_shape(self, likelihood: Likelihood) -> tuple[int, ...]:
-        """Of one sample's outputs at the input of this prediction; one number counts as an axis of length one.
+        """Of one sample's outputs at the input of this prediction.
 
         Raises:
             OutputError: if they differ from those in `fit` in more than the length of sequences.
@@ -175,7 +175,7 @@ class Fitted:
                 f"model outputs must have shape ({expected}) as in fit, but for the length of sequences, "
                 f"found ({found})"
             )
-        return shape or (1,)
+        return shape
 
     def in_whole(self, values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch P"]:
         """Values of the posterior's coordinates, in the flat vector of all parameters."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from torch import Tensor
 from tqdm import tqdm
 
 from curvlin_nn.capture.inputs import can_be_cut, select_samples, tensors_of
 from curvlin_nn.errors import OutputError
 
-FoundT = TypeVar("FoundT", bound="tuple[Any, ...]")
+FoundT = TypeVar("FoundT")
+PartT = TypeVar("PartT", bound="tuple[Any, ...]")
 
 PROBED = 2
 """Samples of the first part, which tells how much memory one takes, and whether samples stand along axis 0: one sample
@@ -39,28 +39,47 @@ def cut(x: Any, n_samples: int, at_once: int) -> Iterator[tuple[Any, int]]:
         yield select_samples(x, slice(start, stop), n_samples), stop - start
 
 
-def check_rows(outputs: Tensor, expected: int) -> None:
-    """Whether a part of the samples has as many rows of outputs.
+def by_parts(
+    x: Any, n_samples: int, at_once: int, at: Callable[[Any, int], FoundT], rows: Callable[[FoundT], int]
+) -> Iterator[FoundT]:
+    """What there is at some samples at a time, or at all of x where the first of these shows none for each row.
+
+    As many samples along another axis as were probed have so many rows in any part of axis 0; the parts are of another
+    length.
+
+    Args:
+        x: what the model takes, of which a part of `PROBED` samples has as many rows of outputs.
+        n_samples: the length of axis 0.
+        at_once: how many samples there is room for.
+        at: gives what there is at a part, and is told how many samples that should be.
+        rows: of outputs, in what `at` gave.
 
     Raises:
-        OutputError: if it has not.
+        OutputError: if a later part does not have as many rows of outputs as samples.
     """
-    if len(outputs) != expected:
-        raise OutputError(
-            f"model outputs for {expected} samples must have as many rows, found {len(outputs)}; give inputs with "
-            "samples along axis 0"
-        )
+    at_once = PROBED + 1 if at_once == PROBED else at_once
+    for index, (part, expected) in enumerate(cut(x, n_samples, at_once)):
+        found = at(part, expected)
+        if rows(found) != expected and index > 0:
+            raise OutputError(
+                f"model outputs for {expected} samples must have as many rows, found {rows(found)}; give inputs with "
+                "samples along axis 0"
+            )
+        if rows(found) != expected:
+            yield found if expected == n_samples else at(x, n_samples)
+            return
+        yield found
 
 
 def in_parts(
     x: Any,
-    at: Callable[[Any], FoundT],
+    at: Callable[[Any], PartT],
     *,
     n_samples: Callable[[Any], int],
-    entries: Callable[[FoundT], int],
+    entries: Callable[[PartT], int],
     budget: int,
     progress_bar: bool = False,
-) -> Iterator[FoundT]:
+) -> Iterator[PartT]:
     """What there is at x, of a bounded number of samples at a time; the first two measure the size.
 
     Args:
@@ -72,7 +91,7 @@ def in_parts(
         progress_bar: whether to show one.
 
     Raises:
-        OutputError: if a part does not have as many rows of outputs as samples.
+        OutputError: if a later part does not have as many rows of outputs as samples.
     """
     total = count(x, n_samples)
     if total <= PROBED:
@@ -83,8 +102,5 @@ def in_parts(
         yield at(x)
         return
     at_once = max(1, budget * PROBED // max(1, entries(probe)))
-    parts = cut(x, total, at_once)
-    for part, expected in tqdm(parts, "prediction", -(-total // at_once), disable=not progress_bar):
-        found = at(part)
-        check_rows(found[0], expected)
-        yield found
+    parts = by_parts(x, total, at_once, lambda part, _: at(part), lambda found: len(found[0]))
+    yield from tqdm(parts, "prediction", -(-total // at_once), disable=not progress_bar)

@@ -780,7 +780,7 @@ class Laplace(PosteriorPredictive):
             )
         sigma_noise = self._sigma_noise.detach()
         if pred_type == "nn":
-            shape = self._fit.accumulated.output_shape or (1,)
+            shape = self._fit.accumulated.output_shape
             return SampledPredictor(
                 Response(self.likelihood, lambda: shape, sigma_noise), self._weight_space(progress_bar)
             )

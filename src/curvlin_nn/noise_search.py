@@ -28,6 +28,9 @@ _Function = Callable[[Tensor], Tensor]
 LAST_STEP = 1e-6
 """A Newton step this short is the last: it squares its error."""
 
+LOST = torch.finfo(torch.float64).eps / LAST_STEP
+"""Derivatives this small have a Newton step that rounding moves by more than the last one is long."""
+
 
 @outside_inference_mode()
 def maximise_by_output(
@@ -68,7 +71,7 @@ def maximise_by_output(
         u = torch.cat([u, torch.full_like(squares, 2 * math.log(float(shared.sigma_noise)))])
     for steps in tqdm(range(max_steps), desc="Newton steps, at most", disable=not progress_bar):
         found, gradient, hessian = _derivatives(value, u)
-        step = torch.linalg.solve(-hessian, gradient)
+        step = _newton_step(gradient, hessian)
         length = float(step.abs().max())
         if length <= LAST_STEP:
             u = u + step
@@ -82,6 +85,17 @@ def maximise_by_output(
         f"the prior precision did not converge in {max_steps} steps (gradient norm {float(gradient.norm()):.1e}); "
         "raise max_steps, or check that the model was trained"
     )
+
+
+def _newton_step(gradient: Tensor, hessian: Tensor) -> Tensor:
+    """Newton's step, with none in logarithms in which log Z is flat but for rounding.
+
+    Such is the precision of a parameter without influence, as the bias of the keys in attention.
+    """
+    flat = torch.maximum(gradient.abs(), hessian.diagonal().abs()) <= LOST
+    bend = torch.where(flat | flat[:, None], 0.0, -hessian) + torch.diag(flat.to(hessian))
+    step: Tensor = torch.linalg.solve(bend, torch.where(flat, 0.0, gradient))
+    return step
 
 
 def _ascended(value: _Function, u: Tensor, here: float, step: Tensor, length: float) -> Tensor:

@@ -46,6 +46,9 @@ slope, ``x = 2 r a``: more than a quarter of ``a`` at ``x = 1``. A longer step d
 its end. No value needs to be compared, whose terms cancel and whose last digits would stop the last steps.
 """
 
+ROUNDING = 32 * torch.finfo(torch.float64).eps
+"""A gradient that is a difference of numbers of parameters is lost where it is less than so much for each of them."""
+
 
 @dataclass(frozen=True)
 class Optimum:
@@ -84,11 +87,12 @@ class _Point:
     tau: Tensor
     gradient: Tensor
     size: Tensor
+    rounding: float | Tensor  # of the gradient
     bend: Tensor  # (K,) where the groups do not interact, (K, K) where they do
     noise: _Noise | None
 
     def converged(self, tolerance: float) -> bool:
-        small = bool((self.gradient.abs() <= tolerance * self.size).all())
+        small = bool((self.gradient.abs() <= tolerance * self.size + self.rounding).all())
         return small and (
             self.noise is None or bool(self.noise.gradient.abs() <= tolerance * self.noise.size)
         )
@@ -292,6 +296,7 @@ class _Objective:
             tau,
             gradient=(gamma - scatter) / 2,
             size=(gamma + scatter) / 2,
+            rounding=ROUNDING * self.prior.sizes if self.eigenvalues is None else 0.0,
             bend=(B + (scatter if B.ndim == 1 else torch.diag(scatter))) / 2,
             noise=noise,
         )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import Problem, problem
+from networks import Faint, Problem, problem
 from scipy.optimize import minimize
 from torch import nn
 
@@ -265,6 +265,19 @@ def test_there_is_no_finite_noise_when_the_fit_is_perfect():
     la = Laplace(p.model, "regression", "all", "kron").fit([(p.x, perfect.y)])
     with pytest.raises(NoFiniteOptimumError, match="the residuals are all zero"):
         la.optimize_prior_precision(optimize_noise=True)
+
+
+@pytest.mark.parametrize("influence", [1e-12, 1e-17])
+def test_parameters_without_influence_do_not_stop_the_search(influence):
+    """The gradient in their precision is the rounding of a difference."""
+    p = problem("mlp", "regression", n=12)
+    model = Faint(influence).double()
+    la = Laplace(model, "regression", "all", "full").fit([(p.x, p.y)])
+    found = la.optimize_prior_precision(prior_structure="layerwise", optimize_noise=True)
+    other = Laplace(model, "regression", ["layer"], "full").fit([(p.x, p.y)])
+    expected = other.optimize_prior_precision(prior_structure="layerwise", optimize_noise=True)
+    assert found.sigma_noise == pytest.approx(expected.sigma_noise, rel=1e-7)
+    torch.testing.assert_close(la.prior_precision[1:], other.prior_precision, rtol=1e-7, atol=0)
 
 
 def test_a_search_that_is_cut_short_says_so_and_changes_nothing():

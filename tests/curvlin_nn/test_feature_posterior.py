@@ -64,6 +64,17 @@ def predicted(la: Laplace, p: Problem) -> torch.Tensor:
 # -- features that span all rows of the data are the exact posterior -------------------------------------------------
 
 
+def test_nystrom_with_all_rows_of_a_model_of_one_number_is_the_full_posterior():
+    """Gradients of the only output are the number one for every sample, which is held once."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 1), nn.Flatten(0)).double()
+    x, y = torch.randn(6, 4).double(), torch.randn(6).double()
+    la = Laplace(model, "regression", feature_map=NystromMap(model, x, outputs="all")).fit([(x, y)])
+    full = Laplace(model, "regression", "all", "full").fit([(x, y)])
+    x_test = torch.randn(5, 4).double()
+    torch.testing.assert_close(la(x_test, joint=True)[1], full(x_test, joint=True)[1], **TIGHT)
+
+
 @pytest.mark.parametrize(("kind", "likelihood"), CASES)
 def test_nystrom_with_all_rows_is_the_full_posterior(kind, likelihood):
     p = problem(kind, likelihood)

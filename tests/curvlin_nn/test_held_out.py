@@ -86,6 +86,27 @@ def test_dense_predictions_are_scored():
         assert float(score) == pytest.approx(float(F.nll_loss(probabilities.log(), y)), rel=1e-9)
 
 
+@pytest.mark.parametrize("likelihood", ["regression", "binary", "poisson"])
+def test_a_model_of_one_number_is_scored_at_targets_of_the_same_shape(likelihood):
+    """Outputs ``(N,)`` as targets are, of data that were fitted to in the same form."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1), nn.Flatten(0)).double()
+    x, y = torch.randn(9, 4).double(), torch.randint(2, (9,)).double()
+    la = Laplace(model, likelihood, "all", "kron").fit([(x, y)])
+    found = la.optimize_prior_precision(
+        "gridsearch", val_loader=[(x[:5], y[:5]), (x[5:], y[5:])], grid_size=3
+    )
+    for delta, score in zip(found.precisions, found.scores, strict=True):
+        la.prior_precision = float(delta)
+        if likelihood == "regression":
+            mean, variance = la(x, observation_noise=True, diagonal_output=True)
+            log_p = torch.distributions.Normal(mean[:, 0], variance[:, 0].sqrt()).log_prob(y)
+        else:
+            family = {"binary": torch.distributions.Bernoulli, "poisson": torch.distributions.Poisson}
+            log_p = family[likelihood](la(x)[:, 0]).log_prob(y)
+        assert float(score) == pytest.approx(-float(log_p.mean()), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("link_approx", "pred_type"),
     [("mc", "glm"), ("probit", "glm")],

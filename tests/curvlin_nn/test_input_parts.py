@@ -101,3 +101,29 @@ def test_samples_along_another_axis_are_taken_whole(monkeypatch):
     alone = la(x[:, :1]), la(x[:, :1], "nn", n_samples=3, generator=torch.Generator().manual_seed(1))
     for mine, whole in zip(alone, expected, strict=True):
         torch.testing.assert_close(mine, tuple(t[:1] for t in whole), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("n_steps", [3, 4, 5])
+def test_two_samples_along_another_axis_are_told_from_two_steps(n_steps, monkeypatch):
+    """Any part of the steps has two rows, as a part of two samples has."""
+
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.body(x)).mean(0))
+
+    torch.manual_seed(0)
+    x, y = torch.randn(n_steps, N, 3).double(), torch.randn(N, 2).double()
+    la = Laplace(TimeFirst().double(), "regression", "all", "full").fit([(x, y)])
+    mean, covariance = la(x)
+    at_draws = la(x, "nn", n_samples=3, generator=torch.Generator().manual_seed(1))
+    expected = mean[:2], covariance[:2], at_draws[0][:2]
+    for exponent in range(12):  # room for one step, two, three, ...
+        monkeypatch.setattr(predictive.linearised, "FEATURE_BUDGET", 2**exponent)
+        monkeypatch.setattr(predictive.weight_space, "ACTIVATION_BUDGET", 2**exponent)
+        pair = x[:, :2]
+        found = (*la(pair), la(pair, "nn", n_samples=3, generator=torch.Generator().manual_seed(1))[0])
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)

@@ -1,6 +1,7 @@
 """The user's model and torch's state come back as they were: after every call, and after every failure."""
 
 import copy
+from collections import deque
 
 import pytest
 import torch
@@ -392,6 +393,52 @@ def test_what_a_model_caches_is_as_it_was_and_out_of_date_in_no_batch():
     )
     expected = J.mT @ J
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+class Collecting(nn.Module):
+    """Holds a weight that it makes once in a dictionary, and what it has seen in a list, a deque and a set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.made: dict[str, Tensor] = {}
+        self.outputs: list[Tensor] = []
+        self.recent: deque[Tensor] = deque(maxlen=2)
+        self.lengths = {1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "weight" not in self.made:
+            self.made["weight"] = torch.tanh(self.layer.weight)
+        self.outputs.append(x @ self.made["weight"].mT + self.layer.bias)
+        self.recent.append(x)
+        self.lengths.add(len(x))
+        return self.outputs[-1]
+
+
+def test_what_a_model_collects_is_as_it_was_and_out_of_date_in_no_batch():
+    torch.manual_seed(4)
+    model = Collecting().double()
+    batches = [(torch.randn(3, 3).double(), torch.randn(3, 2).double()) for _ in range(3)]
+    collected = model.made, model.outputs, model.recent, model.lengths
+    seen = torch.zeros(1, 3).double()
+    model.recent.append(seen)
+    la = Laplace(model, "regression", "all", "full").fit(batches)
+    rows = [jacobian_row_by_row(copy.deepcopy(model), [(one,)])[0] for x, _ in batches for one in x.split(1)]
+    J = torch.cat(rows)
+    torch.testing.assert_close(la.curvature.to_dense(), J.mT @ J, rtol=1e-10, atol=0)
+    covariance = (
+        torch.cat(rows[:3]) @ torch.linalg.inv(la.posterior_precision.to_dense()) @ torch.cat(rows[:3]).mT
+    )
+    torch.testing.assert_close(la(batches[0][0], joint=True)[1], covariance, rtol=1e-10, atol=1e-14)
+    la(batches[0][0], pred_type="nn", n_samples=2)
+    assert (model.made, model.outputs, model.lengths) == ({}, [], {1})
+    assert len(model.recent) == 1 and model.recent[0] is seen
+    assert all(
+        now is before
+        for now, before in zip(
+            (model.made, model.outputs, model.recent, model.lengths), collected, strict=True
+        )
+    )
 
 
 def test_parameters_that_no_input_has_given_a_shape_are_refused_by_name():

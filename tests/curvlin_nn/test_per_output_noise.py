@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from networks import ADDITIVE, Tied, problem
+from networks import ADDITIVE, Faint, Tied, problem
 from scipy.optimize import minimize
 from torch import nn
 
@@ -99,6 +99,18 @@ def test_all_noise_scales_are_found_together_with_the_prior(structure, start):
     assert found.gradient_norm < 1e-7
     assert found.log_marginal_likelihood == pytest.approx(-best.fun, rel=1e-12)
     assert float(la.sigma_noise[2]) > 3 * float(la.sigma_noise[0])
+
+
+@pytest.mark.parametrize("influence", [1e-17, 1e-20])
+def test_parameters_without_influence_do_not_stop_the_search(influence):
+    p = problem("mlp", "regression", n=12)
+    model = Faint(influence).double()
+    la = Laplace(model, "regression", "all", "diag", sigma_noise=torch.ones(3)).fit([(p.x, p.y)])
+    la.optimize_prior_precision(prior_structure="diag", optimize_noise=True)
+    other = Laplace(model, "regression", ["layer"], "diag", sigma_noise=torch.ones(3)).fit([(p.x, p.y)])
+    other.optimize_prior_precision(prior_structure="diag", optimize_noise=True)
+    torch.testing.assert_close(la.sigma_noise, other.sigma_noise, rtol=1e-6, atol=0)
+    torch.testing.assert_close(la.prior_precision[2:], other.prior_precision, rtol=1e-6, atol=0)
 
 
 def test_the_prior_alone_is_found_at_fixed_noise():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import network_oracle as oracle
@@ -166,6 +167,28 @@ def test_joint_products_of_weight_and_bias():
     )
 
 
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "kfoc", "kron-lowrank", "joint bias"])
+@pytest.mark.parametrize(
+    "index",
+    [
+        torch.arange(24),
+        torch.tensor([4, 6, 8, 10]),
+        torch.tensor([5]),
+        torch.tensor([0, 1, 2, 3, 24]),
+    ],
+    ids=["weight", "rows times columns", "one coordinate", "row and bias"],
+)
+def test_predictions_where_one_product_is_all_there_is(index, structure):
+    p = problem("mlp", "regression")
+    choice = functools.partial(Kronecker, joint_bias=True) if structure == "joint bias" else structure
+    la = Laplace(p.model, p.likelihood, "subnetwork", choice, subnetwork_indices=index).fit(p.batches())
+    J = oracle.jacobian(p.model, p.x_test)[..., index].flatten(0, 1)
+    expected = J @ torch.linalg.inv(la.posterior_precision.to_dense()) @ J.T
+    torch.testing.assert_close(la(p.x_test, joint=True)[1], expected, rtol=1e-10, atol=1e-13)
+    each = torch.stack([expected[i : i + 3, i : i + 3] for i in range(0, len(expected), 3)])
+    torch.testing.assert_close(la(p.x_test)[1], each, rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("structure", ["full", "kron"])
 def test_tied_weights_and_sequences(structure):
     torch.manual_seed(0)
@@ -289,6 +312,16 @@ def test_refusals(arguments, message):
     arguments = {"subset_of_weights": "subnetwork", "hessian_structure": "full"} | arguments
     with pytest.raises(UnsupportedError, match=message):
         Laplace(mlp(), "classification", **arguments)
+
+
+@pytest.mark.parametrize("structure", ["full", "kron"])
+def test_one_noise_scale_for_each_output_is_refused(structure):
+    p = problem("mlp", "regression")
+    la = Laplace(
+        p.model, p.likelihood, "subnetwork", structure, subnetwork_indices=[3], sigma_noise=torch.ones(3)
+    )
+    with pytest.raises(UnsupportedError, match="not supported for a subnetwork; give one number"):
+        la.fit(p.batches())
 
 
 def test_a_dense_submatrix_of_a_product_is_refused_where_it_is_too_large(monkeypatch):

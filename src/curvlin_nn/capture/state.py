@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import copy
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -98,10 +99,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Every module has the attributes and buffers outside that it had before, whatever a forward pass assigns.
 
-    What a model caches (a table for the longest sequence so far, a weight made of parameters) would else be of tensors
-    that stood in for its own, and no longer fit buffers that come back.
+    So have the lists, dictionaries, sets and deques among them the entries. What a model caches (a table for the
+    longest sequence so far, a weight made of parameters) would else be of tensors that stood in for its own, and no
+    longer fit buffers that come back.
     """
     held = [(own, dict(own)) for module in model.modules() for own in (vars(module), module._buffers)]
+    collected = [
+        (value, copy.copy(value))
+        for _, before in held
+        for name, value in before.items()
+        if type(value) in _COLLECTIONS and name not in _OF_EVERY_MODULE
+    ]
     try:
         yield
     finally:
@@ -109,6 +117,16 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
             for added in own.keys() - before.keys():
                 del own[added]
             own.update(before)
+        for collection, entries in collected:
+            collection.clear()
+            add = collection.extend if isinstance(collection, (list, deque)) else collection.update
+            add(entries)
+
+
+_COLLECTIONS = (list, dict, OrderedDict, defaultdict, set, deque)
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Names of attributes in which a module holds its parameters, buffers, modules and hooks."""
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,12 @@ from curvlin.precision.base import PrecisionOperator
 def aligned(Phi: FeatureOperator, P: PrecisionOperator) -> FeatureOperator:
     """The same features with the parts that stand in one block of P put together; nothing is multiplied out.
 
-    They are left as they are where P has no blocks, or one that cuts through a part in factored form.
+    They are left as they are where P has no blocks, or one that cuts through a part in factored form. Kronecker factors
+    alone, as of a subnetwork within one weight, are one block.
     """
+    if isinstance(Phi, BlockFeatures) and _matrix_sizes(P) is not None:
+        (whole,) = cast(BlockFeatures, aligned(Phi, BlockDiag([P]))).parts
+        return whole
     if not isinstance(P, BlockDiag) or not isinstance(Phi, BlockFeatures) or Phi.indices == P.indices:
         return Phi
     Phi = _cut(Phi, P.indices)

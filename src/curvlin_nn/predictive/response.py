@@ -19,8 +19,7 @@ class Response:
 
     Attributes:
         likelihood: the family.
-        output_shape: tells that of the outputs of one sample, once there are some; one number counts as an axis of
-            length one.
+        output_shape: tells that of the outputs of one sample, once there are some.
         sigma_noise: the noise scale, or one for each output of a term.
     """
 
@@ -30,8 +29,8 @@ class Response:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the outputs of one sample."""
-        return self.output_shape()
+        """Of the outputs of one sample; one number counts as an axis of length one."""
+        return self.output_shape() or (1,)
 
     @property
     def is_noisy(self) -> bool:

@@ -18,7 +18,7 @@ from curvlin_nn.capture.checks import checked_outputs
 from curvlin_nn.capture.detours import loops_of_vmap_unannounced
 from curvlin_nn.capture.inputs import select_samples
 from curvlin_nn.capture.state import attributes_kept, capturing, device_of, forward, nothing_drawn, prepared
-from curvlin_nn.input_parts import PROBED, check_rows, count, cut
+from curvlin_nn.input_parts import PROBED, by_parts, count
 from curvlin_nn.parameters import ParameterSpace
 from curvlin_nn.predictive.draws import deviations
 
@@ -85,12 +85,15 @@ class WeightSpace:
             if not can_be_cut or found != PROBED:
                 return self._at_once(theta, x, largest.size, _SideBySide())
             each = -(-largest.size // PROBED)
-            parts, mapped = [], _SideBySide()
-            for part, expected in cut(x, n_samples, max(1, ACTIVATION_BUDGET // each)):
-                outputs = self._at_once(theta, part, each * expected, mapped)
-                check_rows(outputs[0], expected)
-                parts.append(outputs)
-            return torch.cat(parts, dim=1)
+            mapped = _SideBySide()
+
+            def at(part: Any, expected: int) -> Tensor:
+                return self._at_once(theta, part, each * expected, mapped)
+
+            parts = by_parts(
+                x, n_samples, max(1, ACTIVATION_BUDGET // each), at, lambda outputs: outputs.shape[1]
+            )
+            return torch.cat(list(parts), dim=1)
 
     def _at_once(
         self, theta: Float[Tensor, "s P"], x: Any, entries: int, mapped: _SideBySide
