@@ -47,6 +47,10 @@ def test_draws_have_the_covariance_and_not_that_of_the_other_triangle(monkeypatc
     assert torch.allclose(root @ root.mT, V[0], rtol=1e-10, atol=1e-10)
     L = torch.linalg.cholesky(V[0])
     assert not torch.allclose(L.mT @ L, V[0], rtol=1e-2)
+    white = outputs.GaussianLogits(torch.zeros_like(mean), eye).log_probabilities_as_published()[0]
+    drawn = outputs.GaussianLogits(mean, V).log_probabilities_as_published()[0]
+    root = torch.linalg.lstsq(white, drawn - mean).solution.mT
+    assert torch.allclose(root, L.mT, rtol=1e-10, atol=1e-10)  # the script's is of the other one
 
 
 def test_mean_softmax_of_gaussian_logits_against_quadrature():
@@ -295,6 +299,16 @@ def test_the_claim_is_of_pairs_and_needs_every_part():
     assert found[1].endswith("no") and found[-1] == "no"
 
 
+def test_the_paper_is_compared_with_by_the_conventions_of_its_script():
+    r = result("LLLA", 1, **{"NLL, as published": 0.2714, "AUC kmnist, as published": 0.8, "AUC kmnist": 0.9})
+    found = cells(report.comparison_table({"LLLA": [r]}), "LLLA")
+    assert found[3:5] == ["0.2714", "0.2714"]
+    assert found[5] == f"{r['scores']['ECE']:.4f}"  # nothing else is known of it
+    assert found[7] == "0.800"
+    off = cells(report.tolerance_table({"LLLA": [r]}), "LLLA")
+    assert off[2] == "-0.0000 (within 0.01)" and off[4].startswith("-0.0415")
+
+
 def test_one_seed_has_no_error():
     assert report.Value.of([0.25]).shown(2) == "0.25"
 
@@ -341,4 +355,7 @@ def test_rows_from_images_to_files(data_dir, tmp_path, monkeypatch, protocol):
     scored = {name: r["scores"]["NLL"] for name, r in found.items()}
     assert found["LLLA"]["NLL minus MAP"]["mean"] == pytest.approx(scored["LLLA"] - scored["MAP"])
     assert found["LLLA"]["options"]["prior precision"] > 0
+    drawn = {name: report.as_published("NLL")(r) for name, r in found.items()}
+    assert drawn["MAP"] == scored["MAP"]
+    assert (drawn["LLLA"] != scored["LLLA"]) == (protocol == "published")
     assert sum(found["LLLA"]["histograms"]["entropy"]["counts"]["mnist"]) == 60

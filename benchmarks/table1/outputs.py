@@ -21,6 +21,9 @@ SEED = 2147483647
 CHUNK = 250
 """Images whose logits are drawn at once."""
 
+Draw = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
+"""Draws of Gaussians, from their means, their covariances, and how many."""
+
 
 class Logits(ABC):
     """Of N images, in whatever form a method has them."""
@@ -28,6 +31,10 @@ class Logits(ABC):
     @abstractmethod
     def log_probabilities(self) -> Tensor:
         """The logarithm of the mean softmax, ``(N, C)``."""
+
+    def log_probabilities_as_published(self) -> Tensor:
+        """The same as the published script draws it."""
+        return self.log_probabilities()
 
     def log_determinants(self) -> Tensor | None:
         """Of the covariances, ``(N,)``: twice the entropies of the Gaussians over logits, up to a constant."""
@@ -52,6 +59,13 @@ class GaussianLogits(Logits):
     covariance: Tensor
 
     def log_probabilities(self) -> Tensor:
+        return self._log_mean_softmax_of(draw)
+
+    def log_probabilities_as_published(self) -> Tensor:
+        """See `Logits.log_probabilities_as_published`."""
+        return self._log_mean_softmax_of(_draw_as_published)
+
+    def _log_mean_softmax_of(self, draw: Draw) -> Tensor:
         generator = torch.Generator().manual_seed(SEED)
         parts = zip(self.mean.split(CHUNK), self.covariance.split(CHUNK), strict=True)
         return torch.cat([_log_mean_softmax(draw(m, V, N_DRAWS, generator)) for m, V in parts])
@@ -71,6 +85,20 @@ class DrawnLogits(Logits):
 
     def log_probabilities(self) -> Tensor:
         return _log_mean_softmax(self.draws)
+
+
+def _draw_as_published(
+    mean: Tensor, covariance: Tensor, n_samples: int, generator: torch.Generator
+) -> Tensor:
+    """Draws ``f + z L``, whose covariance is ``L^T L`` where it should be ``L L^T``.
+
+    A covariance that float32 has left without a Cholesky factor gets as much on its diagonal as that rounds it by.
+    """
+    V = covariance.double()
+    rounding = torch.finfo(covariance.dtype).eps * V.diagonal(dim1=-2, dim2=-1).amax(-1)
+    L = torch.linalg.cholesky(V + rounding[:, None, None] * torch.eye(V.shape[-1])).to(mean.dtype)
+    noise = torch.randn(n_samples, *mean.shape, dtype=mean.dtype, generator=generator)
+    return mean + torch.einsum("sna,nab->snb", noise, L)
 
 
 def _log_mean_softmax(draws: Tensor) -> Tensor:

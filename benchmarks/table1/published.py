@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-COLUMNS = ("ACC", "NLL", "ECE", "AUC kmnist, as published", "Gaussian AUC kmnist")
+COLUMNS = ("ACC", "NLL", "ECE", "AUC kmnist", "Gaussian AUC kmnist")
 
 NUMBERS: dict[str, tuple[float | None, ...]] = {
     "MAP": (91.01, 0.25391, 0.01021, 0.77316, None),
-    "LLA": (90.92, 0.27142, 0.02386, 0.84154, 0.99277),
+    "LLLA": (90.92, 0.27142, 0.02386, 0.84154, 0.99277),
     "ELLA": (90.99, 0.25304, 0.00677, 0.78720, 0.73981),
     "VaLLA": (90.99, 0.25160, 0.00478, 0.80953, 0.94870),
     "FMGP": (91.00, 0.26236, 0.03638, 0.89073, 0.86621),
@@ -15,12 +15,12 @@ NUMBERS: dict[str, tuple[float | None, ...]] = {
     "ScaLLA": (91.03, 0.25284, 0.00776, 0.78913, 0.78464),
     "ScaLLA biased": (90.99, 0.25303, 0.00843, 0.82137, 0.98266),
 }
-"""By row and `COLUMNS`; one seed."""
+"""By row and `COLUMNS`, all by the conventions of its script; one seed."""
 
-TOLERANCES = {"ACC": 0.5, "NLL": 0.01, "ECE": 0.006, "AUC kmnist, as published": 0.05}
+TOLERANCES = {"ACC": 0.5, "NLL": 0.01, "ECE": 0.006, "AUC kmnist": 0.05}
 """How far a faithful reproduction with another trained network may be off."""
 
-FAITHFUL = ("MAP", "LLA", "ELLA")
+FAITHFUL = ("MAP", "LLLA", "ELLA")
 """Rows that are to be within them."""
 
 LEAST_GAUSSIAN_AUC = 0.98

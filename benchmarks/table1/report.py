@@ -39,6 +39,11 @@ def score(name: str) -> Callable[[Result], float | None]:
     return lambda result: result["scores"][name]
 
 
+def as_published(name: str) -> Callable[[Result], float | None]:
+    """The same by the conventions of the paper's script, as far as they are known of a result."""
+    return lambda result: result["scores"].get(f"{name}, as published", result["scores"][name])
+
+
 MAIN: tuple[Column, ...] = (
     ("ACC %", score("ACC"), 2),
     ("NLL", score("NLL"), 4),
@@ -101,7 +106,7 @@ def comparison_table(rows: dict[str, list[Result]]) -> str:
         cells = [row]
         for number, column in enumerate(published.COLUMNS):
             digits = DIGITS.get(column, 3)
-            ours, theirs = over_seeds(results, score(column)), None if paper is None else paper[number]
+            ours, theirs = over_seeds(results, as_published(column)), None if paper is None else paper[number]
             cells.append("–" if ours is None else ours.shown(digits))
             cells.append("–" if theirs is None else f"{theirs:.{digits}f}")
         lines.append(cells)
@@ -117,7 +122,7 @@ def tolerance_table(rows: dict[str, list[Result]]) -> str:
         paper = dict(zip(published.COLUMNS, published.NUMBERS[row], strict=True))
         cells = [row]
         for column, tolerance in published.TOLERANCES.items():
-            ours, theirs = over_seeds(rows[row], score(column)), paper[column]
+            ours, theirs = over_seeds(rows[row], as_published(column)), paper[column]
             assert ours is not None and theirs is not None
             off = ours.mean - theirs
             cells.append(f"{off:+.4f} ({'within' if abs(off) <= tolerance else 'outside'} {tolerance})")
@@ -163,15 +168,16 @@ def claim_table(rows: dict[str, list[Result]]) -> str:
 
 def as_csv(rows: dict[str, list[Result]]) -> str:
     """Every row and seed in full precision."""
-    file = io.StringIO()
-    writer: Any = None
+    lines: list[dict[str, Any]] = []
     for name, results in rows.items():
         for result in results:
             line = {"method": name, "seed": result["seed"]} | result["scores"]
             line |= {f"NLL minus MAP, {key}": value for key, value in result["NLL minus MAP"].items()}
             line |= {heading: value(result) for heading, value, _ in COSTS}
-            if writer is None:
-                writer = csv.DictWriter(file, list(line), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow(line)
+            lines.append(line)
+    file = io.StringIO()
+    headings = dict.fromkeys(heading for line in lines for heading in line)
+    writer = csv.DictWriter(file, list(headings), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return file.getvalue()

@@ -72,6 +72,17 @@ def scores(
     return found
 
 
+def scores_as_published(
+    test: Predicted, y: Tensor, outside: Mapping[str, Predicted], n_softmax: int
+) -> dict[str, float | None]:
+    """The columns that draws of the published script would have it print, by names that say so; see `scores`."""
+    found = scores(test, y, outside, n_softmax)
+    auc = {f"AUC {name}, as published" for name in outside}
+    return {name: found[name] for name in auc} | {
+        f"{name}, as published": found[name] for name in ("ACC", "NLL", "ECE")
+    }
+
+
 def difference(surprises: Tensor, reference: Tensor) -> dict[str, float]:
     """The mean paired difference of two methods' ``-log p[y]``, and its standard error over images."""
     d = surprises - reference

@@ -12,6 +12,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,14 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
 
 from curvlin_nn.feature_maps import surrogate_training
 from curvlin_nn.variational import training
 from table1 import problem as problems
-from table1.outputs import Predict, in_batches
+from table1.outputs import Logits, in_batches
 from table1.problem import Problem
 from table1.rows import ROWS, network
-from table1.scores import Predicted, difference, histograms, scores
+from table1.scores import Predicted, difference, histograms, scores, scores_as_published
 
 
 def problem_of(task: dict[str, Any]) -> Problem:
@@ -52,7 +52,8 @@ def evaluated(task: dict[str, Any]) -> dict[str, Any]:
     begin = time.process_time()
     fit = row.fit(problem)
     fitted = time.process_time()
-    predicted = {name: _predicted(fit.predict, x) for name, x in problem.test_sets()}
+    logits = {name: in_batches(fit.predict, x) for name, x in problem.test_sets()}
+    predicted = {name: _predicted(parts) for name, parts in logits.items()}
     n_images = sum(len(of.log_probabilities) for of in predicted.values())
     seconds = {
         "fit": fitted - begin + fit.seconds_before,
@@ -61,13 +62,17 @@ def evaluated(task: dict[str, Any]) -> dict[str, Any]:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     test, y = predicted["test"], problem.data.test[1]
     outside = {name: predicted[name] for name in problem.data.outside}
-    alone = _predicted(reference, problem.data.test[0])
+    alone = _predicted(in_batches(reference, problem.data.test[0]))
+    columns = scores(test, y, outside, row.n_softmax_as_published)
+    if problem.published:
+        drawn = {name: _predicted(parts, as_published=True) for name, parts in logits.items()}
+        columns |= scores_as_published(drawn.pop("test"), y, drawn, row.n_softmax_as_published)
     return {
         "row": row.name,
         "protocol": problem.protocol,
         "quick": task["quick"],
         "seed": problem.seed,
-        "scores": scores(test, y, outside, row.n_softmax_as_published),
+        "scores": columns,
         "NLL minus MAP": difference(test.surprises(y), alone.surprises(y)),
         "seconds": seconds,
         "peak memory, MiB": memory,
@@ -77,11 +82,13 @@ def evaluated(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _predicted(predict: Predict, x: Tensor) -> Predicted:
-    parts = in_batches(predict, x)
+def _predicted(parts: Sequence[Logits], *, as_published: bool = False) -> Predicted:
     determinants = [part.log_determinants() for part in parts]
+    log_p = [
+        part.log_probabilities_as_published() if as_published else part.log_probabilities() for part in parts
+    ]
     return Predicted(
-        torch.cat([part.log_probabilities() for part in parts]).double().log_softmax(-1),
+        torch.cat(log_p).double().log_softmax(-1),
         torch.cat(known) if len(known := [d for d in determinants if d is not None]) == len(parts) else None,
     )
 
