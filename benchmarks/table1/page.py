@@ -13,10 +13,12 @@ from table1.report import (
     MAIN,
     Result,
     as_csv,
+    as_published,
     by_row,
     claim_table,
     columns_table,
     comparison_table,
+    score,
     tolerance_table,
 )
 from table1.rows import ROWS
@@ -108,11 +110,8 @@ def _section(protocol: str, rows: dict[str, list[Result]], folder: Path) -> str:
 
 def _drawn(rows: dict[str, list[Result]]) -> str:
     """The rows of which the draws of the published script are known, and change something."""
-    known = [
-        name
-        for name, of in rows.items()
-        if any(r["scores"].get("NLL, as published", r["scores"]["NLL"]) != r["scores"]["NLL"] for r in of)
-    ]
+    drawn, own = as_published("NLL"), score("NLL")
+    known = [name for name, of in rows.items() if any(drawn(r) != own(r) for r in of)]
     return f" the rows {', '.join(known)}" if known else " rows"
 
 

@@ -77,10 +77,8 @@ def scores_as_published(
 ) -> dict[str, float | None]:
     """The columns that draws of the published script would have it print, by names that say so; see `scores`."""
     found = scores(test, y, outside, n_softmax)
-    auc = {f"AUC {name}, as published" for name in outside}
-    return {name: found[name] for name in auc} | {
-        f"{name}, as published": found[name] for name in ("ACC", "NLL", "ECE")
-    }
+    plain = {f"{name}, as published": found[name] for name in ("ACC", "NLL", "ECE")}
+    return plain | {name: found[name] for name in (f"AUC {other}, as published" for other in outside)}
 
 
 def difference(surprises: Tensor, reference: Tensor) -> dict[str, float]:
