@@ -60,15 +60,16 @@ def by_parts(
     at_once = PROBED + 1 if at_once == PROBED else at_once
     for index, (part, expected) in enumerate(cut(x, n_samples, at_once)):
         found = at(part, expected)
-        if rows(found) != expected and index > 0:
+        if rows(found) == expected:
+            yield found
+        elif index == 0:
+            yield found if expected == n_samples else at(x, n_samples)
+            return
+        else:
             raise OutputError(
                 f"model outputs for {expected} samples must have as many rows, found {rows(found)}; give inputs with "
                 "samples along axis 0"
             )
-        if rows(found) != expected:
-            yield found if expected == n_samples else at(x, n_samples)
-            return
-        yield found
 
 
 def in_parts(

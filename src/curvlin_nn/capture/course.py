@@ -27,7 +27,7 @@ _BY_INDEX = ("Index", "Gather", "Scatter", "Masked", "Take", "Put", "Sort", "Top
 
 @dataclass(frozen=True)
 class Course:
-    """The nodes of a graph in the order of a depth-first search.
+    """The nodes of a graph, the nearest to the outputs first.
 
     Attributes:
         steps: the operation of each node, or the parameter, and the nodes that it reads.
@@ -50,15 +50,7 @@ class Course:
             inputs: where it begins: what an input was computed by does not count.
         """
         given = {x.grad_fn for x in inputs if x.grad_fn is not None}
-        found: dict[Node, int] = {}
-        waiting = [outputs.grad_fn] if outputs.grad_fn is not None else []
-        while waiting:
-            node = waiting.pop()
-            if node not in found:
-                found[node] = len(found)
-                waiting += [
-                    child for child, _ in node.next_functions if child is not None and child not in given
-                ]
+        found = {node: number for number, node in enumerate(nodes_behind(outputs.grad_fn, given))}
         steps, places = [], []
         for node in found:
             reads = tuple(-1 if child is None else found.get(child, -1) for child, _ in node.next_functions)
