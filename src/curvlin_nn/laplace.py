@@ -51,7 +51,7 @@ from curvlin_nn.prior_search import Optimum, maximise
 from curvlin_nn.residual import Residual, ResidualPredictive
 from curvlin_nn.storage import posterior as stored
 from curvlin_nn.storage.checkpoint import Checkpoint
-from curvlin_nn.storage.files import StrPath, read, write
+from curvlin_nn.storage.files import StrPath, read
 from curvlin_nn.structures import StructureChoice
 from curvlin_nn.subnetwork import SubnetMask
 from curvlin_nn.subnetwork_space import Subnetwork
@@ -719,19 +719,6 @@ class Laplace(PosteriorPredictive):
         """
         stored.take_up(self, state)
 
-    def save(self, path: StrPath) -> None:
-        """Put the `state_dict` into one safetensors file, whole or not at all; no pickle, and no model.
-
-        Args:
-            path: of the file, in a folder that exists.
-
-        Raises:
-            NotFittedError: before `fit`.
-            StorageError: if it cannot be written; what was there stays.
-            UnsupportedError: for a structure or a prior that cannot be stored; the message says what to do.
-        """
-        write(path, stored.KIND, self.state_dict())
-
     @classmethod
     @outside_inference_mode()
     def load(
@@ -762,6 +749,9 @@ class Laplace(PosteriorPredictive):
         la = cls(model, **given)
         la.load_state_dict(state)
         return la
+
+    def _stored(self) -> tuple[str, dict[str, Any]]:
+        return stored.KIND, self.state_dict()
 
     # -- what the above is made of ---------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""`PosteriorPredictive`: how a posterior over functions is asked for predictions, whatever kind of posterior it is."""
+"""`PosteriorPredictive`: how a posterior over functions is asked for predictions, and kept, whatever kind it is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from curvlin_nn.likelihoods import Likelihood
 from curvlin_nn.predictive.prediction import Prediction
 from curvlin_nn.predictive.predictor import Predictor
 from curvlin_nn.predictive.request import Request, check_draws, check_noise
+from curvlin_nn.storage.files import StrPath, write
 
 
 class PosteriorPredictive(ABC):
@@ -128,6 +129,24 @@ class PosteriorPredictive(ABC):
         check_noise(self.likelihood, observation_noise)
         n_samples = positive_integer("n_samples", n_samples)
         return self._predictor(pred_type).predictive_samples(x, n_samples, generator, observation_noise)
+
+    def save(self, path: StrPath) -> None:
+        """Put the posterior into one safetensors file, whole or not at all; no pickle, and no model.
+
+        Args:
+            path: of the file, in a folder that exists.
+
+        Raises:
+            NotFittedError: before `fit`.
+            StorageError: if it cannot be written; what was there stays.
+            UnsupportedError: for a structure, a prior, inducing inputs or a kernel that cannot be stored; the message
+                says what to do.
+        """
+        write(path, *self._stored())
+
+    @abstractmethod
+    def _stored(self) -> tuple[str, dict[str, Any]]:
+        """What a file of it says that it is, and what it holds."""
 
     @abstractmethod
     def _predictor(self, pred_type: str, progress_bar: bool = False) -> Predictor:

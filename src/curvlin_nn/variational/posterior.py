@@ -24,7 +24,6 @@ from curvlin_nn.metrics import evaluate
 from curvlin_nn.parameters import check_model
 from curvlin_nn.predictive import GaussianPredictor, OutputGaussian, PosteriorPredictive, Predictor, Response
 from curvlin_nn.predictive.request import check_pred_type
-from curvlin_nn.storage.files import StrPath, write
 from curvlin_nn.variational.dual import Dual
 from curvlin_nn.variational.expected_likelihood import check_expected
 from curvlin_nn.variational.inducing import Inducing, InducingPoints, check_inducing
@@ -120,23 +119,6 @@ class VariationalPosterior(PosteriorPredictive, Generic[FitT]):
     def kl_divergence(self) -> Float[Tensor, ""]:
         """From the prior, in nats, without the part of the mean, which is not learned."""
         return self._fit.dual.divergence()
-
-    def save(self, path: StrPath) -> None:
-        """Put the posterior into one safetensors file, whole or not at all; no pickle, and no model.
-
-        Args:
-            path: of the file, in a folder that exists.
-
-        Raises:
-            NotFittedError: before `fit`.
-            StorageError: if it cannot be written; what was there stays.
-            UnsupportedError: for inducing inputs or a kernel that cannot be stored.
-        """
-        write(path, *self._stored())
-
-    @abstractmethod
-    def _stored(self) -> tuple[str, dict[str, Any]]:
-        """What a file of it says that it is, and what it holds."""
 
     @property
     def _fit(self) -> FitT:
